@@ -1,0 +1,34 @@
+"""kvcompress: make the KV cache of a trained LLM several times smaller, and run the result.
+
+`load(directory)` and `attach(model, directory)` run a compressed checkpoint in transformers;
+`compress(source, output, options)` makes one. Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvcompress.options import CompressOptions
+    from kvcompress.pipeline import compress
+    from kvcompress.runtime.attach import attach, detach, load
+
+__all__ = ["CompressOptions", "attach", "compress", "detach", "load"]
+
+_HOMES = {
+    "CompressOptions": "kvcompress.options",
+    "compress": "kvcompress.pipeline",
+    "attach": "kvcompress.runtime.attach",
+    "detach": "kvcompress.runtime.attach",
+    "load": "kvcompress.runtime.attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvcompress' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,37 @@
+"""`latent` and `per_head`: free mixing inside groups of heads, the optimum for those blocks.
+
+`latent` has one block for all heads (or, for wide models, groups of heads); `per_head` one block a head.
+For values both are exact under attention: attend in the latent, decode once. Palu (arXiv 2407.21118) uses
+the same blocks with C alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvcompress import blocks
+from kvcompress.bases.base import Basis, FittedBasis, RankedComponents, whitened_eigenbasis
+from kvcompress.model_spec import AttentionSpec
+
+
+class Latent(Basis):
+    name = "latent"
+    parts = ("key", "value")
+
+    def __init__(self, group: int | None = None, *, unit: int = 1) -> None:
+        """group: KV heads per block, None means all of them. unit: components that are kept or dropped together."""
+        self.group, self.unit = group, unit
+
+    def blocks(self, attention: AttentionSpec) -> Tensor:
+        return blocks.head_groups(attention, self.group or attention.n_kv_heads)
+
+    def fit(self, covariance: Tensor, fisher: Tensor) -> FittedBasis:
+        energy, encoder, decoder = whitened_eigenbasis(covariance, fisher)
+        return RankedComponents(energy / 2, encoder.unsqueeze(2), decoder.transpose(1, 2).unsqueeze(2), self.unit)
+
+
+class PerHead(Latent):
+    name = "per_head"
+
+    def __init__(self) -> None:
+        super().__init__(group=1)

@@ -1,0 +1,189 @@
+"""One pass over the calibration text: forward, labels sampled from the model, backward layer by layer.
+
+The backward pass recomputes one layer at a time from its saved input, so that beyond the model and the
+layers' inputs only one layer's activations of one window are alive. No gradient of a weight is computed:
+with the recomputation the cost is about that of an ordinary forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompress.calibration.moments import Moments
+from kvcompress.errors import CalibrationError
+from kvcompress.model_spec import PARTS, AttentionSpec, ModelSpec, Site
+
+#: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
+_LOGIT_ROWS = 256
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens done, tokens in all)."""
+
+
+def collect_moments(
+    model: nn.Module,
+    spec: ModelSpec,
+    windows: Tensor,
+    moments: Moments,
+    *,
+    sinks: int,
+    seed: int,
+    partial_file: Path | None = None,
+    progress: Progress | None = None,
+) -> Moments:
+    """Add every window from `moments.n_windows` on to `moments` and return it.
+
+    windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums,
+    since the cache keeps them exact. Labels are sampled from the model, seeded per window, so a resumed pass
+    gives the sums of an unbroken one. With `partial_file` the sums are saved now and then (at most 5% of the
+    time). Raises CalibrationError if the model's activations or gradients are not finite.
+    """
+    device = next(model.parameters()).device
+    model.requires_grad_(False)
+    done = moments.n_windows
+    last_save, save_seconds = time.monotonic(), 0.5
+    for index in range(done, len(windows)):
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
+        _add_window(model, spec, windows[index : index + 1].to(device), moments, sinks, generator)
+        moments.n_windows = index + 1
+        if progress:
+            progress((index + 1) * windows.shape[1], windows.numel())
+        if partial_file and time.monotonic() - last_save > 20 * save_seconds:
+            started = time.monotonic()
+            moments.save(partial_file)
+            last_save = time.monotonic()
+            save_seconds = last_save - started
+    _check_finite(moments)
+    return moments
+
+
+def _add_window(
+    model: Any, spec: ModelSpec, ids: Tensor, moments: Moments, sinks: int, generator: torch.Generator
+) -> None:
+    decoder = model.get_decoder()
+    with _saved_inputs(decoder) as (inputs, final):
+        with torch.no_grad():
+            decoder(input_ids=ids, use_cache=False)
+    gradient = _head_gradient(model, decoder, final[0], generator)
+    for attention in reversed(spec.layers):
+        args, kwargs = inputs[attention.layer]
+        inputs[attention.layer] = None
+        gradient = _layer_backward(model, decoder, attention, args, kwargs, gradient, moments, sinks)
+
+
+@contextmanager
+def _saved_inputs(decoder: Any) -> Iterator[tuple[list[Any], list[Tensor]]]:
+    """Yield (inputs of every layer as (args, kwargs), [input of the final norm]), filled during a forward pass."""
+    inputs: list[Any] = [None] * len(decoder.layers)
+    final: list[Tensor] = []
+
+    def save(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[index] = (args, kwargs)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(save(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
+    ]
+    handles.append(decoder.norm.register_forward_pre_hook(lambda _m, args: final.append(args[0])))
+    try:
+        yield inputs, final
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head_gradient(model: Any, decoder: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Return d(cross-entropy, summed over tokens)/d(hidden before the final norm), labels sampled from the model.
+
+    hidden: [1, seq_len, hidden]. The gradient of the logits is softmax - one_hot(label), taken in chunks of rows.
+    """
+    hidden = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        normed = decoder.norm(hidden)
+    gradient = torch.empty_like(normed)
+    for start in range(0, normed.shape[1], _LOGIT_ROWS):
+        rows = normed[:, start : start + _LOGIT_ROWS].detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = model.lm_head(rows)
+        probability = logits.detach().float().softmax(-1)
+        labels = torch.multinomial(probability[0], 1, generator=generator)
+        probability[0].scatter_add_(1, labels, -torch.ones_like(labels, dtype=probability.dtype))
+        gradient[:, start : start + _LOGIT_ROWS] = torch.autograd.grad(
+            logits, rows, (probability * _scale(logits.dtype)).to(logits.dtype)
+        )[0]
+    return torch.autograd.grad(normed, hidden, gradient)[0]
+
+
+def _layer_backward(
+    model: nn.Module,
+    decoder: Any,
+    attention: AttentionSpec,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gradient: Tensor,
+    moments: Moments,
+    sinks: int,
+) -> Tensor:
+    """Recompute one layer, add its two sites' x and dL/dx to the moments, and return dL/d(its input)."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = hidden.detach().requires_grad_(True)
+    call_args, call_kwargs = (
+        ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+    )
+    with _tapped(model, attention) as taps, torch.enable_grad():
+        output = decoder.layers[attention.layer](*call_args, **call_kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    modules = list(taps)
+    grads = torch.autograd.grad(output, [hidden, *(taps[m] for m in modules)], gradient)
+    by_module = dict(zip(modules, grads[1:], strict=True))
+    for part in PARTS:
+        projection = attention.projection(part)
+        columns = slice(projection.start, projection.stop)
+        x = taps[projection.module].detach().flatten(2)[0, sinks:, columns]
+        g = by_module[projection.module].flatten(2)[0, sinks:, columns]
+        moments.sites[Site(attention.layer, part)].add(x, g.double() / _scale(g.dtype))
+    return grads[0]
+
+
+@contextmanager
+def _tapped(model: nn.Module, attention: AttentionSpec) -> Iterator[dict[str, Tensor]]:
+    """Yield {module path: its output}, for the modules whose outputs hold the layer's keys and values."""
+    outputs: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            outputs[path] = output
+
+        return hook
+
+    paths = {attention.key.module, attention.value.module}
+    handles = [model.get_submodule(path).register_forward_hook(tap(path)) for path in sorted(paths)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """float16 gradients of single tokens fall among the subnormals; a power of two keeps them exact."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
+def _check_finite(moments: Moments) -> None:
+    for site, sums in moments.sites.items():
+        for what, tensors in (("activations", sums.outer), ("gradients", sums.fisher)):
+            if not all(bool(t.isfinite().all()) for t in tensors):
+                raise CalibrationError(
+                    f"the {what} of {site} are NaN or infinite on the calibration text. "
+                    "Try --dtype float32, and check the checkpoint's weights."
+                )

@@ -1,0 +1,190 @@
+"""The moments of a site: mean m, covariance C and Fisher information F, kept as float64 sums of blocks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import blocks
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.errors import CalibrationError, UnsupportedModelError
+from kvcompress.model_spec import AttentionSpec, ModelSpec, Site
+
+
+@dataclass
+class SiteMoments:
+    """Sums over tokens at one site.
+
+    `partitions` are the stored blocks ([n_blocks, width] each); `outer` holds sum x x^T and `fisher` sum g g^T
+    for each of them ([n_blocks, width, width], float64); `total` is sum x ([n], float64).
+    """
+
+    partitions: list[Tensor]
+    total: Tensor
+    outer: list[Tensor]
+    fisher: list[Tensor]
+    n_tokens: int = 0
+
+    @classmethod
+    def empty(cls, partitions: list[Tensor], width: int, device: str | torch.device = "cpu") -> SiteMoments:
+        zeros = [torch.zeros(p.shape[0], p.shape[1], p.shape[1], dtype=torch.float64, device=device) for p in partitions]
+        total = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls([p.to(device) for p in partitions], total, zeros, [torch.zeros_like(z) for z in zeros])
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add tokens: x, g [n_tokens, n], any dtype."""
+        x, g = x.double(), g.double()
+        self.total += x.sum(0)
+        for partition, outer, fisher in zip(self.partitions, self.outer, self.fisher, strict=True):
+            for sums, rows in ((outer, x), (fisher, g)):
+                block_rows = rows[:, partition].transpose(0, 1)  # [n_blocks, n_tokens, width]
+                sums.baddbmm_(block_rows.transpose(1, 2), block_rows)
+        self.n_tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """m: [n], float64."""
+        return self.total / self.n_tokens
+
+    def covariance(self, wanted: Tensor, *, centred: bool) -> Tensor:
+        """Return C for blocks [n_blocks, width] -> [n_blocks, width, width]: about the mean, or about zero."""
+        second = self._select(self.outer, wanted) / self.n_tokens
+        if centred:
+            mean = self.mean[wanted]
+            second = second - mean.unsqueeze(2) * mean.unsqueeze(1)
+        return second
+
+    def fisher_information(self, wanted: Tensor) -> Tensor:
+        """Return F = E[g g^T] for blocks [n_blocks, width] -> [n_blocks, width, width]."""
+        return self._select(self.fisher, wanted) / self.n_tokens
+
+    def _select(self, stored: list[Tensor], wanted: Tensor) -> Tensor:
+        for partition, sums in zip(self.partitions, stored, strict=True):
+            places = torch.empty(2, self.total.numel(), dtype=torch.long)
+            for b, row in enumerate(partition):
+                places[0, row], places[1, row] = b, torch.arange(row.numel())
+            block, place = places[0][wanted], places[1][wanted]
+            if bool((block == block[:, :1]).all()):
+                return sums[block[:, :1].unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)]
+        raise CalibrationError(
+            "the saved moments do not hold the blocks of this basis (they were left out to save memory). "
+            "Choose a smaller group or band, or remove the saved moments to calibrate again."
+        )
+
+    def to(self, device: str) -> SiteMoments:
+        move = lambda tensors: [t.to(device) for t in tensors]  # noqa: E731
+        return SiteMoments(
+            move(self.partitions), self.total.to(device), move(self.outer), move(self.fisher), self.n_tokens
+        )
+
+
+@dataclass
+class Moments:
+    """The moments of every site, and the protocol (text, tokens, seed, ...) that they were taken with."""
+
+    sites: dict[Site, SiteMoments]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    n_windows: int = 0
+
+    @property
+    def has_fisher(self) -> bool:
+        """Whether F was measured; weights-only moments have F = I, whose unit is not nats."""
+        return self.protocol.get("mode") != "weights"
+
+    def save(self, file: Path) -> None:
+        """Write the sums as safetensors, atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for site, moments in self.sites.items():
+            tensors[f"{site}.total"] = moments.total.cpu()
+            for i, partition in enumerate(moments.partitions):
+                tensors[f"{site}.partition.{i}"] = partition.to("cpu", torch.int32)
+                tensors[f"{site}.outer.{i}"] = moments.outer[i].cpu()
+                tensors[f"{site}.fisher.{i}"] = moments.fisher[i].cpu()
+        n_tokens = next(iter(self.sites.values())).n_tokens
+        header = {"protocol": json.dumps(self.protocol), "n_windows": str(self.n_windows), "n_tokens": str(n_tokens)}
+        with atomic_file(file) as scratch:
+            save_file(tensors, scratch, metadata=header)
+
+    @classmethod
+    def load(cls, file: Path) -> Moments:
+        """Return the moments saved in `file`. Raises CalibrationError if they cannot be read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as handle:
+                header = handle.metadata()
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            sites: dict[Site, SiteMoments] = {}
+            for name in tensors:
+                if name.endswith(".total"):
+                    _, layer, part, _ = name.split(".")
+                    site = Site(int(layer), part)  # type: ignore[arg-type]
+                    count = sum(n.startswith(f"{site}.outer.") for n in tensors)
+                    sites[site] = SiteMoments(
+                        [tensors[f"{site}.partition.{i}"].long() for i in range(count)],
+                        tensors[name],
+                        [tensors[f"{site}.outer.{i}"] for i in range(count)],
+                        [tensors[f"{site}.fisher.{i}"] for i in range(count)],
+                        int(header["n_tokens"]),
+                    )
+            return cls(dict(sorted(sites.items())), json.loads(header["protocol"]), int(header["n_windows"]))
+        except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
+            raise CalibrationError(f"{file} holds no usable moments ({error}). Remove it to calibrate again.") from error
+
+
+def usable_partitions(attention: AttentionSpec, max_width: int) -> list[Tensor]:
+    """Return the blocks worth keeping moments for: everything at once if n <= max_width, else head groups and bands.
+
+    Each later basis takes its blocks out of one of these: `latent` and `per_head` from the head groups,
+    `band`, `frequency`, `head` and `share` from the bands.
+    """
+    if attention.width <= max_width:
+        return [blocks.head_groups(attention, attention.n_kv_heads)]
+    groups = [g for g in range(1, attention.n_kv_heads + 1) if attention.n_kv_heads % g == 0]
+    group = max((g for g in groups if g * attention.head_dim <= max_width), default=1)
+    bands = [b for b in range(2, attention.head_dim + 1, 2) if attention.head_dim % b == 0]
+    band = max((b for b in bands if b * attention.n_kv_heads <= max_width), default=2)
+    return [blocks.head_groups(attention, group), blocks.bands(attention, band)]
+
+
+def empty_moments(
+    spec: ModelSpec, max_width: int, protocol: dict[str, Any], device: str | torch.device = "cpu"
+) -> Moments:
+    """Return moments of zero tokens for every site of a model."""
+    sites = {}
+    for site in spec.sites:
+        attention = spec.layers[site.layer]
+        sites[site] = SiteMoments.empty(usable_partitions(attention, max_width), attention.width, device)
+    return Moments(sites, protocol)
+
+
+def weight_moments(checkpoint: Checkpoint, max_width: int) -> Moments:
+    """Return data-free moments: C = W W^T, m = bias, F = I, as in the paper's SVD of the projections.
+
+    Raises UnsupportedModelError for key norms, where keys are no linear image of the hidden state.
+    """
+    if any(a.key_norm for a in checkpoint.spec.layers):
+        raise UnsupportedModelError(
+            "--no-calibration needs keys that are linear in the hidden state; this model normalises its keys. "
+            "Calibrate on text instead."
+        )
+    moments = empty_moments(checkpoint.spec, max_width, {"mode": "weights"})
+    for site, sums in moments.sites.items():
+        weight, bias = checkpoint.site_weight(site)
+        sums.add(weight.T, torch.zeros_like(weight.T))
+        sums.n_tokens = 1
+        sums.total = torch.zeros_like(sums.total) if bias is None else bias
+        for partition, outer, fisher in zip(sums.partitions, sums.outer, sums.fisher, strict=True):
+            fisher += torch.eye(partition.shape[1], dtype=torch.float64)
+            if bias is not None:
+                b = bias[partition]
+                outer += b.unsqueeze(2) * b.unsqueeze(1)
+    return moments

@@ -1,0 +1,185 @@
+"""Calibration and evaluation text: files, JSONL, directories, `datasets` ids and the built-in default -> token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import CalibrationError
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".json.gz")
+_TEXT_FIELDS = ("text", "content", "document")
+#: Characters read per token wanted: enough to spread windows over a long text, little enough to stay quick.
+_CHARS_PER_TOKEN = 64
+
+#: Texts that need no download; `self` is text that the model samples from itself (see `sampling`).
+PROSE, CODE, SELF = "builtin:prose", "builtin:code", "self"
+
+
+class TextWindows(NamedTuple):
+    """Token windows [n_windows, seq_len] and the SHA-256 of the ids, which names the text in reports."""
+
+    ids: Tensor
+    sha256: str
+
+
+def documents(source: str) -> Iterator[str]:
+    """Yield the documents of a text source: a .txt or other text file, a JSONL file, a directory of them,
+    `builtin:prose`, `builtin:code`, or a `datasets` id (NAME, or NAME:CONFIG), streamed.
+
+    Raises CalibrationError for a source that does not exist or cannot be read.
+    """
+    if source == PROSE:
+        return _builtin_prose()
+    if source == CODE:
+        return _builtin_code()
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES)
+        if not files:
+            raise CalibrationError(f"{source} holds no text files ({', '.join(_TEXT_SUFFIXES)}).")
+        return (document for file in files for document in _file_documents(file))
+    if path.is_file():
+        return _file_documents(path)
+    return _dataset_documents(source)
+
+
+def token_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tensor:
+    """Return [n_windows, seq_len] ids, evenly spread over the source; documents are joined by the end token.
+
+    Raises CalibrationError if the source has too little text.
+    """
+    wanted = n_windows * seq_len
+    ids: list[int] = []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in _limited(documents(source), wanted * _CHARS_PER_TOKEN):
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator)
+    available = len(ids) // seq_len
+    if available < n_windows:
+        raise CalibrationError(
+            f"too little text: {source} has {len(ids)} tokens, {wanted} are needed "
+            f"({n_windows} windows of {seq_len}). Give more text, or lower --tokens or --seq-len."
+        )
+    windows = torch.tensor(ids[: available * seq_len]).reshape(available, seq_len)
+    return windows[torch.linspace(0, available - 1, n_windows).round().long()]
+
+
+def mixed_windows(
+    tokenizer: Any, sources: tuple[str, ...], n_tokens: int, seq_len: int, *, sampled: Tensor | None = None
+) -> TextWindows:
+    """Return windows from several sources in equal parts, interleaved; `sampled` stands in for the source `self`."""
+    n_windows = max(1, n_tokens // seq_len)
+    shares = [n_windows // len(sources) + (i < n_windows % len(sources)) for i in range(len(sources))]
+    parts = []
+    for source, share in zip(sources, shares, strict=True):
+        if share and source == SELF and sampled is not None:
+            parts.append(sampled[:share])
+        elif share:
+            parts.append(token_windows(tokenizer, source, share, seq_len))
+    order = sorted((i / len(p), k, i) for k, p in enumerate(parts) for i in range(len(p)))
+    ids = torch.stack([parts[k][i] for _, k, i in order])
+    return TextWindows(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
+
+
+def share_of(sources: tuple[str, ...], n_tokens: int, seq_len: int, source: str) -> int:
+    """Return how many windows `mixed_windows` takes from one of the sources."""
+    n_windows = max(1, n_tokens // seq_len)
+    return n_windows // len(sources) + (sources.index(source) < n_windows % len(sources))
+
+
+def _limited(texts: Iterator[str], n_chars: int) -> Iterator[str]:
+    """Yield texts until n_chars characters have come; the last one is cut."""
+    for text in texts:
+        yield text[:n_chars]
+        n_chars -= len(text)
+        if n_chars <= 0:
+            return
+
+
+def _file_documents(file: Path) -> Iterator[str]:
+    try:
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _json_text(line, file, number)
+        else:
+            yield file.read_text(encoding="utf-8", errors="replace" if file.suffix == ".py" else "strict")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:
+        raise CalibrationError(f"cannot read {file}: {error.strerror}.") from error
+
+
+def _json_text(line: str, file: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{file}, line {number}: not valid JSON ({error}).") from error
+    for name in _TEXT_FIELDS:
+        if isinstance(record, dict) and isinstance(record.get(name), str):
+            return str(record[name])
+    raise CalibrationError(f"{file}, line {number}: expected an object with a string field {' or '.join(_TEXT_FIELDS)}.")
+
+
+def _dataset_documents(source: str) -> Iterator[str]:
+    if source.startswith((".", "/", "~")) or Path(source).suffix in _TEXT_SUFFIXES:
+        raise CalibrationError(f"text {source} does not exist.")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CalibrationError(
+            f"text {source} does not exist here; to read it as a `datasets` id, pip install 'kvcompress[datasets]'."
+        ) from error
+    name, _, config = source.partition(":")
+    try:
+        records = load_dataset(name, config or None, split="train", streaming=True)
+        first = next(iter(records))
+    except Exception as error:
+        raise CalibrationError(
+            f"text {source} is no local file, and as a `datasets` id it failed: {str(error).splitlines()[0]}"
+        ) from error
+    field = next((f for f in _TEXT_FIELDS if isinstance(first.get(f), str)), None)
+    if field is None:
+        raise CalibrationError(f"dataset {source} has no text field ({', '.join(_TEXT_FIELDS)}); it has {list(first)}.")
+    return (record[field] for record in records)
+
+
+def _builtin_prose() -> Iterator[str]:
+    """English that comes with Python: the language reference's topics and the modules' docstrings."""
+    import ast
+
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+    for file in _stdlib_files():
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        text = "\n\n".join(d for n in nodes if (d := ast.get_docstring(n)) and len(d) > 200)
+        if text:
+            yield text
+
+
+def _builtin_code() -> Iterator[str]:
+    """The source code of Python's own library."""
+    for file in _stdlib_files():
+        yield from islice(_file_documents(file), 1)
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "__pycache__"}
+    files = [f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts)]
+    # A stable order that mixes packages, so that the first files read are no alphabet's beginning.
+    return sorted(files, key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).hexdigest())

@@ -1,0 +1,223 @@
+"""A checkpoint directory, read lazily: headers first, tensors only when asked for, the source never written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvcompress.architectures import read_model_spec
+from kvcompress.errors import CheckpointError
+from kvcompress.model_spec import ModelSpec, Projection, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies, from the file's header alone."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        size = _DTYPE_BYTES.get(self.dtype, 1)
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory. `tensors` comes from the safetensors headers; nothing else is in memory."""
+
+    path: Path
+    source: str
+    config: dict[str, Any]
+    spec: ModelSpec
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows start:stop of a tensor, in its own dtype, reading only those bytes."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / self.tensors[name].file, framework="pt") as handle:
+            return handle.get_slice(name)[start:stop]
+
+    def site_weight(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Return (weight [n, hidden], bias [n] or None) of a site's projection, float64.
+
+        Raises CheckpointError where a value is NaN or infinite.
+        """
+        projection = self.spec.layers[site.layer].projection(site.part)
+        weight = self.rows(projection.weight, projection.start, projection.stop).double()
+        bias = self.rows(projection.bias).double() if projection.bias else None
+        for name, tensor in ((projection.weight, weight), (projection.bias, bias)):
+            if tensor is not None and not tensor.isfinite().all():
+                bad = int((~tensor.isfinite()).sum())
+                raise CheckpointError(
+                    f"{name} holds {bad} NaN or infinite values. The checkpoint is damaged: download or save it again."
+                )
+        return weight, bias
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the config, the headers and 64 KiB samples of every weight file.
+
+        Samples instead of whole files, so that tens of gigabytes take a second; every file's first and last
+        sample is included.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted({entry.file for entry in self.tensors.values()}):
+            size = (self.path / file).stat().st_size
+            digest.update(f"{file}:{size}".encode())
+            with (self.path / file).open("rb") as handle:
+                for k in range(65):
+                    handle.seek(max(0, size - 65536) * k // 64)
+                    digest.update(handle.read(65536))
+        return digest.hexdigest()
+
+
+@contextmanager
+def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
+    """Open a local directory, a GGUF file or a hub id as a Checkpoint, checked as far as headers tell.
+
+    A GGUF file is converted by transformers into a temporary directory, removed on exit.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        from kvcompress.checkpoint.gguf import converted_gguf
+
+        with converted_gguf(path) as directory:
+            yield _open_directory(directory, str(source))
+        return
+    yield _open_directory(path if path.is_dir() else _download(str(source)), str(source))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the parsed config.json of a directory."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face checkpoint directory.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}). Download or save the checkpoint again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object. Download or save the checkpoint again.")
+    return config
+
+
+def _open_directory(path: Path, source: str) -> Checkpoint:
+    config = read_config(path)
+    spec = read_model_spec(config)
+    tensors = _read_headers(path)
+    _check_projections(spec, tensors)
+    dtype = _DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype]
+    if dtype != spec.dtype:  # the tensors are what the cache's numbers are computed with; the config only says so
+        from dataclasses import replace
+
+        spec = replace(spec, dtype=dtype)
+    return Checkpoint(path=path, source=source, config=config, spec=spec, tensors=tensors)
+
+
+def _download(source: str) -> Path:
+    """Return the local snapshot of a hub id, weights as safetensors only."""
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source} is neither a directory, a .gguf file nor a hub id (ORG/NAME).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} is no local directory and could not be fetched from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read_headers(path: Path) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for file, names in _weight_files(path).items():
+        found = _read_header(path, file)
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise CheckpointError(f"{file} lacks tensor {missing[0]}, which the index promises. Download it again.")
+        tensors.update(found)
+    return tensors
+
+
+def _weight_files(path: Path) -> dict[str, list[str]]:
+    """Return {file: tensor names that the index promises for it}; no names for a single file without index."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        if (path / "model.safetensors").is_file():
+            return {"model.safetensors": []}
+        if any(f.suffix in _PICKLES for f in path.iterdir()):
+            raise CheckpointError(
+                f"{path} holds only pickled weights, which can run code when opened. "
+                "Load it with transformers and save_pretrained(safe_serialization=True) first."
+            )
+        raise CheckpointError(f"{path} holds no model.safetensors and no model.safetensors.index.json.")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a valid safetensors index ({error}). Download it again.") from error
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(f"{index.name} names '{file}', which lies outside the checkpoint. Refused.")
+        if not (path / file).is_file():
+            raise CheckpointError(f"{index.name} names {file}, which is missing from {path}. Download it again.")
+    return files
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / file, framework="numpy") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+            return {n: TensorEntry(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}). Download or save it again.") from error
+
+
+def _check_projections(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> None:
+    for attention in spec.layers:
+        n_rows = {attention.key.weight: 0}
+        for projection in (attention.key, attention.value):
+            n_rows[projection.weight] = max(n_rows.get(projection.weight, 0), projection.stop)
+        for projection in (attention.key, attention.value):
+            _check_projection(projection, (n_rows[projection.weight], spec.hidden_size), tensors)
+
+
+def _check_projection(projection: Projection, shape: tuple[int, int], tensors: dict[str, TensorEntry]) -> None:
+    expected = {projection.weight: shape}
+    if projection.bias:
+        expected[projection.bias] = shape[:1]  # type: ignore[assignment]
+    for name, want in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint. Check config.json and the files.")
+        if tensors[name].shape != want:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(tensors[name].shape)}, expected {list(want)} from config.json "
+                "(num_key_value_heads, head_dim, hidden_size). Check the file."
+            )
+        if tensors[name].dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"tensor {name} has dtype {tensors[name].dtype}; expected F32, F16 or BF16.")

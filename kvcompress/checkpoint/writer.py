@@ -1,0 +1,116 @@
+"""Outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvcompress.errors import OutputError
+
+_SKIPPED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx")
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise OutputError if `target` cannot become the output directory."""
+    if target.is_file():
+        raise OutputError(f"{target} is a file; the output must be a directory that does not exist yet.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise OutputError(f"{target} is not empty. Choose another directory, or replace it with --force.")
+
+
+def check_space(target: Path, n_bytes: int) -> None:
+    """Raise OutputError if the file system that will hold `target` has less than n_bytes free."""
+    parent = next(p for p in target.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < n_bytes:
+        raise OutputError(
+            f"no space left for {target}: it needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
+            "Free some space, or write --maps-only."
+        )
+
+
+@contextmanager
+def explained_os_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk or a missing right into one clear OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"no space left while writing {target}. Nothing was left behind.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"no permission to write {target} ({error.strerror}).") from error
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as its own error type, with the operating system's text inside.
+        if "No space left" in str(error) or "StorageFull" in str(error):
+            raise OutputError(f"no space left while writing {target}. Nothing was left behind.") from error
+        raise
+
+
+@contextmanager
+def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory beside `target` that becomes `target` when the block ends without an error."""
+    check_target(target, force=force)
+    with explained_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+        scratch.mkdir()
+        try:
+            yield scratch
+            if target.exists():
+                retired = target.parent / f".{target.name}.partial-{os.getpid()}-old"
+                target.rename(retired)
+                scratch.rename(target)
+                shutil.rmtree(retired)
+            else:
+                scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a scratch path beside `target` that becomes `target` when the block ends without an error."""
+    with explained_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+        try:
+            yield scratch
+            scratch.rename(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def copy_checkpoint(source: Path, target: Path, *, skip: frozenset[str] = frozenset()) -> None:
+    """Copy a checkpoint's files, pickled and converted duplicates of the weights and hidden files left out."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or not file.is_file() or file.suffix in _SKIPPED_SUFFIXES or str(relative) in skip:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / relative)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what a killed process left beside `target`: scratch directories whose process is gone."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        match = re.search(r"\.partial-(\d+)", left.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,29 @@
+"""Errors of kvcompress: one message that says what is wrong, what was expected and what to do next."""
+
+
+class KVCompressError(Exception):
+    """Base of every error that a user can cause and mend. The command line prints it in one line and exits with 2."""
+
+
+class CheckpointError(KVCompressError):
+    """The checkpoint is missing, broken, unsafe or holds values that cannot be compressed."""
+
+
+class UnsupportedModelError(KVCompressError):
+    """The model's architecture, or one of its features, is not supported; the message gives the reason."""
+
+
+class CalibrationError(KVCompressError):
+    """The calibration text or the saved moments cannot be used."""
+
+
+class BudgetError(KVCompressError):
+    """The requested budget cannot be met by the chosen bases and policy."""
+
+
+class OptionError(KVCompressError):
+    """An option or a recipe has a value that makes no sense."""
+
+
+class OutputError(KVCompressError):
+    """The output cannot be written."""

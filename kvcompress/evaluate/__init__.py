@@ -1,0 +1,1 @@
+"""Evaluation of a compressed cache, decode-faithful."""

@@ -1,0 +1,96 @@
+"""What a user chooses for a compression, and recipes: the same choices in a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kvcompress.errors import OptionError
+
+KEY_BASES = ("head", "share", "frequency", "band", "per_head", "latent")
+VALUE_BASES = ("head", "per_head", "latent")
+#: Key bases that commute with RoPE and so can be folded into the projections.
+FOLDABLE_KEY_BASES = ("head", "share", "frequency")
+POLICY_NAMES = ("uniform", "middle", "energy", "loss")
+METRICS = ("fisher", "activation", "weights")
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """Everything that decides what a compressed checkpoint holds. Field names are those of a recipe's TOML keys."""
+
+    keep: float = 0.5
+    key_basis: str = "latent"
+    value_basis: str = "latent"
+    #: KV heads per block of `latent`; None chooses the most that keeps all maps within 3% of the weights.
+    group: int | None = None
+    #: Channels of each head in a block of `band`.
+    band: int = 16
+    policy: str = "loss"
+    #: Which layers the policy `middle` compresses: half, deep or START:STOP.
+    layers: str = "half"
+    #: fisher: C and F (nats); activation: C only; weights: the projections alone, no text.
+    metric: str = "fisher"
+    calibration: tuple[str, ...] = field(default=())
+    tokens: int = 65536
+    seq_len: int = 2048
+    sinks: int = 4
+    recent: int = 64
+    folded: bool = False
+    maps_only: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("key_basis", self.key_basis, KEY_BASES)
+        _check_choice("value_basis", self.value_basis, VALUE_BASES)
+        _check_choice("policy", self.policy, POLICY_NAMES)
+        _check_choice("metric", self.metric, METRICS)
+        if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise OptionError(f"keep must be above 0 and at most 1 (the share of the cache that remains), found {self.keep}.")
+        for name, least in (("tokens", 1), ("seq_len", 16), ("sinks", 0), ("recent", 0), ("band", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+        if self.seq_len <= self.sinks:
+            raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
+        if self.folded and self.key_basis not in FOLDABLE_KEY_BASES:
+            raise OptionError(
+                f"key basis '{self.key_basis}' does not commute with RoPE, so it cannot be folded. "
+                f"Choose --key-basis from {', '.join(FOLDABLE_KEY_BASES)}, or leave out --folded."
+            )
+        if self.folded and self.value_basis == "per_head":
+            raise OptionError("value basis 'per_head' does not make whole virtual heads. Use latent or head with --folded.")
+        if self.folded and self.maps_only:
+            raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"calibration": list(self.calibration)}
+
+
+def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
+    """Return the options of a TOML recipe, with overrides that are not None on top."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OptionError(f"recipe {file} does not exist.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"recipe {file} is not valid TOML: {error}.") from error
+    known = {f.name for f in fields(CompressOptions)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise OptionError(f"recipe {file} has an unknown key '{unknown[0]}'. Known keys: {', '.join(sorted(known))}.")
+    if "calibration" in values:
+        values["calibration"] = tuple(values["calibration"])
+    return with_overrides(CompressOptions(**values), **overrides)
+
+
+def with_overrides(options: CompressOptions, **overrides: Any) -> CompressOptions:
+    """Return the options with every override that is not None put in place."""
+    return replace(options, **{k: v for k, v in overrides.items() if v is not None})
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name} '{value}' is unknown. Choose from {', '.join(choices)}.")

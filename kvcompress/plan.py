@@ -1,0 +1,156 @@
+"""The plan: what each site keeps, what it costs in bytes and is predicted to cost in nats; kv_plan.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcompress.errors import CheckpointError
+from kvcompress.model_spec import DTYPE_BYTES, Part, Site
+
+FORMAT_VERSION = 1
+PLAN_FILE = "kv_plan.json"
+REPORT_FILE = "report.json"
+
+#: Tokens leave the recent window in blocks of this size (fewer where the window is smaller).
+ENCODE_BLOCK = 32
+
+Form = str  # "coded" or "folded"
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """What one site keeps. `bits` are those of each kept number; an exact site has no maps and keeps everything."""
+
+    layer: int
+    part: Part
+    basis: str
+    rank: int
+    width: int
+    bits: int
+    predicted_loss: float
+    #: Numbers that are mixed together; a component's maps are two vectors of this width.
+    block_width: int
+    #: Cached after RoPE, because the basis commutes with it; otherwise keys are un-rotated, encoded and rebuilt.
+    rotated: bool
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer, self.part)
+
+    @property
+    def exact(self) -> bool:
+        return self.rank == self.width
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.rank * self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compressed cache, fully described. Sizes in bytes, losses in nats a token."""
+
+    form: Form
+    source: str
+    source_fingerprint: str
+    architecture: str
+    dtype: str
+    sites: tuple[SitePlan, ...]
+    sinks: int
+    recent: int
+    options: dict[str, Any]
+    calibration: dict[str, Any]
+    #: Whether predicted losses are nats (measured Fisher information) or only relative numbers.
+    loss_in_nats: bool
+    maps_bytes: int
+    weight_bytes: int
+
+    @property
+    def n_layers(self) -> int:
+        return max(s.layer for s in self.sites) + 1
+
+    @property
+    def original_bytes_per_token(self) -> int:
+        return sum(s.width for s in self.sites) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def compressed_bytes_per_token(self) -> int:
+        return sum(s.bits_per_token for s in self.sites) // 8
+
+    @property
+    def keep(self) -> float:
+        """The share of the cache's bytes that remains for tokens beyond the window."""
+        return self.compressed_bytes_per_token / self.original_bytes_per_token
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(s.predicted_loss for s in self.sites)
+
+    @property
+    def encode_block(self) -> int:
+        return max(1, min(ENCODE_BLOCK, self.recent))
+
+    @property
+    def rebuilds_keys(self) -> bool:
+        """Whether token positions must be kept, to rotate rebuilt keys."""
+        return self.form == "coded" and any(s.part == "key" and not s.rotated and not s.exact for s in self.sites)
+
+    def n_encoded(self, n_tokens: int) -> int:
+        """Return how many of a sequence's tokens are stored encoded: whole blocks older than the recent window."""
+        block = self.encode_block
+        return max(0, n_tokens - self.recent) // block * block
+
+    def cache_bytes(self, n_tokens: int, *, exact_number_bytes: int | None = None) -> int:
+        """Return the bytes that the cache of one sequence of n_tokens takes: latents, sinks, window and positions.
+
+        exact_number_bytes: bytes of one number of the sinks and the window; that of the model's dtype by default
+        (a bf16 checkpoint run in float32 keeps them in 4 bytes). Positions take 4 bytes a token, once for all layers.
+        """
+        size = exact_number_bytes or DTYPE_BYTES[self.dtype]
+        if self.form == "folded":
+            return n_tokens * sum(s.rank for s in self.sites) * size
+        encoded = self.n_encoded(n_tokens)
+        whole_layers = {s.layer for s in self.sites} - {s.layer for s in self.sites if not s.exact}
+        total = 4 * n_tokens if self.rebuilds_keys else 0
+        for s in self.sites:
+            if s.layer in whole_layers:
+                total += n_tokens * s.width * size
+                continue
+            n_exact = n_tokens - encoded + (self.sinks if encoded else 0)
+            encoded_bytes = s.width * size if s.exact else s.bits_per_token / 8
+            total += int(encoded * encoded_bytes) + n_exact * s.width * size
+        return total
+
+    def save(self, directory: Path) -> None:
+        document = {"format_version": FORMAT_VERSION, **asdict(self)}
+        document["bytes_per_token"] = {
+            "original": self.original_bytes_per_token,
+            "compressed": self.compressed_bytes_per_token,
+        }
+        document["keep"] = self.keep
+        document["predicted_loss"] = self.predicted_loss
+        (directory / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Plan:
+        """Return the plan of a compressed checkpoint. Raises CheckpointError with what to do."""
+        file = directory / PLAN_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{directory} has no {PLAN_FILE}: it is not an output of kvcompress compress.")
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            version = document.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{file} has format version {version}; this kvcompress reads version {FORMAT_VERSION}. "
+                    "Use the kvcompress that wrote it, or compress again."
+                )
+            for derived in ("bytes_per_token", "keep", "predicted_loss"):
+                document.pop(derived)
+            document["sites"] = tuple(SitePlan(**s) for s in document["sites"])
+            return cls(**document)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error

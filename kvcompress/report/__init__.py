@@ -1,0 +1,1 @@
+"""Reports: report.json and the model card of a compressed checkpoint."""

@@ -1,0 +1,217 @@
+"""Attaching a compressed cache to a transformers model, and loading compressed checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvcompress.architectures import read_model_spec
+from kvcompress.checkpoint.maps import SiteMaps, load_maps
+from kvcompress.errors import CheckpointError, OptionError
+from kvcompress.model_spec import ModelSpec, Site
+from kvcompress.plan import Plan
+from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
+from kvcompress.runtime.cache import CompressedCache, LayerCodecs
+from kvcompress.runtime.codec import Rotary, SiteCodec
+
+ATTENTION_NAME = "kvcompress"
+
+
+class Attachment:
+    """A compressed cache attached to a model; `detach` gives the model back as it was."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> None:
+        spec = read_model_spec(model.config.to_dict())
+        _check_fit(spec, plan)
+        self.model, self.plan = model, plan
+        self.codecs = _layer_codecs(model, spec, plan, maps)
+        self._implementation = model.config._attn_implementation
+        self._handles: list[Any] = []
+        AttentionInterface.register(ATTENTION_NAME, compressed_attention)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        model.set_attn_implementation(ATTENTION_NAME)
+        for attention, codecs in zip(spec.layers, self.codecs, strict=True):
+            module: Any = model.get_submodule(attention.value.module.rpartition(".")[0])
+            module.kvcompress = AttentionState(codecs, folded=plan.form == "folded")
+            self._handles.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
+        if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
+            self._handles.append(model.register_forward_pre_hook(self._use_cache, with_kwargs=True))
+            self._generate = model.generate
+            model.generate = self._generate_compressed  # type: ignore[method-assign, assignment]
+
+    def new_cache(self) -> CompressedCache:
+        """Return an empty compressed cache for this model, to be passed as past_key_values."""
+        plan = self.plan
+        return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent, encode_block=plan.encode_block)
+
+    @contextmanager
+    def simulated(self, *, sinks: int, recent: int) -> Iterator[None]:
+        """Within the block, forwards without a cache are decode-faithful: old tokens are seen compressed."""
+        states = self._states() if self.plan.form == "coded" else []
+        for state in states:
+            state.simulation = Simulation(sinks, recent)
+        try:
+            yield
+        finally:
+            for state in states:
+                state.simulation = None
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            if hasattr(module, "kvcompress"):
+                del module.kvcompress
+        if "generate" in self.model.__dict__:
+            del self.model.generate
+        self.model.set_attn_implementation(self._implementation)
+
+    def _states(self) -> list[AttentionState]:
+        return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]  # type: ignore[misc]
+
+    def _generate_compressed(self, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or self.model.generation_config or GenerationConfig()
+        use_cache = kwargs.get("use_cache", config.use_cache)
+        if use_cache is not False and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = self.new_cache()
+        return self._generate(*args, **kwargs)
+
+    def _use_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.model.config.use_cache if use_cache is None else use_cache
+        if use_cache and not model.training and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = self.new_cache()
+        return args, kwargs
+
+
+def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
+    """Attach the maps in `directory` to a loaded model and return it; its `generate` then compresses its cache.
+
+    The model must be the one that was compressed (same architecture and sizes). `detach(model)` undoes it.
+    Raises CheckpointError if the maps are damaged or belong to another model.
+    """
+    directory = Path(directory)
+    plan = Plan.load(directory)
+    if plan.form == "folded":
+        raise OptionError(f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load({directory}).")
+    return attach_plan(model, plan, load_maps(directory))
+
+
+def attach_plan(model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> PreTrainedModel:
+    """Attach a plan and its maps to a loaded model and return the model."""
+    detach(model)
+    model.kvcompress_attachment = Attachment(model, plan, maps)  # type: ignore[assignment]
+    return model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """Return the model's Attachment. Raises OptionError if nothing is attached."""
+    attachment = model.__dict__.get("kvcompress_attachment")
+    if attachment is None:
+        raise OptionError("the model has no compressed cache attached. Use kvcompress.load or kvcompress.attach.")
+    return attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Give an attached model back as it was; does nothing for any other."""
+    attachment = model.__dict__.pop("kvcompress_attachment", None)
+    if attachment is not None:
+        attachment.detach()
+
+
+def load(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Return a transformers model whose `generate` uses the compressed cache of `directory` by itself.
+
+    base: the original checkpoint, for an output that holds only maps; the recorded source by default.
+    Raises CheckpointError if files are missing, damaged, or belong to another model.
+    """
+    directory = Path(directory)
+    plan, maps = Plan.load(directory), load_maps(directory)
+    if plan.form == "folded":
+        model = _load_folded(directory, plan, maps, dtype)
+    else:
+        weights = str(directory if (directory / "config.json").is_file() else base or plan.source)
+        if Path(weights).is_absolute() and not Path(weights).is_dir():
+            raise CheckpointError(
+                f"{directory} holds only maps, and their source {weights} is not here. Name the original with --base."
+            )
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
+    return attach_plan(model.to(device).eval(), plan, maps)
+
+
+def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype: torch.dtype | str) -> PreTrainedModel:
+    """Return the model with its smaller k_proj and v_proj in place."""
+    from safetensors.torch import load_file
+
+    config = AutoConfig.from_pretrained(directory)
+    wanted = getattr(torch, plan.dtype) if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    spec = read_model_spec(config.to_dict())
+    for site in maps:
+        projection = spec.layers[site.layer].projection(site.part)
+        parent, _, name = projection.module.rpartition(".")
+        full: Any = model.get_submodule(projection.module)
+        rank = maps[site].encoder.shape[0]
+        folded = nn.Linear(full.in_features, rank, bias=full.bias is not None, dtype=wanted)
+        setattr(model.get_submodule(parent), name, folded)
+    state: dict[str, Any] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        state.update(load_file(file))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        name = next(iter([*unexpected, *(set(missing) - tied)]))
+        raise CheckpointError(f"{directory}: tensor {name} does not fit the folded model. Compress again.")
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _layer_codecs(
+    model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
+) -> list[LayerCodecs]:
+    device = next(model.parameters()).device
+    latent_dtype = torch.float32 if plan.dtype == "float32" else torch.float16
+    plans = {s.site: s for s in plan.sites}
+    embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
+    layers = []
+    for attention in spec.layers:
+        codecs: dict[str, SiteCodec | None] = {}
+        for part in ("key", "value"):
+            site = Site(attention.layer, part)  # type: ignore[arg-type]
+            if plans[site].exact:
+                codecs[part] = None
+                continue
+            if site not in maps or len(maps[site].block) != plans[site].rank:
+                raise CheckpointError(f"the maps of {site} do not match {plans[site].rank} components of the plan.")
+            codecs[part] = SiteCodec(maps[site], device, latent_dtype)
+        rotated = plans[Site(attention.layer, "key")].rotated or codecs["key"] is None
+        rotary = None if rotated else Rotary(embedding.inv_freq.to(device), float(embedding.attention_scaling))
+        layers.append(
+            LayerCodecs(codecs["key"], codecs["value"], rotary, attention.n_kv_heads, attention.head_dim)
+        )
+    return layers
+
+
+def _check_fit(spec: ModelSpec, plan: Plan) -> None:
+    widths = {site: spec.width(site) for site in spec.sites}
+    planned = {s.site: s.width for s in plan.sites}
+    if spec.architecture != plan.architecture or widths != planned:
+        raise CheckpointError(
+            f"the maps were made for a {plan.architecture} model with {plan.n_layers} layers; this is a "
+            f"{spec.architecture} model with {len(spec.layers)} layers, or its heads differ. Attach them to their own model."
+        )

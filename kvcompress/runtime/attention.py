@@ -1,0 +1,233 @@
+"""Attention over a compressed cache: a readable torch reference for CPU and GPU.
+
+Three cases. A cache that holds no latents yet: the model's own scaled-dot-product attention on exact keys and
+values. Latents: tile by tile with an online softmax, so that never more than one tile is decoded. No cache, with
+`simulation` set: the decode-faithful evaluation, all queries of a text at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs
+
+#: Latent tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
+TILE_TOKENS = 2048
+#: Queries scored at once in a simulation.
+_SIMULATED_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Decode-faithful evaluation: which keys a query sees exactly (the first `sinks`, and `recent` tokens back)."""
+
+    sinks: int
+    recent: int
+
+
+@dataclass
+class AttentionState:
+    """What the attention function must know of the layer it is called for; set by a hook before each forward."""
+
+    codecs: LayerCodecs
+    layer: CompressedLayer | None = None
+    positions: Tensor | None = None
+    simulation: Simulation | None = None
+    folded: bool = False
+
+
+def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: note its cache layer and the positions of its tokens."""
+    state: AttentionState = module.kvcompress
+    cache = kwargs.get("past_key_values")
+    hidden = args[0] if args else kwargs["hidden_states"]
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        start = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
+    state.positions = positions
+    state.layer = None
+    if isinstance(cache, CompressedCache):
+        state.layer = cache.layers[module.layer_idx]  # type: ignore[index, assignment]
+        if module.layer_idx == 0:
+            cache.tokens.append(positions, hidden.shape[0])
+
+
+def compressed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return (output [batch, n_queries, heads, head_dim], None), as transformers' attention interface asks.
+
+    query: [batch, heads, n_queries, head_dim]; key, value: what the cache's `update` returned. Registered under
+    the name "kvcompress".
+    """
+    state: AttentionState = module.kvcompress
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if state.simulation is not None and state.layer is None:
+        return simulated_attention(state, query, key, value, attention_mask, scaling), None
+    if state.folded:
+        key, value = expand_virtual_heads(state.codecs, key, value)
+    if state.layer is None or state.layer.n_encoded == 0:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    else:
+        output = tiled_attention(state.layer, query, attention_mask, scaling)
+    if state.layer is not None:
+        state.layer.evict()
+    return output, None
+
+
+def expand_virtual_heads(codecs: LayerCodecs, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of all KV heads from cached virtual heads [batch, virtual heads, n_tokens, head_dim]."""
+
+    def latents(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    full_key = key if codecs.key is None else codecs.decode_keys(latents(key), torch.empty(0)).to(key.dtype)
+    full_value = value if codecs.value is None else codecs.decode_values(latents(value)).to(value.dtype)
+    return full_key, full_value
+
+
+class OnlineSoftmax:
+    """Softmax-weighted sums over keys that arrive tile by tile (Milakov and Gimelshein, arXiv 1805.02867)."""
+
+    def __init__(self, query: Tensor) -> None:
+        """query: [batch, kv heads, rows, head_dim], scaled, float32."""
+        self.query = query
+        self.top = query.new_full(query.shape[:3], float("-inf"))
+        self.total = query.new_zeros(query.shape[:3])
+        self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def add(self, keys: Tensor, bias: Tensor, values: Tensor, into: str) -> None:
+        """Add a tile. keys: [batch, kv heads, t, head_dim]; bias: [batch, 1, rows, t], -inf where masked.
+
+        values: [batch, kv heads or 1, t, any width]; sums of different widths go into different names.
+        """
+        scores = self.query @ keys.transpose(-1, -2) + bias
+        top = torch.maximum(self.top, scores.amax(-1))
+        safe = top.masked_fill(top == float("-inf"), 0.0)  # a row that has seen no key yet
+        shrink = (self.top - safe).exp()
+        weights = (scores - safe.unsqueeze(-1)).exp()
+        for name in self.sums:
+            self.sums[name] *= shrink.unsqueeze(-1)
+            self.weights[name] *= shrink
+        self.sums[into] = self.sums.get(into, 0) + weights @ values
+        self.weights[into] = self.weights.get(into, 0) + weights.sum(-1)
+        self.total = self.total * shrink + weights.sum(-1)
+        self.top = top
+
+
+def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return attention over latents, sinks and recent tokens: [batch, n_queries, heads, head_dim].
+
+    query: [batch, heads, n_queries, head_dim]; mask: [batch, 1, n_queries, n_tokens], bool or additive, or None
+    where every query sees every token.
+    """
+    batch, n_heads, n_queries, head_dim = query.shape
+    codecs, n_encoded, n_tokens = layer.codecs, layer.n_encoded, layer.get_seq_length()
+    groups = n_heads // codecs.n_kv_heads
+    rows = query.float().reshape(batch, codecs.n_kv_heads, groups * n_queries, head_dim) * scaling
+    bias = _additive(mask, batch, n_queries, n_tokens, query.device)
+    softmax = OnlineSoftmax(rows)
+
+    def tile_bias(part: Tensor) -> Tensor:
+        return part.repeat(1, 1, groups, 1)
+
+    # Decoding a tile's values costs n_tokens * n * R, summing in the latent heads * n_queries * R: take the cheaper.
+    in_latent = codecs.value is not None and n_heads * n_queries <= codecs.n_kv_heads * head_dim
+    assert layer.key_latents is not None and layer.value_latents is not None  # n_encoded > 0
+    sink_slots = layer.tokens.sink_slots()
+    old_bias = bias[..., :n_encoded].clone()
+    in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, 1, n_queries, -1)
+    is_encoded = (sink_slots < n_encoded)[:, None, None]
+    if sink_slots.numel():
+        sink_bias = old_bias.gather(-1, in_cache).masked_fill(~is_encoded, float("-inf"))
+        old_bias = _mask_slots(old_bias, in_cache, is_encoded)
+        softmax.add(layer.sink_keys.float(), tile_bias(sink_bias), layer.sink_values.float(), "exact")  # type: ignore[union-attr]
+    for start in range(0, n_encoded, TILE_TOKENS):
+        stop = min(start + TILE_TOKENS, n_encoded)
+        keys = codecs.decode_keys(layer.key_latents[:, start:stop], layer.tokens.positions[:, start:stop])
+        latents = layer.value_latents[:, start:stop]
+        values = latents.float().unsqueeze(1) if in_latent else codecs.decode_values(latents)
+        softmax.add(keys, tile_bias(old_bias[..., start:stop]), values, "latent" if in_latent else "exact")
+    if layer.keys.shape[2]:
+        softmax.add(layer.keys.float(), tile_bias(bias[..., n_encoded:]), layer.values.float(), "exact")
+    output = softmax.sums.get("exact", torch.zeros_like(rows))
+    if in_latent:
+        output = output + _decode_sums(codecs, softmax.sums["latent"], softmax.weights["latent"])
+    output = output / softmax.total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return output.reshape(batch, n_heads, n_queries, head_dim).transpose(1, 2).to(query.dtype)
+
+
+def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_i w_i x^_i [batch, kv heads, rows, head_dim] from sum_i w_i z_i [..., R] and sum_i w_i."""
+    assert codecs.value is not None
+    decoded = codecs.value.decode_linear(sums)
+    if codecs.value.mean is not None:
+        decoded = decoded + weights.unsqueeze(-1) * codecs.value.mean
+    per_head = decoded.unflatten(-1, (codecs.n_kv_heads, codecs.head_dim))  # [batch, kv heads, rows, kv heads, head_dim]
+    return per_head.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _mask_slots(bias: Tensor, slots: Tensor, which: Tensor) -> Tensor:
+    """Set bias to -inf at `slots` where `which` holds."""
+    current = bias.gather(-1, slots)
+    return bias.scatter(-1, slots, torch.where(which, float("-inf"), current))
+
+
+def _additive(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:
+    """Return a float32 mask [batch, 1, n_queries, n_tokens]: 0 where a query may look, -inf where not."""
+    if mask is None:
+        return torch.zeros(batch, 1, n_queries, n_tokens, device=device)
+    mask = mask[..., :n_tokens].expand(batch, 1, n_queries, n_tokens)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    mask = mask.float()
+    return mask.masked_fill(mask <= torch.finfo(torch.float16).min, float("-inf"))
+
+
+def simulated_attention(
+    state: AttentionState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
+
+    Query t sees key s exactly if s is a sink or t - s < max(recent, 1), and decoded from its latent otherwise.
+    """
+    assert state.simulation is not None and state.positions is not None
+    codecs, n_tokens = state.codecs, key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    coded_key = codecs.decode_keys(codecs.encode_keys(key, state.positions), state.positions)
+    coded_value = codecs.decode_values(codecs.encode_values(value))
+    keys = [k.float().repeat_interleave(groups, 1).transpose(-1, -2) for k in (key, coded_key)]
+    values = [v.float().repeat_interleave(groups, 1) for v in (value, coded_value)]
+    place = torch.arange(n_tokens, device=query.device)
+    outputs = []
+    for start in range(0, n_tokens, _SIMULATED_QUERIES):
+        stop = min(start + _SIMULATED_QUERIES, n_tokens)
+        distance = place[start:stop, None] - place[None, :stop]
+        exact = (place[None, :stop] < state.simulation.sinks) | (distance < max(state.simulation.recent, 1))
+        rows = query[:, :, start:stop].float() * scaling
+        scores = torch.where(exact, rows @ keys[0][..., :stop], rows @ keys[1][..., :stop])
+        if mask is None:
+            scores = scores.masked_fill(distance < 0, float("-inf"))
+        else:
+            scores = scores + _additive(mask[:, :, start:stop, :stop], len(query), stop - start, stop, query.device)
+        weights = scores.softmax(-1)
+        outputs.append(
+            (weights * exact) @ values[0][:, :, :stop] + (weights * ~exact) @ values[1][:, :, :stop]
+        )
+    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
