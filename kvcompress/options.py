@@ -82,7 +82,8 @@ def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
     if unknown:
         raise OptionError(f"recipe {file} has an unknown key '{unknown[0]}'. Known keys: {', '.join(sorted(known))}.")
     if "calibration" in values:
-        values["calibration"] = tuple(values["calibration"])
+        texts = values["calibration"]
+        values["calibration"] = (texts,) if isinstance(texts, str) else tuple(texts)
     return with_overrides(CompressOptions(**values), **overrides)
 
 

@@ -152,5 +152,5 @@ class Plan:
                 document.pop(derived)
             document["sites"] = tuple(SitePlan(**s) for s in document["sites"])
             return cls(**document)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error

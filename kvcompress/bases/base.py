@@ -15,6 +15,8 @@ from kvcompress.model_spec import AttentionSpec, Part
 _FISHER_RIDGE = 1e-2
 #: Components with less than this share of the largest variance keep their scale instead of being blown up to 1.
 _VARIANCE_FLOOR = 1e-8
+#: No encoder entry grows beyond about this, so that float16 maps hold it even where the variance is 0.
+_ENCODER_LIMIT = 1e3
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def whitened_eigenbasis(covariance: Tensor, fisher: Tensor) -> tuple[Tensor, Ten
     whitened = root @ covariance @ root
     energy, u = torch.linalg.eigh((whitened + whitened.mH) / 2)
     energy, u = energy.flip(1).clamp_min(0), u.flip(2)
-    floor = (_VARIANCE_FLOOR * energy[:, :1]).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
+    floor = (_VARIANCE_FLOOR * energy[:, :1]).maximum((values.amax(1, keepdim=True) / _ENCODER_LIMIT).square())
     deviation = energy.maximum(floor).sqrt()
     encoder = (u / deviation.unsqueeze(1)).mH @ root
     decoder = inverse_root @ (u * deviation.unsqueeze(1))

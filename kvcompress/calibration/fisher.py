@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompress.calibration.attention import FarTaps, split_attention
 from kvcompress.calibration.moments import Moments
 from kvcompress.errors import CalibrationError
-from kvcompress.model_spec import PARTS, AttentionSpec, ModelSpec, Site
+from kvcompress.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
 _LOGIT_ROWS = 256
@@ -34,14 +36,15 @@ def collect_moments(
     moments: Moments,
     *,
     sinks: int,
+    recent: int,
     seed: int,
     partial_file: Path | None = None,
     progress: Progress | None = None,
 ) -> Moments:
     """Add every window from `moments.n_windows` on to `moments` and return it.
 
-    windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums,
-    since the cache keeps them exact. Labels are sampled from the model, seeded per window, so a resumed pass
+    windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
+    gradients count only queries at least `recent` tokens later, since the cache keeps those exact. Labels are sampled from the model, seeded per window, so a resumed pass
     gives the sums of an unbroken one. With `partial_file` the sums are saved now and then (at most 5% of the
     time). Raises CalibrationError if the model's activations or gradients are not finite.
     """
@@ -49,33 +52,52 @@ def collect_moments(
     model.requires_grad_(False)
     done = moments.n_windows
     last_save, save_seconds = time.monotonic(), 0.5
-    for index in range(done, len(windows)):
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-        _add_window(model, spec, windows[index : index + 1].to(device), moments, sinks, generator)
-        moments.n_windows = index + 1
-        if progress:
-            progress((index + 1) * windows.shape[1], windows.numel())
-        if partial_file and time.monotonic() - last_save > 20 * save_seconds:
-            started = time.monotonic()
-            moments.save(partial_file)
-            last_save = time.monotonic()
-            save_seconds = last_save - started
+    with split_attention(model, recent) as taps:
+        for index in range(done, len(windows)):
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
+            _add_window(model, spec, windows[index : index + 1].to(device), moments, sinks, generator, taps)
+            moments.n_windows = index + 1
+            if progress:
+                progress((index + 1) * windows.shape[1], windows.numel())
+            if partial_file and time.monotonic() - last_save > 20 * save_seconds:
+                started = time.monotonic()
+                moments.save(partial_file)
+                last_save = time.monotonic()
+                save_seconds = last_save - started
     _check_finite(moments)
     return moments
 
 
 def _add_window(
-    model: Any, spec: ModelSpec, ids: Tensor, moments: Moments, sinks: int, generator: torch.Generator
+    model: Any,
+    spec: ModelSpec,
+    ids: Tensor,
+    moments: Moments,
+    sinks: int,
+    generator: torch.Generator,
+    taps: FarTaps,
 ) -> None:
     decoder = model.get_decoder()
+    rotary = Rotary.of(model)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     with _saved_inputs(decoder) as (inputs, final):
         with torch.no_grad():
             decoder(input_ids=ids, use_cache=False)
     gradient = _head_gradient(model, decoder, final[0], generator)
     for attention in reversed(spec.layers):
-        args, kwargs = inputs[attention.layer]
+        layer_input = inputs[attention.layer]
         inputs[attention.layer] = None
-        gradient = _layer_backward(model, decoder, attention, args, kwargs, gradient, moments, sinks)
+        with _tapped(model, attention) as outputs:
+            gradient, key_gradient, value_gradient = _layer_backward(
+                decoder.layers[attention.layer], layer_input, gradient, taps
+            )
+        if attention.rotary_dim:  # d/d(key before RoPE) = scale R^T d/d(key after); unrotate divides by the scale
+            key_gradient = rotary.unrotate(key_gradient, positions) * rotary.scale**2
+        for part, g in (("key", key_gradient), ("value", value_gradient)):
+            projection = attention.projection(part)  # type: ignore[arg-type]
+            x = outputs[projection.module].detach().flatten(2)[0, sinks:, projection.start : projection.stop]
+            g = g.transpose(1, 2).flatten(2)[0, sinks:].double() / _scale(gradient.dtype)
+            moments.sites[Site(attention.layer, part)].add(x, g)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -124,34 +146,18 @@ def _head_gradient(model: Any, decoder: Any, hidden: Tensor, generator: torch.Ge
 
 
 def _layer_backward(
-    model: nn.Module,
-    decoder: Any,
-    attention: AttentionSpec,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    gradient: Tensor,
-    moments: Moments,
-    sinks: int,
-) -> Tensor:
-    """Recompute one layer, add its two sites' x and dL/dx to the moments, and return dL/d(its input)."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    hidden = hidden.detach().requires_grad_(True)
-    call_args, call_kwargs = (
-        ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
-    )
-    with _tapped(model, attention) as taps, torch.enable_grad():
-        output = decoder.layers[attention.layer](*call_args, **call_kwargs)
+    layer: nn.Module, layer_input: tuple[tuple[Any, ...], dict[str, Any]], gradient: Tensor, taps: FarTaps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Recompute one layer and return dL/d(its input), dL/d(far keys after RoPE) and dL/d(far values)."""
+    args, kwargs = layer_input
+    hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
+    with torch.enable_grad():
+        output = layer(hidden, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": hidden})
     output = output[0] if isinstance(output, tuple) else output
-    modules = list(taps)
-    grads = torch.autograd.grad(output, [hidden, *(taps[m] for m in modules)], gradient)
-    by_module = dict(zip(modules, grads[1:], strict=True))
-    for part in PARTS:
-        projection = attention.projection(part)
-        columns = slice(projection.start, projection.stop)
-        x = taps[projection.module].detach().flatten(2)[0, sinks:, columns]
-        g = by_module[projection.module].flatten(2)[0, sinks:, columns]
-        moments.sites[Site(attention.layer, part)].add(x, g.double() / _scale(g.dtype))
-    return grads[0]
+    assert taps.key is not None and taps.value is not None
+    grads = torch.autograd.grad(output, [hidden, taps.key, taps.value], gradient)
+    taps.key = taps.value = None
+    return grads[0], grads[1], grads[2]
 
 
 @contextmanager

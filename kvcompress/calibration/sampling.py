@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: Sequences sampled side by side; the cache of one batch is what bounds it.
-_BATCH = 16
+_BATCH = 32
 
 
 def sample_windows(

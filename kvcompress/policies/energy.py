@@ -22,7 +22,7 @@ class Energy(Policy):
         def cost(items: list[int]) -> int:
             return sum(int(c.numbers[:r].sum()) for c, r in zip(curves, items, strict=True))
 
-        low, high = 0.0, 1.0
+        low, high = 0.0, max(1.0, *(float(f.max()) for f in fractions))  # above 1 where an energy is negative (`share`)
         if cost(kept(low)) <= budget:
             return kept(low)
         for _ in range(100):  # halves the interval down to float resolution

@@ -17,9 +17,10 @@ from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.model_spec import ModelSpec, Site
 from kvcompress.plan import Plan
+from kvcompress.rope import Rotary
 from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
 from kvcompress.runtime.cache import CompressedCache, LayerCodecs
-from kvcompress.runtime.codec import Rotary, SiteCodec
+from kvcompress.runtime.codec import SiteCodec
 
 ATTENTION_NAME = "kvcompress"
 
@@ -157,7 +158,8 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
     from safetensors.torch import load_file
 
     config = AutoConfig.from_pretrained(directory)
-    wanted = getattr(torch, plan.dtype) if dtype == "auto" else dtype
+    name = plan.dtype if dtype == "auto" else dtype
+    wanted = getattr(torch, name) if isinstance(name, str) else name
     model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     spec = read_model_spec(config.to_dict())
     for site in maps:
@@ -187,7 +189,6 @@ def _layer_codecs(
     device = next(model.parameters()).device
     latent_dtype = torch.float32 if plan.dtype == "float32" else torch.float16
     plans = {s.site: s for s in plan.sites}
-    embedding: Any = getattr(model.get_decoder(), "rotary_emb", None)
     layers = []
     for attention in spec.layers:
         codecs: dict[str, SiteCodec | None] = {}
@@ -200,7 +201,7 @@ def _layer_codecs(
                 raise CheckpointError(f"the maps of {site} do not match {plans[site].rank} components of the plan.")
             codecs[part] = SiteCodec(maps[site], device, latent_dtype)
         rotated = plans[Site(attention.layer, "key")].rotated or codecs["key"] is None
-        rotary = None if rotated else Rotary(embedding.inv_freq.to(device), float(embedding.attention_scaling))
+        rotary = None if rotated else Rotary.of(model)
         layers.append(
             LayerCodecs(codecs["key"], codecs["value"], rotary, attention.n_kv_heads, attention.head_dim)
         )

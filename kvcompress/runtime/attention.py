@@ -184,9 +184,9 @@ def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
 
 
 def _mask_slots(bias: Tensor, slots: Tensor, which: Tensor) -> Tensor:
-    """Set bias to -inf at `slots` where `which` holds."""
+    """Set bias to -inf at `slots` where `which` holds; a slot may be named more than once."""
     current = bias.gather(-1, slots)
-    return bias.scatter(-1, slots, torch.where(which, float("-inf"), current))
+    return bias.scatter_reduce(-1, slots, torch.where(which, float("-inf"), current), "amin")
 
 
 def _additive(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:

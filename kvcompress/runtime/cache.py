@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcompress.runtime.codec import Rotary, SiteCodec
+from kvcompress.rope import Rotary
+from kvcompress.runtime.codec import SiteCodec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class SiteCodec:
 
     def __init__(self, maps: SiteMaps, device: torch.device, latent_dtype: torch.dtype) -> None:
         n_blocks, width = maps.blocks.shape
-        block = maps.block.cpu()
+        block = maps.block.long().cpu()
         counts = torch.bincount(block, minlength=n_blocks)
         slots = int(counts.max()) if len(block) else 0
         # slot of a component among those of its block, in file order
@@ -29,11 +29,11 @@ class SiteCodec:
         encoder[block, slot] = maps.encoder.float().cpu()
         decoder[block, slot] = maps.decoder.float().cpu()
         place = torch.empty(n_blocks * width, dtype=torch.long)
-        place[maps.blocks.flatten().cpu()] = torch.arange(n_blocks * width)
+        place[maps.blocks.flatten().long().cpu()] = torch.arange(n_blocks * width)
         self.n_components = len(block)
         self.latent_dtype = latent_dtype
         self.encoder, self.decoder = encoder.to(device), decoder.to(device)
-        self._gather = maps.blocks.flatten().to(device)  # blocks' order -> numbers of x
+        self._gather = maps.blocks.flatten().long().to(device)  # blocks' order -> numbers of x
         self._place = place.to(device)  # number of x -> its place in the blocks' order
         self._component = (block * slots + slot).to(device)
         self._shape = (n_blocks, slots, width)
@@ -45,7 +45,8 @@ class SiteCodec:
         n_blocks, slots, width = self._shape
         blocked = x[..., self._gather].unflatten(-1, (n_blocks, width))
         z = torch.einsum("...bw,bsw->...bs", blocked, self.encoder)
-        return z.flatten(-2)[..., self._component].to(self.latent_dtype)
+        limit = torch.finfo(self.latent_dtype).max  # a token far outside the calibration must not become inf or NaN
+        return z.flatten(-2)[..., self._component].clamp(-limit, limit).to(self.latent_dtype)
 
     def decode_linear(self, z: Tensor) -> Tensor:
         """z: [..., n_components] -> D z [..., n], float32, without the mean."""
@@ -59,34 +60,3 @@ class SiteCodec:
         """z: [..., n_components] -> x^ [..., n], float32."""
         x = self.decode_linear(z)
         return x if self.mean is None else x + self.mean
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat([-x[..., half:], x[..., :half]], -1)
-
-
-class Rotary:
-    """RoPE of a model, recomputed in float32 from its own frequencies, so that keys can be un-rotated later."""
-
-    def __init__(self, inv_freq: Tensor, scale: float) -> None:
-        """inv_freq: [rotary_dim / 2]; scale: the attention factor by which the model multiplies cos and sin."""
-        self.inv_freq, self.scale = inv_freq.float(), scale
-
-    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [batch, n_tokens] -> cos, sin [batch, 1, n_tokens, rotary_dim], without the scale."""
-        angles = positions[:, None, :, None].float() * self.inv_freq.to(positions.device)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x: [batch, heads, n_tokens, head_dim] before RoPE -> after, float32."""
-        cos, sin = self.cos_sin(positions)
-        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :].float()
-        return torch.cat([(rotated * cos + rotate_half(rotated) * sin) * self.scale, rest], -1)
-
-    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
-        cos, sin = self.cos_sin(positions)
-        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :].float()
-        return torch.cat([(rotated * cos - rotate_half(rotated) * sin) / self.scale, rest], -1)

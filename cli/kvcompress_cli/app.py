@@ -1,0 +1,60 @@
+"""The app: its commands, `--version`, and the entry point."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from kvcompress_cli.compress import compress
+from kvcompress_cli.demo import demo
+from kvcompress_cli.eval import evaluate
+from kvcompress_cli.failures import OneLineFailures
+from kvcompress_cli.generate import generate
+from kvcompress_cli.inspect import inspect
+from kvcompress_cli.report import report
+
+app = typer.Typer(
+    name="kvcompress",
+    cls=OneLineFailures,
+    help="Make the KV cache of a trained LLM several times smaller, without retraining, and run the result.",
+    epilog="Begin with: kvcompress demo",
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
+app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.5 --calibration notes.txt")(compress)
+app.command(epilog="Example: kvcompress report ./small")(report)
+app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
+app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a time" --max-new-tokens 100')(generate)
+app.command(epilog="Example: kvcompress demo --keep 0.25")(demo)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from kvcompress import __version__
+
+        typer.echo(f"kvcompress {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the app as its own process, where the libraries' warnings and progress bars may be turned off.
+
+    Environment variables that are set, and warnings asked for with -W, are left alone.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    app()

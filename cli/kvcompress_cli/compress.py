@@ -1,0 +1,200 @@
+"""`kvcompress compress`: a recipe and flags -> options -> a compressed checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress.options import (
+    KEY_BASES,
+    METRICS,
+    POLICY_NAMES,
+    VALUE_BASES,
+    CompressOptions,
+    load_recipe,
+    with_overrides,
+)
+from kvcompress_cli import flags, terminal
+
+if TYPE_CHECKING:
+    from kvcompress.pipeline import CompressionResult
+
+_DEFAULTS = CompressOptions()
+_CACHE = "What is kept"
+_TEXT = "Calibration"
+_FORM = "Output"
+
+
+def _option(name: str, help: str, panel: str, **settings: Any) -> Any:
+    """Return an option for a field of CompressOptions: not given means the recipe's value, or the default shown."""
+    default = getattr(_DEFAULTS, name)
+    shown = {"show_default": str(default)} if default not in (None, ()) and default is not False else {}
+    return typer.Option(help=help, rich_help_panel=panel, **(shown | settings))
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return f"One of {', '.join(choices)}."
+
+
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist yet.")],
+    keep: Annotated[float | None, _option("keep", "Share of the cache's bytes that remains.", _CACHE)] = None,
+    key_basis: Annotated[str | None, _option("key_basis", _one_of(KEY_BASES), _CACHE)] = None,
+    value_basis: Annotated[str | None, _option("value_basis", _one_of(VALUE_BASES), _CACHE)] = None,
+    group: Annotated[
+        int | None,
+        _option("group", "KV heads in a block of latent.", _CACHE, show_default="maps within 3% of the weights"),
+    ] = None,
+    band: Annotated[int | None, _option("band", "Channels of each head in a block of band.", _CACHE)] = None,
+    policy: Annotated[
+        str | None, _option("policy", f"How layers share the budget. {_one_of(POLICY_NAMES)}", _CACHE)
+    ] = None,
+    layers: Annotated[
+        str | None, _option("layers", "Layers that policy middle compresses: half, deep or START:STOP.", _CACHE)
+    ] = None,
+    metric: Annotated[
+        str | None,
+        _option("metric", f"What an error costs. {_one_of(METRICS)} Predicted losses are nats with fisher.", _CACHE),
+    ] = None,
+    ranks_only: Annotated[
+        bool,
+        typer.Option(
+            "--ranks-only", help="16-bit components only: what this version always does.", rich_help_panel=_CACHE
+        ),
+    ] = False,
+    sinks: Annotated[int | None, _option("sinks", "First tokens that stay exact.", _CACHE)] = None,
+    recent: Annotated[int | None, _option("recent", "Latest tokens that stay exact.", _CACHE)] = None,
+    calibration: Annotated[
+        list[str] | None,
+        _option(
+            "calibration",
+            "A text file, JSONL, directory, datasets id, builtin:prose, builtin:code or self. Repeat it to mix texts.",
+            _TEXT,
+            metavar="TEXT",
+            show_default="builtin:prose and builtin:code",
+        ),
+    ] = None,
+    no_calibration: Annotated[
+        bool,
+        typer.Option("--no-calibration", help="Data-free, from the weights alone; far worse.", rich_help_panel=_TEXT),
+    ] = False,
+    tokens: Annotated[int | None, _option("tokens", "Tokens of text to calibrate on.", _TEXT)] = None,
+    seq_len: Annotated[int | None, _option("seq_len", "Tokens in a window of text.", _TEXT)] = None,
+    seed: Annotated[int | None, _option("seed", "Seed of everything that is sampled.", _TEXT)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a calibration that was killed.", rich_help_panel=_TEXT)
+    ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with these choices; flags override it.", metavar="R.toml", rich_help_panel=_FORM),
+    ] = None,
+    folded: Annotated[
+        bool | None,
+        _option("folded", "Fold the encoders into k_proj and v_proj (head, share or frequency keys).", _FORM),
+    ] = None,
+    maps_only: Annotated[
+        bool | None, _option("maps_only", "Write only the maps, to be attached to the original.", _FORM)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    json: flags.Json = False,
+) -> None:
+    """Compress the KV cache of MODEL and write the result to OUT, whole or not at all.
+
+    What was measured on the text stays beside OUT, so that another budget or policy takes seconds.
+    """
+    chosen = {
+        name: value
+        for name, value in locals().items()
+        if name in CompressOptions.__dataclass_fields__ and name not in ("calibration", "metric")
+    }
+    options = choose_options(
+        recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
+    )
+    result = run(model, output, options, device=device, dtype=dtype, resume=resume, force=force)
+    if json:
+        terminal.print_json(result_document(result))
+    else:
+        _print(result)
+
+
+def choose_options(
+    recipe: Path | None,
+    *,
+    calibration: tuple[str, ...] | None,
+    no_calibration: bool,
+    metric: str | None,
+    **chosen: Any,
+) -> CompressOptions:
+    """Return the recipe's options, or the defaults, with what was chosen (not None) on top. Raises OptionError."""
+    from kvcompress.errors import OptionError
+
+    if no_calibration and metric not in (None, "weights"):
+        raise OptionError(f"--no-calibration cannot measure the metric {metric}. Leave out one of the two.")
+    overrides = chosen | {"calibration": calibration, "metric": "weights" if no_calibration else metric}
+    options = load_recipe(recipe, **overrides) if recipe else with_overrides(CompressOptions(), **overrides)
+    if calibration and options.metric == "weights":
+        raise OptionError("metric weights reads no text, so --calibration would do nothing. Choose --metric fisher.")
+    return options
+
+
+def run(
+    model: str,
+    output: Path,
+    options: CompressOptions,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+) -> CompressionResult:
+    """Return compress()'s result, with progress on stderr."""
+    from kvcompress.checkpoint.writer import check_target
+
+    check_target(output, force=force)  # before the seconds that importing torch takes
+    from kvcompress.pipeline import compress as compress_checkpoint
+    from kvcompress_cli.loading import check_dtype, resolve_device
+    from kvcompress_cli.progress import stage_progress
+
+    resolve_device(device)
+    check_dtype(dtype)
+    with stage_progress() as progress:
+        return compress_checkpoint(
+            model, output, options, device=device, dtype=dtype, resume=resume, force=force, progress=progress
+        )
+
+
+def result_document(result: CompressionResult) -> dict[str, Any]:
+    """Return what --json prints."""
+    from kvcompress.report.document import summary
+
+    figures = summary(result.plan)
+    layers: list[dict[str, Any]] = [{"layer": i} for i in range(result.plan.n_layers)]
+    for site in result.plan.sites:
+        layers[site.layer][site.part] = {"rank": site.rank, "width": site.width}
+    return {
+        "keep": figures["keep"],
+        "bytes_per_token": figures["bytes_per_token"],
+        "predicted_loss_nats": figures["predicted_loss_nats"],
+        "layers": layers,
+        "seconds": result.seconds,
+        "output": str(result.output),
+    }
+
+
+def _print(result: CompressionResult) -> None:
+    from kvcompress.report.document import summary
+    from kvcompress_cli.report import add_budget
+
+    grid = terminal.facts()
+    add_budget(grid, summary(result.plan))
+    typer.echo(f"wrote {result.output} ({result.plan.form} form) in {result.seconds:.1f} s\n")
+    terminal.stdout().print(grid)
+    out = shlex.quote(str(result.output))
+    typer.echo(f"\nkvcompress report {out}\nkvcompress eval {out} --text FILE")
+    typer.echo(f'kvcompress generate {out} --prompt "Once upon a time"')

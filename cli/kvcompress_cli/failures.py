@@ -1,0 +1,50 @@
+"""Failures that a user can mend: one line on stderr and exit code 2; anything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvcompress.errors import KVCompressError
+
+# typer carries its own copy of click since 0.26 and names only this subclass in public.
+_UsageError = typer.BadParameter.__mro__[1]
+
+
+class OneLineFailures(TyperGroup):
+    """The group of commands, which reports what goes wrong in any of them."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with one_line_failures():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_failures():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_line_failures() -> Iterator[None]:
+    """Turn a user's error within the block into one line on stderr and an exit code: 2, or 130 after Ctrl-C."""
+    try:
+        yield
+    except KVCompressError as error:
+        _print_line(str(error))
+        raise typer.Exit(2) from error
+    except _UsageError as error:
+        context = error.ctx  # type: ignore[attr-defined]
+        hint = f" See '{context.command_path} --help'." if context else ""
+        message = error.format_message().rstrip(". \n")  # type: ignore[attr-defined]
+        _print_line(f"{message}.{hint}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        _print_line("interrupted.")
+        raise typer.Exit(130) from error
+
+
+def _print_line(message: str) -> None:
+    typer.echo(f"{typer.style('error:', fg='red')} {' '.join(message.split())}", err=True)

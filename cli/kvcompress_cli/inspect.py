@@ -1,0 +1,128 @@
+"""`kvcompress inspect`: what a checkpoint's headers say about its cache, and which forms are possible."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress_cli import flags, terminal
+
+if TYPE_CHECKING:
+    from kvcompress.checkpoint.reader import Checkpoint
+    from kvcompress.model_spec import AttentionSpec, ModelSpec
+
+_KEY_NORM = "keys are normalised per head, so they are not linear in the hidden state"
+_ONE_HEAD = "one KV head: there are no heads to mix"
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.")],
+    json: flags.Json = False,
+) -> None:
+    """Show a model's layers, heads and cache bytes, and which compressed forms are possible and why not.
+
+    Of a safetensors directory only the headers are read, so it takes no time and no memory.
+    """
+    from kvcompress.checkpoint.reader import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        document = describe(checkpoint)
+    if json:
+        terminal.print_json(document)
+    else:
+        _print(document)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what --json prints. An obstacle of None means possible."""
+    from kvcompress.options import CompressOptions
+    from kvcompress.report.document import CONTEXTS
+
+    spec = checkpoint.spec
+    first, per_token = spec.layers[0], spec.cache_bytes_per_token
+    group = default_group(checkpoint, CompressOptions().keep)
+    return {
+        "source": checkpoint.source,
+        "architecture": spec.architecture,
+        "dtype": spec.dtype,
+        "layers": len(spec.layers),
+        "query_heads": first.n_heads,
+        "kv_heads": first.n_kv_heads,
+        "head_dim": first.head_dim,
+        "rotary_dim": max(a.rotary_dim for a in spec.layers),
+        "layers_without_rope": [a.layer for a in spec.layers if not a.rotary_dim],
+        "layers_with_sliding_window": [a.layer for a in spec.layers if a.sliding_window],
+        "key_norm": any(a.key_norm for a in spec.layers),
+        "weight_bytes": checkpoint.weight_bytes,
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": [{"tokens": n, "bytes": n * per_token} for n in CONTEXTS],
+        "forms": {name: _possibility(obstacle) for name, obstacle in form_obstacles(spec).items()},
+        "key_bases": {name: _possibility(obstacle) for name, obstacle in key_basis_obstacles(first).items()},
+        "latent_group": {"kv_heads": group, "block_width": group * first.head_dim},
+    }
+
+
+def form_obstacles(spec: ModelSpec) -> dict[str, str | None]:
+    """Return why each form of output cannot be made, or None where it can."""
+    folded = spec.foldable_obstacle or (_ONE_HEAD if spec.layers[0].n_kv_heads == 1 else None)
+    data_free = _KEY_NORM if any(a.key_norm for a in spec.layers) else None
+    return {"coded": None, "maps_only": None, "folded": folded, "data_free": data_free}
+
+
+def key_basis_obstacles(attention: AttentionSpec) -> dict[str, str | None]:
+    """Return why each key basis cannot make the cache smaller, or None where it can."""
+    from kvcompress.options import KEY_BASES, CompressOptions
+
+    obstacles: dict[str, str | None] = dict.fromkeys(KEY_BASES)
+    if attention.n_kv_heads == 1:
+        obstacles |= dict.fromkeys(("head", "share", "frequency"), _ONE_HEAD)
+    band = min(CompressOptions().band, attention.head_dim)
+    if attention.head_dim % band or band % 2:
+        obstacles["band"] = f"head_dim {attention.head_dim} is not a multiple of {band}: choose another --band"
+    return obstacles
+
+
+def default_group(checkpoint: Checkpoint, keep: float) -> int:
+    """Return the KV heads in a block of `latent` by default: pipeline.default_group, which imports torch."""
+    spec = checkpoint.spec
+    map_bytes = 4 if spec.dtype == "float32" else 2
+    widest = int(0.03 * checkpoint.weight_bytes / (2 * map_bytes * keep * spec.cache_numbers_per_token))
+    n_heads, head_dim = spec.layers[0].n_kv_heads, spec.layers[0].head_dim
+    groups = (g for g in range(n_heads, 0, -1) if n_heads % g == 0)
+    return next((g for g in groups if g * head_dim <= widest), 1)
+
+
+def _possibility(obstacle: str | None) -> dict[str, Any]:
+    return {"possible": obstacle is None, "why_not": obstacle}
+
+
+def _print(document: dict[str, Any]) -> None:
+    console = terminal.stdout()
+    grid = terminal.facts()
+    rotary = f"RoPE on {document['rotary_dim']} of {document['head_dim']} channels"
+    if document["layers_without_rope"]:
+        rotary += f", none in {len(document['layers_without_rope'])} of the layers"
+    if document["key_norm"]:
+        rotary += ", key norm"
+    weights = terminal.size(document["weight_bytes"])
+    heads = f"{document['query_heads']} query, {document['kv_heads']} key/value, {document['head_dim']} wide"
+    grid.add_row("model", f"{document['architecture']}, {document['dtype']}, weights of {weights}")
+    grid.add_row("layers", str(document["layers"]))
+    grid.add_row("heads", heads)
+    grid.add_row("positions", rotary)
+    grid.add_row("cache", f"{document['cache_bytes_per_token']:,} bytes a token")
+    sizes = (f"{terminal.size(c['bytes'])} at {terminal.tokens(c['tokens'])}" for c in document["cache_bytes"])
+    grid.add_row("", ", ".join(sizes))
+    if document["layers_with_sliding_window"]:
+        n_sliding = len(document["layers_with_sliding_window"])
+        grid.add_row("", f"{n_sliding} layers have a sliding window; the sizes count every token")
+    group = document["latent_group"]
+    grid.add_row("latent blocks", f"{group['kv_heads']} KV heads, {group['block_width']} numbers, by default")
+    for title, name in (("forms", "forms"), ("key bases", "key_bases")):
+        possible = [choice for choice, answer in document[name].items() if answer["possible"]]
+        grid.add_row(title, ", ".join(possible).replace("_", " " if name == "forms" else "_"))
+        for choice, answer in document[name].items():
+            if not answer["possible"]:
+                grid.add_row("", f"not {choice.replace('_', ' ')}: {answer['why_not']}")
+    console.print(grid)

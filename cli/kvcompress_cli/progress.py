@@ -1,0 +1,62 @@
+"""Progress bars on stderr, for people: nothing is drawn where stderr is not a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+#: Stages of compress() in words, and what they count.
+_STAGES = {
+    "sample": ("sampling text from the model", "tokens"),
+    "calibrate": ("calibrating", "tokens"),
+    "fit": ("fitting bases", "sites"),
+    "write": ("writing", ""),
+    "eval": ("evaluating", "windows"),
+}
+
+
+class _Rate(ProgressColumn):
+    """How far a stage is, and how fast: 12,288 of 65,536 tokens, 1,810 tokens/s."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        if not unit or task.total is None:
+            return Text("")
+        speed = task.finished_speed or task.speed
+        rate = f", {speed:,.0f} {unit}/s" if speed and unit == "tokens" else ""
+        return Text(f"{task.completed:,.0f} of {task.total:,.0f} {unit}{rate}", style="dim")
+
+
+@contextmanager
+def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback (stage, done, total) that draws one bar for each stage; all are wiped at the end.
+
+    Until the first stage reports, a moving bar says that the model is being read.
+    """
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,  # a window may take a minute on a CPU
+    )
+    with progress:
+        reading = progress.add_task("reading the model", total=None, unit="")
+        drawn: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in drawn:
+                progress.update(reading, visible=False)
+                label, unit = _STAGES[stage]
+                drawn[stage] = progress.add_task(label, total=total, unit=unit)
+            progress.update(drawn[stage], completed=done, total=total)
+
+        yield report

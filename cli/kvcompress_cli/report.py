@@ -1,0 +1,99 @@
+"""`kvcompress report`: what each layer kept, and what it is predicted to cost, from report.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompress_cli import flags, terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PARTS = ("key", "value")
+
+
+def report(output: flags.CompressedDirectory, json: flags.Json = False) -> None:
+    """Show the ranks and the predicted loss of every layer, for keys and values, and the sizes in all.
+
+    A rank is how many of a site's numbers remain for each token beyond the recent window.
+    """
+    document = read_report(output)
+    if json:
+        terminal.print_json(document)
+    else:
+        print_report(document)
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """Return the parsed report.json of a compressed checkpoint. Raises CheckpointError."""
+    from json import loads
+
+    from kvcompress.errors import CheckpointError
+    from kvcompress.plan import REPORT_FILE
+
+    file = output / REPORT_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{output} has no {REPORT_FILE}: it is not an output of kvcompress compress.")
+    try:
+        document: dict[str, Any] = loads(file.read_text(encoding="utf-8"))
+        for row in document["layers"]:
+            for part in _PARTS:
+                row[part]["rank"] + row[part]["width"] + row[part]["predicted_loss"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
+    return document
+
+
+def print_report(document: dict[str, Any]) -> None:
+    console = terminal.stdout()
+    console.print(layer_table(document, ascii_only=console.options.ascii_only))
+    console.print(totals(document))
+
+
+def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:
+    """Return a row for each layer: ranks with bars of the share kept, losses with bars relative to the largest."""
+    losses = [row[part]["predicted_loss"] for row in document["layers"] for part in _PARTS]
+    largest = max(losses) or 1.0
+    unit = "nats" if document["predicted_loss_nats"] is not None else "relative"
+    table = terminal.table(">layer", "key rank", f"loss, {unit}", "value rank", f"loss, {unit}")
+    for row in document["layers"]:
+        cells = [str(row["layer"])]
+        for part in _PARTS:
+            site = row[part]
+            ranks = f"{site['rank']}/{site['width']}"
+            kept = terminal.bar(site["rank"] / site["width"], 7, ascii_only=ascii_only)
+            cost = terminal.bar(site["predicted_loss"] / largest, 5, ascii_only=ascii_only)
+            cells += [f"{ranks:>9} [cyan]{kept}[/cyan]", f"{site['predicted_loss']:7.1e} [yellow]{cost}[/yellow]"]
+        table.add_row(*cells)
+    return table
+
+
+def totals(document: dict[str, Any]) -> Table:
+    """Return the figures of the whole model."""
+    grid = terminal.facts()
+    add_budget(grid, document)
+    for entry in document["cache_bytes"]:
+        grid.add_row(
+            f"cache at {terminal.tokens(entry['tokens'])}",
+            f"{terminal.size(entry['compressed'])} instead of {terminal.size(entry['original'])}",
+        )
+    grid.add_row("", f"with {document['sinks']} sinks and {document['recent']} recent tokens kept exact")
+    flops = document["flops_per_cached_token"]
+    grid.add_row(
+        "arithmetic",
+        f"{flops['rebuild_keys']:,} flops to rebuild a cached token's keys; "
+        f"{flops['attention_on_latent_values']:,} a query head for its values",
+    )
+    return grid
+
+
+def add_budget(grid: Table, figures: dict[str, Any]) -> None:
+    """Add what was asked for, what was got and what it costs, from the report's figures of the whole model."""
+    per_token, maps, loss = figures["bytes_per_token"], figures["maps"], figures["predicted_loss_nats"]
+    grid.add_row("keep", f"{figures['keep']:.4f} (asked for {figures['keep_asked']})")
+    grid.add_row("bytes a token", f"{per_token['compressed']:,} of {per_token['original']:,}")
+    grid.add_row("budget left", f"{figures['bytes_left_per_token']:,} bytes a token")
+    in_nats = "not in nats (no Fisher information)" if loss is None else f"{loss:.4f} nats a token"
+    grid.add_row("predicted loss", in_nats)
+    grid.add_row("maps", f"{terminal.size(maps['bytes'])}, {maps['share_of_weights']:.2%} of the weights")

@@ -1,0 +1,1 @@
+"""Tests of kvcompress: seeded tiny models made on the spot, no network."""

@@ -1,0 +1,107 @@
+"""The app as a whole: help that is quick, failures of one line, and bugs that stay bugs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kvcompress as library
+from kvcompress import pipeline
+
+COMMANDS = ("inspect", "compress", "report", "eval", "generate", "demo")
+#: Runs the app as the installed script does, then says on stderr which heavy libraries were imported.
+PROBE = """
+import atexit, sys
+from kvcompress_cli.app import main
+heavy = ("torch", "transformers", "scipy")
+atexit.register(lambda: print("imported:", [m for m in heavy if m in sys.modules], file=sys.stderr))
+sys.argv = ["kvcompress", *sys.argv[1:]]
+main()
+"""
+
+
+def run_process(*args):
+    return subprocess.run([sys.executable, "-c", PROBE, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_quick_and_imports_nothing_heavy(command):
+    args = ["--help"] if command is None else [command, "--help"]
+    run_process(*args)  # bytecode is compiled once
+    started = time.monotonic()
+    process = run_process(*args)
+    seconds = time.monotonic() - started
+    assert process.returncode == 0
+    assert process.stderr == "imported: []\n"
+    assert seconds < 1.0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(kvcompress, command):
+    assert f"Example: kvcompress {command}" in kvcompress(command, "--help").stdout
+
+
+def test_help_shows_the_defaults_that_the_library_has(kvcompress, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = kvcompress("compress", "--help").stdout
+    for default in ("(0.5)", "(latent)", "(loss)", "(65536)", "(2048)", "(fisher)", "(0)"):
+        assert f"[default: {default}]" in text
+
+
+def test_version(kvcompress):
+    assert kvcompress("--version") == (0, f"kvcompress {library.__version__}\n", "")
+
+
+def test_no_command_shows_the_help(kvcompress):
+    outcome = kvcompress()
+    assert outcome.code == 0
+    assert all(command in outcome.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["inspect"], "MODEL"),
+        (["inspect", "x", "--nonsense"], "--nonsense"),
+        (["compress", "x", "y", "--keep", "much"], "--keep"),
+        (["eval", "x", "--text", "y", "--recent", "-1"], "--recent"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(fails, args, words):
+    line = fails(*args)
+    assert words in line
+    assert "--help" in line
+
+
+def test_ctrl_c_is_one_line_and_exit_130(kvcompress, monkeypatch, tmp_path):
+    def interrupted(*_args, **_settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "compress", interrupted)
+    assert kvcompress("compress", "model", tmp_path / "out") == (130, "", "error: interrupted.\n")
+
+
+def test_a_bug_is_no_user_error(kvcompress, monkeypatch, tmp_path):
+    def broken(*_args, **_settings):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline, "compress", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        kvcompress("compress", "model", tmp_path / "out")
+
+
+def test_a_process_prints_json_alone_and_nothing_on_stderr(model, text, tmp_path):
+    import json
+
+    args = ("--calibration", text, "--tokens", 128, "--seq-len", 64, "--json")
+    process = run_process("compress", model, tmp_path / "out", *args)
+    assert process.returncode == 0
+    assert json.loads(process.stdout)["output"] == str(tmp_path / "out")
+    assert process.stderr == "imported: ['torch', 'transformers', 'scipy']\n" or process.stderr == (
+        "imported: ['torch', 'transformers']\n"
+    )

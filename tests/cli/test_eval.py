@@ -1,0 +1,92 @@
+"""`kvcompress eval`, on every form of output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from kvcompress.plan import PLAN_FILE
+from tests.cli.conftest import FOLDED
+
+WINDOWS = ("--seq-len", "64", "--max-windows", "2")
+
+
+def run(kvcompress, output, text, *flags):
+    outcome = kvcompress("eval", output, "--text", text, *WINDOWS, *flags, "--json")
+    assert outcome.code == 0 and outcome.stderr == ""
+    return json.loads(outcome.stdout)
+
+
+def test_json_is_the_promised_object(kvcompress, any_form, text):
+    document = run(kvcompress, any_form, text)
+    assert set(document) == {"perplexity", "kl_nats", "top1_agreement", "keep", "protocol"}
+    assert set(document["perplexity"]) == {"original", "compressed", "ratio"}
+    fields = {"text", "text_sha256", "seq_len", "windows", "sinks", "recent", "dtype"}
+    assert set(document["protocol"]) == fields
+    assert document["protocol"]["seq_len"] == 64 and document["protocol"]["windows"] == 2
+    assert document["protocol"]["dtype"] == "float32"
+    assert document["keep"] == 0.5
+    assert document["kl_nats"] > 1e-4
+    assert 0 < document["top1_agreement"] < 1
+
+
+def test_all_forms_have_the_same_original(kvcompress, compressed, text):
+    coded = run(kvcompress, compressed(), text)
+    folded = run(kvcompress, compressed(**FOLDED), text)
+    maps_only = run(kvcompress, compressed(maps_only=True), text)
+    assert folded["perplexity"]["original"] == pytest.approx(coded["perplexity"]["original"], rel=1e-5)
+    assert maps_only["perplexity"] == pytest.approx(coded["perplexity"], rel=1e-5)
+
+
+def test_the_window_can_be_chosen(kvcompress, compressed, text):
+    small = run(kvcompress, compressed(), text, "--recent", "0", "--sinks", "0")
+    assert (small["protocol"]["recent"], small["protocol"]["sinks"]) == (0, 0)
+    whole = run(kvcompress, compressed(), text, "--recent", "64")
+    assert whole["perplexity"]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert whole["kl_nats"] < 1e-5 < small["kl_nats"]
+
+
+def test_the_dtype_can_be_chosen(kvcompress, compressed, text):
+    assert run(kvcompress, compressed(), text, "--dtype", "bfloat16")["protocol"]["dtype"] == "bfloat16"
+
+
+def test_the_table_states_the_protocol(kvcompress, compressed, text):
+    outcome = kvcompress("eval", compressed(), "--text", text, *WINDOWS)
+    assert outcome.code == 0
+    assert "ratio" in outcome.stdout
+    assert "2 windows of 64" in " ".join(outcome.stdout.split())
+
+
+@pytest.mark.parametrize("form", [{"maps_only": True}, FOLDED])
+def test_the_original_may_have_moved(kvcompress, fails, compressed, model, text, tmp_path, form):
+    output = shutil.copytree(compressed(**form), tmp_path / "moved")
+    plan = json.loads((output / PLAN_FILE).read_text())
+    plan["source"] = "/nowhere/at/all"
+    (output / PLAN_FILE).write_text(json.dumps(plan))
+    line = fails("eval", output, "--text", text, *WINDOWS)
+    assert "/nowhere/at/all is not here" in line and "--base" in line
+    assert run(kvcompress, output, text, "--base", model)["keep"] == 0.5
+
+
+def test_another_model_is_no_original(fails, compressed, model, text, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    line = fails("eval", compressed(maps_only=True), "--text", text, *WINDOWS, "--base", other)
+    assert "its fingerprint differs" in line
+
+
+def test_failures_are_one_line(fails, compressed, text, tmp_path):
+    assert "is not an output of kvcompress compress" in fails("eval", tmp_path, "--text", text)
+    assert "missing.txt does not exist" in fails("eval", compressed(), "--text", "missing.txt")
+    assert "too little text" in fails("eval", compressed(), "--text", text, "--seq-len", "100000")
+    assert "dtype 'int4' is unknown" in fails("eval", compressed(), "--text", text, "--dtype", "int4")
+
+
+def test_a_missing_tokenizer_is_one_line(fails, compressed, text, tmp_path):
+    output = shutil.copytree(compressed(), tmp_path / "copy")
+    for file in output.glob("tokenizer*"):
+        file.unlink()
+    assert "transformers cannot load" in fails("eval", output, "--text", text, *WINDOWS)

@@ -1,0 +1,94 @@
+"""`kvcompress inspect`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from kvcompress_cli import inspect
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.pipeline import default_group
+from tests.cli.test_app import run_process
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+
+
+def make_model(directory, model_type, **changes):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **changes)).save_pretrained(directory)
+    return directory
+
+
+def test_json_states_sizes_and_forms(kvcompress, model):
+    document = json.loads(kvcompress("inspect", model, "--json").stdout)
+    assert document["architecture"] == "llama"
+    assert document["dtype"] == "bfloat16"
+    assert (document["layers"], document["query_heads"], document["kv_heads"], document["head_dim"]) == (4, 4, 2, 16)
+    assert document["rotary_dim"] == 16
+    per_token = 4 * 2 * 2 * 16 * 2  # layers, parts, heads, head_dim, bytes
+    assert document["cache_bytes_per_token"] == per_token
+    sizes = {entry["tokens"]: entry["bytes"] for entry in document["cache_bytes"]}
+    assert sizes == {n: n * per_token for n in (2048, 8192, 32768, 131072)}
+    assert document["weight_bytes"] < (model / "model.safetensors").stat().st_size
+    assert all(answer == {"possible": True, "why_not": None} for answer in document["forms"].values())
+
+
+def test_it_imports_neither_torch_nor_transformers(model):
+    process = run_process("inspect", model, "--json")
+    assert process.stderr == "imported: []\n"
+    assert json.loads(process.stdout)["layers"] == 4
+
+
+def test_key_norms_rule_out_folded_and_data_free(kvcompress, tmp_path):
+    source = make_model(tmp_path / "m", "qwen3", num_key_value_heads=2)
+    forms = json.loads(kvcompress("inspect", source, "--json").stdout)["forms"]
+    assert forms["coded"]["possible"] and forms["maps_only"]["possible"]
+    assert not forms["folded"]["possible"] and "norm" in forms["folded"]["why_not"]
+    assert not forms["data_free"]["possible"] and "norm" in forms["data_free"]["why_not"]
+    table = kvcompress("inspect", source).stdout
+    assert "not folded: keys are normalised" in table
+
+
+def test_one_kv_head_rules_out_mixing_heads(kvcompress, tmp_path):
+    source = make_model(tmp_path / "m", "llama", num_key_value_heads=1)
+    document = json.loads(kvcompress("inspect", source, "--json").stdout)
+    possible = {name for name, answer in document["key_bases"].items() if answer["possible"]}
+    assert possible == {"band", "per_head", "latent"}
+    assert not document["forms"]["folded"]["possible"]
+
+
+def test_layers_without_rope_are_named(kvcompress, tmp_path):
+    source = make_model(tmp_path / "m", "smollm3", num_key_value_heads=2, no_rope_layers=[1, 1, 1, 0])
+    document = json.loads(kvcompress("inspect", source, "--json").stdout)
+    assert document["layers_without_rope"] == [3]
+    assert "none in 1 of the layers" in kvcompress("inspect", source).stdout
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_the_latent_group_is_that_of_compress(tmp_path, keep, n_kv_heads):
+    with open_checkpoint(make_model(tmp_path / "m", "llama", num_key_value_heads=n_kv_heads)) as checkpoint:
+        assert inspect.default_group(checkpoint, keep) == default_group(checkpoint, keep)
+
+
+def test_the_table_reads_like_the_json(kvcompress, model):
+    table = kvcompress("inspect", model).stdout
+    assert "4 query, 2 key/value, 16 wide" in table
+    assert "512 bytes a token" in table
+    assert "coded, maps only, folded, data free" in table
+
+
+def test_no_checkpoint_is_one_line(fails, tmp_path):
+    assert "has no config.json" in fails("inspect", tmp_path)
+    assert "neither a directory" in fails("inspect", tmp_path / "nothing" / "here")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "model type 'gpt2' is not supported" in fails("inspect", tmp_path)

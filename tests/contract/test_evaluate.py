@@ -1,0 +1,125 @@
+"""The figures of `evaluate`: against plain cross-entropy, and decode-faithful at every window."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import kvcompress
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.evaluate.perplexity import evaluate
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import compress, make_plan
+from kvcompress.runtime.attach import attach_plan, attachment_of
+
+SEQ_LEN, N_WINDOWS = 32, 3
+
+
+@pytest.fixture
+def model_and_tokenizer(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> tuple[Any, Any]:
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        options = CompressOptions(keep=0.5, sinks=2, recent=0, policy="uniform")
+        plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-gqa"), options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    return attach_plan(tiny_model("llama-gqa"), plan, maps), tokenizer
+
+
+def windows(tokenizer: Any, file: Path) -> torch.Tensor:
+    ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: N_WINDOWS * SEQ_LEN]).reshape(N_WINDOWS, SEQ_LEN)
+
+
+def test_figures_are_those_of_the_logits(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
+    model, tokenizer = model_and_tokenizer
+    ids = windows(tokenizer, text_file)
+    result = evaluate(model, tokenizer, str(text_file), seq_len=SEQ_LEN, max_windows=N_WINDOWS)
+    with torch.no_grad(), attachment_of(model).simulated(sinks=2, recent=0):
+        coded = model(ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    kvcompress.detach(model)
+    exact = model(ids).logits[:, :-1].double().log_softmax(-1)
+    nll = [-p.gather(-1, ids[:, 1:, None]).mean().item() for p in (exact, coded)]
+    assert result.perplexity["original"] == pytest.approx(math.exp(nll[0]), rel=1e-4)
+    assert result.perplexity["compressed"] == pytest.approx(math.exp(nll[1]), rel=1e-4)
+    assert result.perplexity["ratio"] == pytest.approx(math.exp(nll[1] - nll[0]), rel=1e-4)
+    assert result.kl_nats == pytest.approx((exact.exp() * (exact - coded)).sum(-1).mean().item(), rel=1e-3)
+    assert result.top1_agreement == (exact.argmax(-1) == coded.argmax(-1)).double().mean().item()
+    assert result.keep == 0.5
+    assert result.kl_nats > 0.01
+
+
+def test_a_window_as_long_as_the_text_changes_nothing(
+    model_and_tokenizer: tuple[Any, Any], text_file: Path
+) -> None:
+    options = {"seq_len": SEQ_LEN, "max_windows": N_WINDOWS, "recent": SEQ_LEN}
+    result = evaluate(*model_and_tokenizer, str(text_file), **options)
+    assert result.perplexity["ratio"] == pytest.approx(1, abs=1e-4)
+    assert result.kl_nats == pytest.approx(0, abs=1e-6)
+    assert result.top1_agreement > 0.98
+
+
+def test_a_wider_window_never_hurts_here(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
+    options = {"seq_len": SEQ_LEN, "max_windows": N_WINDOWS}
+    kl = [evaluate(*model_and_tokenizer, str(text_file), recent=r, **options).kl_nats for r in (0, 8, 24)]
+    assert kl == sorted(kl, reverse=True)
+
+
+def test_protocol(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
+    result = evaluate(*model_and_tokenizer, str(text_file), seq_len=SEQ_LEN, max_windows=N_WINDOWS, sinks=1)
+    assert result.to_json()["protocol"] == {
+        "text": "prose.txt",
+        "text_sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(),
+        "seq_len": SEQ_LEN,
+        "windows": N_WINDOWS,
+        "sinks": 1,
+        "recent": 0,
+        "dtype": "float32",
+    }
+
+
+def test_progress_is_reported(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate(
+        *model_and_tokenizer,
+        str(text_file),
+        seq_len=SEQ_LEN,
+        max_windows=N_WINDOWS,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_too_little_text(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The river.")
+    with pytest.raises(CalibrationError, match="too little text"):
+        evaluate(*model_and_tokenizer, str(tmp_path / "short.txt"), seq_len=SEQ_LEN)
+
+
+def test_a_plain_model_is_refused(tiny_model: Any, text_file: Path) -> None:
+    with pytest.raises(OptionError, match="no compressed cache"):
+        evaluate(tiny_model("llama-gqa"), None, str(text_file))
+
+
+def test_a_folded_model_is_measured_against_its_original(
+    tiny_checkpoint: Any, tiny_model: Any, text_file: Path, tmp_path: Path
+) -> None:
+    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", folded=True)
+    compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options)
+    model, tokenizer = kvcompress.load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    with pytest.raises(OptionError, match="original"):
+        evaluate(model, tokenizer, str(text_file), seq_len=SEQ_LEN)
+    original = tiny_model("llama-gqa")
+    result = evaluate(
+        model, tokenizer, str(text_file), original=original, seq_len=SEQ_LEN, max_windows=N_WINDOWS
+    )
+    ids = windows(tokenizer, text_file)
+    nll = original(ids, labels=ids).loss.item(), model(ids, labels=ids).loss.item()
+    assert result.perplexity["original"] == pytest.approx(math.exp(nll[0]), rel=1e-3)
+    assert result.perplexity["compressed"] == pytest.approx(math.exp(nll[1]), rel=1e-3)
+    assert result.kl_nats > 0.01

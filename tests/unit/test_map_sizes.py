@@ -1,0 +1,104 @@
+"""The blocks of `latent`: as wide as the maps' share of the weights allows, and always among the saved moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompress import pipeline
+from kvcompress.bases import BASES
+from kvcompress.calibration.moments import usable_partitions
+from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
+from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection
+from kvcompress.options import CompressOptions
+
+KEEPS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)
+#: (n_heads, n_kv_heads, head_dim) of Llama 2 7B and 13B, Phi-3-mini, models with 12, 20 and 24 heads, and GQA ones.
+SHAPES = [
+    (32, 32, 128), (40, 40, 128), (32, 32, 96), (12, 12, 64), (20, 20, 128), (24, 24, 64), (32, 8, 128), (9, 3, 64),
+    (14, 2, 64),
+]  # fmt: skip
+
+
+def checkpoint(n_heads: int, n_kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> Checkpoint:
+    """A model of 32 layers that is nothing but sizes."""
+    hidden, width = n_heads * head_dim, n_kv_heads * head_dim
+    projection = Projection("w", None, "m", 0, width)
+    layers = tuple(
+        AttentionSpec(i, n_heads, n_kv_heads, head_dim, head_dim, projection, projection) for i in range(32)
+    )
+    spec = ModelSpec("llama", dtype, hidden, 32000, layers)
+    code = {"bfloat16": "BF16", "float32": "F32"}[dtype]
+    n_weights = 32 * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * int(2.7 * hidden)) + 2 * 32000 * hidden
+    return Checkpoint(Path("nowhere"), "nowhere", {}, spec, {"all": TensorEntry("f", (n_weights,), code)})
+
+
+def map_bytes(model: Checkpoint, group: int, keep: float) -> int:
+    """Return the bytes of all maps at equal ranks, counted tensor by tensor as the file stores them."""
+    size = {"bfloat16": 2, "float32": 4}[model.spec.dtype]
+    n, total = model.spec.layers[0].width, 0
+    for _ in model.spec.sites:
+        rank = int(keep * n) if keep < 1 else n
+        width = group * model.spec.layers[0].head_dim
+        total += 2 * rank * width * size + n * 4 + rank * (4 + 1) + n * 4  # encoder, decoder, blocks, block, bits, mean
+    return total
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_maps_take_at_most_three_percent(shape: tuple[int, int, int], keep: float) -> None:
+    model = checkpoint(*shape)
+    group = pipeline.default_group(model, keep)
+    n_kv_heads = shape[1]
+    assert n_kv_heads % group == 0
+    # A tenth of slack for what is no matrix: block numbers, bits, means.
+    assert map_bytes(model, group, keep) <= 1.1 * pipeline.MAPS_SHARE * model.weight_bytes or group == 1
+    wider = [g for g in range(group + 1, n_kv_heads + 1) if n_kv_heads % g == 0]
+    if wider:
+        assert map_bytes(model, wider[0], keep) > pipeline.MAPS_SHARE * model.weight_bytes
+
+
+def test_known_models() -> None:
+    """Llama 2 7B (n = 4096): blocks of 4 heads at half of the cache. Eight KV heads: one block."""
+    assert pipeline.default_group(checkpoint(32, 32, 128), 0.5) == 4
+    assert pipeline.default_group(checkpoint(32, 8, 128), 0.5) == 8
+
+
+def inside(wanted: Tensor, stored: list[Tensor]) -> bool:
+    """Whether every wanted block lies within one block of one of the stored partitions."""
+    for partition in stored:
+        home = torch.empty(partition.numel(), dtype=torch.long)
+        for b, row in enumerate(partition):
+            home[row] = b
+        blocks = home[wanted]
+        if bool((blocks == blocks[:, :1]).all()):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_moments_serve_every_default_basis(shape: tuple[int, int, int], keep: float) -> None:
+    """Another budget or basis must not need another calibration."""
+    model, options = checkpoint(*shape), CompressOptions(keep=keep)
+    attention = model.spec.layers[0]
+    width = max(pipeline._moments_width(model), options.band * attention.n_kv_heads)
+    stored = usable_partitions(attention, width)
+    for name in ("head", "share", "frequency", "per_head"):
+        assert inside(BASES[name]().blocks(attention), stored), name
+    assert inside(pipeline.key_basis(model, options).blocks(attention), stored), "latent"
+    if attention.head_dim % options.band == 0:
+        assert inside(BASES["band"](options.band).blocks(attention), stored), "band"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_are_bounded(shape: tuple[int, int, int]) -> None:
+    """float64 C and F of every site take less than the weights themselves."""
+    model = checkpoint(*shape)
+    attention = model.spec.layers[0]
+    stored = usable_partitions(attention, max(pipeline._moments_width(model), 16 * attention.n_kv_heads))
+    per_site = sum(2 * 8 * p.shape[0] * p.shape[1] ** 2 for p in stored)
+    assert per_site * len(model.spec.sites) <= model.weight_bytes

@@ -1,0 +1,116 @@
+"""The checkpoint reader: lazy, exact, and the same for one file or many."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.errors import CheckpointError
+from kvcompress.model_spec import Site
+
+
+def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-sharded", "llama-tied", "llama-bf16", "phi3"])
+def test_headers_tell_every_tensor(tiny_checkpoint: Any, family: str) -> None:
+    directory = tiny_checkpoint(family)
+    tensors = all_tensors(directory)
+    with open_checkpoint(directory) as checkpoint:
+        assert {n: e.shape for n, e in checkpoint.tensors.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+        assert checkpoint.weight_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+        assert checkpoint.spec.dtype == {torch.float32: "float32", torch.bfloat16: "bfloat16"}[tensors["model.norm.weight"].dtype]
+
+
+@pytest.mark.parametrize("family", ["llama-sharded", "llama-bias", "qwen2", "phi3", "llama-bf16"])
+def test_site_weights_are_the_rows_of_the_projections(tiny_checkpoint: Any, tiny_model: Any, family: str) -> None:
+    """k and v of the model's own modules, fused or not, in float64."""
+    x = torch.randn(5, 64 if family == "phi3-partial" else 32, generator=torch.Generator().manual_seed(0))
+    model = tiny_model(family)
+    with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
+        for site in checkpoint.spec.sites:
+            projection = checkpoint.spec.layers[site.layer].projection(site.part)
+            expected = model.get_submodule(projection.module)(x)[:, projection.start : projection.stop]
+            weight, bias = checkpoint.site_weight(site)
+            assert weight.dtype == torch.float64 and (bias is None) == (projection.bias is None)
+            ours = x.double() @ weight.T + (0 if bias is None else bias)
+            torch.testing.assert_close(ours.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_read_alone(tiny_checkpoint: Any) -> None:
+    directory = tiny_checkpoint("llama-gqa")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    with open_checkpoint(directory) as checkpoint:
+        assert torch.equal(checkpoint.rows(name, 3, 7), all_tensors(directory)[name][3:7])
+        assert torch.equal(checkpoint.rows(name), all_tensors(directory)[name])
+
+
+def test_the_tensors_dtype_wins_over_the_configs(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint("llama-bf16"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    with open_checkpoint(tmp_path / "m") as checkpoint:
+        assert checkpoint.spec.dtype == "bfloat16"
+
+
+def test_fingerprints(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """The same for a copy, another for other weights or another config."""
+    original = tiny_checkpoint("llama-gqa")
+    copy = tmp_path / "copy"
+    shutil.copytree(original, copy)
+
+    def fingerprint(directory: Path) -> str:
+        with open_checkpoint(directory) as checkpoint:
+            return checkpoint.fingerprint()
+
+    first = fingerprint(original)
+    assert first == fingerprint(copy) and len(first) == 64
+    assert first != fingerprint(tiny_checkpoint("llama-gqa", seed=1))
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    changed = fingerprint(copy)
+    assert changed != first
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert fingerprint(copy) != changed
+
+
+@pytest.mark.parametrize("source", ["nothing-here", "./nothing", "/no/such/directory", "a/b/c"])
+def test_sources_that_are_nothing(source: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a directory"), open_checkpoint(source):
+        pass
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host\nretry later")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="could not be fetched from the hub: no route to host$"), open_checkpoint("a/b"):
+        pass
+
+
+def test_a_hub_id_is_fetched_without_pickles(tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def fetch(source: str, *, allow_patterns: list[str]) -> str:
+        asked.update(source=source, patterns=allow_patterns)
+        return str(tiny_checkpoint("llama-gqa"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with open_checkpoint("org/tiny") as checkpoint:
+        assert checkpoint.source == "org/tiny"
+    assert asked["source"] == "org/tiny" and not any("bin" in p or "pt" in p for p in asked["patterns"])
+
+
+def test_site_names() -> None:
+    assert str(Site(3, "value")) == "layers.3.value"
