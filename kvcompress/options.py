@@ -48,7 +48,13 @@ class CompressOptions:
         _check_choice("policy", self.policy, POLICY_NAMES)
         _check_choice("metric", self.metric, METRICS)
         if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise OptionError(f"keep must be above 0 and at most 1 (the share of the cache that remains), found {self.keep}.")
+            raise OptionError(
+                f"keep must be above 0 and at most 1 (the share of the cache that stays), found {self.keep}."
+            )
+        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+            raise OptionError(f"group must be a whole number of at least 1, found {self.group!r}.")
+        if not isinstance(self.calibration, tuple):
+            raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
         for name, least in (("tokens", 1), ("seq_len", 16), ("sinks", 0), ("recent", 0), ("band", 2), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -61,7 +67,7 @@ class CompressOptions:
                 f"Choose --key-basis from {', '.join(FOLDABLE_KEY_BASES)}, or leave out --folded."
             )
         if self.folded and self.value_basis == "per_head":
-            raise OptionError("value basis 'per_head' does not make whole virtual heads. Use latent or head with --folded.")
+            raise OptionError("value basis 'per_head' makes no whole virtual heads. Use latent or head with --folded.")
         if self.folded and self.maps_only:
             raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
 
@@ -75,6 +81,8 @@ def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OptionError(f"recipe {file} does not exist.") from error
+    except OSError as error:
+        raise OptionError(f"recipe {file} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"recipe {file} is not valid TOML: {error}.") from error
     known = {f.name for f in fields(CompressOptions)}

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from kvcompress.bases import BASES, Basis, FittedBasis
-from kvcompress.bases.base import expected_loss
+from kvcompress.bases import BASES, Basis
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
@@ -22,8 +21,10 @@ from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
 from kvcompress.errors import BudgetError, CheckpointError, UnsupportedModelError
+from kvcompress.fitting import FittedSite, fit_site
 from kvcompress.folding import write_folded_weights
-from kvcompress.model_spec import DTYPE_BYTES, AttentionSpec, Site
+from kvcompress.map_budget import MAPS_SHARE, default_group, widest_block
+from kvcompress.model_spec import DTYPE_BYTES, Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan
 from kvcompress.policies import POLICIES, Policy, SiteCurve
@@ -32,11 +33,6 @@ from kvcompress.report.document import report_document
 
 #: With no text given: what was best on four kinds of text (docs/calibration.md).
 DEFAULT_CALIBRATION = (calibration_text.PROSE, calibration_text.CODE)
-#: All maps together may take this share of the weight bytes, by default.
-MAPS_SHARE = 0.03
-#: Moments are kept for blocks that would fit into the share at this keep or below.
-_MOMENTS_KEEP = 0.25
-
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages: sample, calibrate, fit, write."""
 
@@ -77,7 +73,9 @@ def compress(
         written = 0 if options.maps_only else checkpoint.weight_bytes
         check_space(output, written + int(MAPS_SHARE * checkpoint.weight_bytes))
         _check_weights_finite(checkpoint)
-        moments = obtain_moments(checkpoint, output, options, device=device, dtype=dtype, resume=resume, progress=report)
+        moments = obtain_moments(
+            checkpoint, output, options, device=device, dtype=dtype, resume=resume, progress=report
+        )
         plan, maps, spectra = make_plan(checkpoint, moments, options, report)
         with atomic_directory(output, force=force) as scratch:
             report("write", 0, 1)
@@ -92,12 +90,12 @@ def make_plan(
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone."""
     spec = checkpoint.spec
     bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
-    fitted: dict[Site, tuple[FittedBasis, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    fitted: dict[Site, FittedSite] = {}
     for i, site in enumerate(spec.sites):
-        fitted[site] = _fit(bases[site.part], moments, site, spec.layers[site.layer], options)
+        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.layers[site.layer], site.part, options)
         if progress:
             progress("fit", i + 1, len(spec.sites))
-    curves = [SiteCurve(site, fitted[site][0].energy, fitted[site][0].numbers) for site in spec.sites]
+    curves = [SiteCurve(site, f.energy, f.basis.numbers) for site, f in fitted.items()]
     budget = int(options.keep * spec.cache_numbers_per_token + 1e-9)
     kept = make_policy(options).allocate(curves, budget)
     if not any(kept):
@@ -105,8 +103,8 @@ def make_plan(
     sites, maps = [], {}
     for curve, n_items in zip(curves, kept, strict=True):
         site = curve.site
-        basis, blocks, covariance, fisher = fitted[site]
-        components = basis.components(n_items)
+        fit = fitted[site]
+        components = fit.basis.components(n_items)
         rank = len(components.block)
         exact = rank == curve.width
         rotated = bases[site.part].commutes_with_rope or spec.layers[site.layer].rotary_dim == 0
@@ -118,21 +116,20 @@ def make_plan(
                 rank=rank,
                 width=curve.width,
                 bits=8 * DTYPE_BYTES[spec.dtype],
-                predicted_loss=0.0 if exact else expected_loss(covariance, fisher, components),
-                block_width=blocks.shape[1],
+                predicted_loss=0.0 if exact else fit.loss(components),
+                block_width=fit.blocks.shape[1],
                 rotated=site.part == "key" and rotated,
             )
         )
         if not exact:
             map_dtype = torch.float32 if spec.dtype == "float32" else torch.float16
-            centred = is_centred(bases[site.part], site, spec.layers[site.layer], options)
             maps[site] = SiteMaps(
-                blocks=blocks.int(),
+                blocks=fit.blocks.int(),
                 encoder=components.encoder.to(map_dtype),
                 decoder=components.decoder.to(map_dtype),
                 block=components.block.int(),
                 bits=torch.full((rank,), sites[-1].bits, dtype=torch.uint8),
-                mean=moments.sites[site].mean.float() if centred else None,
+                mean=moments.sites[site].mean.float() if fit.centred else None,
             )
     plan = Plan(
         form="folded" if options.folded else "coded",
@@ -149,25 +146,7 @@ def make_plan(
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
     )
-    return plan, maps, {site: fitted[site][0].energy.tolist() for site in spec.sites}
-
-
-def _fit(
-    basis: Basis, moments: Moments, site: Site, attention: AttentionSpec, options: CompressOptions
-) -> tuple[FittedBasis, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (fitted basis, blocks, C, F) of a site."""
-    blocks = basis.blocks(attention)
-    covariance = moments.sites[site].covariance(blocks, centred=is_centred(basis, site, attention, options))
-    fisher = moments.sites[site].fisher_information(blocks)
-    metric = torch.eye(blocks.shape[1], dtype=torch.float64).expand_as(fisher)
-    return basis.fit(covariance, fisher if options.metric == "fisher" else metric), blocks, covariance, fisher
-
-
-def is_centred(basis: Basis, site: Site, attention: AttentionSpec, options: CompressOptions) -> bool:
-    """Whether the mean is subtracted: not from keys that are cached rotated, and not where a fold must be linear."""
-    if options.folded:
-        return False
-    return site.part == "value" or not (basis.commutes_with_rope or attention.rotary_dim == 0)
+    return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
 
 
 def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
@@ -191,22 +170,6 @@ def value_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
     return BASES[options.value_basis]()
 
 
-def default_group(checkpoint: Checkpoint, keep: float) -> int:
-    """Return the most KV heads per block of `latent` with which all maps take at most 3% of the weight bytes."""
-    n_heads = checkpoint.spec.layers[0].n_kv_heads
-    limit = _widest_block(checkpoint, keep)
-    groups = [g for g in range(n_heads, 0, -1) if n_heads % g == 0]
-    return next((g for g in groups if g * checkpoint.spec.layers[0].head_dim <= limit), 1)
-
-
-def _widest_block(checkpoint: Checkpoint, keep: float) -> int:
-    """Return the block width w at which encoders and decoders, 2 w numbers per kept component, reach the share."""
-    spec = checkpoint.spec
-    n_components = keep * spec.cache_numbers_per_token
-    map_bytes = 4 if spec.dtype == "float32" else 2
-    return int(MAPS_SHARE * checkpoint.weight_bytes / (2 * map_bytes * n_components))
-
-
 def source_name(source: str) -> str:
     """Return a hub id as it is and a local path made absolute, so that it is found from anywhere."""
     return str(Path(source).absolute()) if Path(source).exists() else source
@@ -228,9 +191,9 @@ def obtain_moments(
 ) -> Moments:
     """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now."""
     report = progress or (lambda *_: None)
-    width = max(_moments_width(checkpoint), options.band * checkpoint.spec.layers[0].n_kv_heads)
-    if options.group:
-        width = max(width, options.group * checkpoint.spec.layers[0].head_dim)
+    first = checkpoint.spec.layers[0]
+    chosen = key_basis(checkpoint, options).blocks(first), value_basis(checkpoint, options).blocks(first)
+    width = max(widest_block(checkpoint), *(blocks.shape[1] for blocks in chosen))
     if options.metric == "weights":
         return weight_moments(checkpoint, max(a.width for a in checkpoint.spec.layers))
     protocol = _calibration_protocol(checkpoint, options, width, device, dtype)
@@ -266,10 +229,6 @@ def obtain_moments(
     moments.save(file)
     partial.unlink(missing_ok=True)
     return moments
-
-
-def _moments_width(checkpoint: Checkpoint) -> int:
-    return _widest_block(checkpoint, _MOMENTS_KEEP)
 
 
 def _calibration_protocol(
@@ -327,14 +286,18 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, A
             f"{checkpoint.source} has no usable tokenizer ({str(error).splitlines()[0]}). "
             "Calibration needs one; add its files, or use --no-calibration."
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {checkpoint.source}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer
 
 
 def _check_options(checkpoint: Checkpoint, options: CompressOptions) -> None:
     if options.folded and checkpoint.spec.foldable_obstacle:
         raise UnsupportedModelError(
-            f"{checkpoint.source} cannot be folded: {checkpoint.spec.foldable_obstacle}. Leave out --folded (coded form)."
+            f"{checkpoint.source} cannot be folded: {checkpoint.spec.foldable_obstacle}. "
+            "Leave out --folded (coded form)."
         )
 
 
@@ -356,4 +319,3 @@ def _write(
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(report_document(plan, spectra), indent=1) + "\n", encoding="utf-8")
     (target / "README.md").write_text(model_card(plan), encoding="utf-8")
-

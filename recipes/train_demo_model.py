@@ -32,7 +32,7 @@ CONFIG = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 32,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 1024,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
@@ -110,6 +110,7 @@ def train(args: argparse.Namespace, training: Tensor, held_out: dict[str, Tensor
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     best, best_loss, log, step = {}, math.inf, [], 0
+    loss = torch.tensor(math.nan)
     started, next_check = None, 0.1
     training = training.to(device)
     while True:

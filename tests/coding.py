@@ -10,9 +10,9 @@ from kvcompress.bases import BASES, Basis
 from kvcompress.calibration.moments import Moments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.fitting import is_centred
 from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import is_centred
 from kvcompress.plan import Plan, SitePlan
 
 
@@ -45,7 +45,7 @@ def coded_plan(
     for site in spec.sites:
         attention, basis = spec.layers[site.layer], bases[site.part]
         blocks = basis.blocks(attention)
-        centred = is_centred(basis, site, attention, options)
+        centred = is_centred(basis, site.part, attention, options)
         covariance = moments.sites[site].covariance(blocks, centred=centred)
         fitted = basis.fit(covariance, moments.sites[site].fisher_information(blocks))
         components = fitted.components(round(share * len(fitted.energy)))

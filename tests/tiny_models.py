@@ -90,11 +90,12 @@ FAMILIES = {
     "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}),
 }
 
-_WORDS = (
-    "the of and a to in is was that it for on with as by at from his they be this had are but not have which one "
-    "river stone paper light winter garden engine letter number market silver window morning question answer music "
-    "carried turned asked found wrote opened counted followed measured remembered painted folded crossed"
-).split()
+_TEXT = """
+the of and a to in is was that it for on with as by at from his they be this had are but not have which one
+river stone paper light winter garden engine letter number market silver window morning question answer music
+carried turned asked found wrote opened counted followed measured remembered painted folded crossed
+"""
+_WORDS = _TEXT.split()
 
 
 def prose(n_words: int, seed: int = 0) -> str:

@@ -24,9 +24,9 @@ def inspect(
 
     Of a safetensors directory only the headers are read, so it takes no time and no memory.
     """
-    from kvcompress.checkpoint.reader import open_checkpoint
+    from kvcompress.checkpoint.reader import open_headers
 
-    with open_checkpoint(model) as checkpoint:
+    with open_headers(model) as checkpoint:
         document = describe(checkpoint)
     if json:
         terminal.print_json(document)
@@ -36,6 +36,7 @@ def inspect(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what --json prints. An obstacle of None means possible."""
+    from kvcompress.map_budget import default_group
     from kvcompress.options import CompressOptions
     from kvcompress.report.document import CONTEXTS
 
@@ -81,16 +82,6 @@ def key_basis_obstacles(attention: AttentionSpec) -> dict[str, str | None]:
     if attention.head_dim % band or band % 2:
         obstacles["band"] = f"head_dim {attention.head_dim} is not a multiple of {band}: choose another --band"
     return obstacles
-
-
-def default_group(checkpoint: Checkpoint, keep: float) -> int:
-    """Return the KV heads in a block of `latent` by default: pipeline.default_group, which imports torch."""
-    spec = checkpoint.spec
-    map_bytes = 4 if spec.dtype == "float32" else 2
-    widest = int(0.03 * checkpoint.weight_bytes / (2 * map_bytes * keep * spec.cache_numbers_per_token))
-    n_heads, head_dim = spec.layers[0].n_kv_heads, spec.layers[0].head_dim
-    groups = (g for g in range(n_heads, 0, -1) if n_heads % g == 0)
-    return next((g for g in groups if g * head_dim <= widest), 1)
 
 
 def _possibility(obstacle: str | None) -> dict[str, Any]:

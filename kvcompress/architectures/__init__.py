@@ -38,7 +38,7 @@ REFUSED = {
 def read_model_spec(config: dict[str, Any]) -> ModelSpec:
     """Return the ModelSpec of a parsed config.json. Raises UnsupportedModelError with the reason."""
     model_type = config.get("model_type")
-    if "kv_lora_rank" in config and config["kv_lora_rank"]:
+    if config.get("kv_lora_rank"):
         raise UnsupportedModelError(f"model type '{model_type}' is not supported: {_LATENT_ATTENTION}.")
     if model_type in REFUSED:
         raise UnsupportedModelError(f"model type '{model_type}' is not supported: {REFUSED[model_type]}.")

@@ -24,9 +24,7 @@ class Head(Basis):
 
     def fit(self, covariance: Tensor, fisher: Tensor) -> FittedBasis:
         """C is summed and F averaged over channels: the part of the loss that a channel-blind mixing can see."""
-        energy, encoder, decoder = whitened_eigenbasis(
-            covariance.sum(0, keepdim=True), fisher.mean(0, keepdim=True)
-        )
+        energy, encoder, decoder = whitened_eigenbasis(covariance.sum(0, keepdim=True), fisher.mean(0, keepdim=True))
         # Summed C: a virtual head's variance is spread over head_dim numbers; scale each of them to 1.
         per_number = covariance.shape[0] ** 0.5
         return MixedHeads(energy[0] / 2, encoder[0] * per_number, decoder[0].T / per_number, covariance.shape[0])

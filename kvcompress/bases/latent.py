@@ -7,16 +7,18 @@ the same blocks with C alone.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from kvcompress import blocks
 from kvcompress.bases.base import Basis, FittedBasis, RankedComponents, whitened_eigenbasis
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.model_spec import AttentionSpec, Part
 
 
 class Latent(Basis):
     name = "latent"
-    parts = ("key", "value")
+    parts: ClassVar[tuple[Part, ...]] = ("key", "value")
 
     def __init__(self, group: int | None = None, *, unit: int = 1) -> None:
         """group: KV heads per block, None means all of them. unit: components that are kept or dropped together."""

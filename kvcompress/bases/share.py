@@ -34,7 +34,7 @@ class SharedHeads(FittedBasis):
         """covariance, fisher: [H, H], over channels summed and averaged."""
         self._fisher, self._head_dim = fisher, head_dim
         self._groupings = {len(fisher): [[h] for h in range(len(fisher))]}
-        cost = {(h,): 0.0 for h in range(len(fisher))}
+        cost: dict[tuple[int, ...], float] = {(h,): 0.0 for h in range(len(fisher))}
         totals = {len(fisher): 0.0}
         for r in range(len(fisher), 1, -1):
             groups = self._groupings[r]

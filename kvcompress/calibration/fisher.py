@@ -44,9 +44,10 @@ def collect_moments(
     """Add every window from `moments.n_windows` on to `moments` and return it.
 
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
-    gradients count only queries at least `recent` tokens later, since the cache keeps those exact. Labels are sampled from the model, seeded per window, so a resumed pass
-    gives the sums of an unbroken one. With `partial_file` the sums are saved now and then (at most 5% of the
-    time). Raises CalibrationError if the model's activations or gradients are not finite.
+    gradients count only queries at least `recent` tokens later, since the cache keeps those exact. Labels are
+    sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. With
+    `partial_file` the sums are saved now and then (at most 5% of the time). Raises CalibrationError if the
+    model's activations or gradients are not finite.
     """
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -80,9 +81,8 @@ def _add_window(
     decoder = model.get_decoder()
     rotary = Rotary.of(model)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    with _saved_inputs(decoder) as (inputs, final):
-        with torch.no_grad():
-            decoder(input_ids=ids, use_cache=False)
+    with _saved_inputs(decoder) as (inputs, final), torch.no_grad():
+        decoder(input_ids=ids, use_cache=False)
     gradient = _head_gradient(model, decoder, final[0], generator)
     for attention in reversed(spec.layers):
         layer_input = inputs[attention.layer]
@@ -112,9 +112,7 @@ def _saved_inputs(decoder: Any) -> Iterator[tuple[list[Any], list[Tensor]]]:
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(save(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
-    ]
+    handles = [layer.register_forward_pre_hook(save(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
     handles.append(decoder.norm.register_forward_pre_hook(lambda _m, args: final.append(args[0])))
     try:
         yield inputs, final

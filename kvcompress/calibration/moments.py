@@ -33,7 +33,9 @@ class SiteMoments:
 
     @classmethod
     def empty(cls, partitions: list[Tensor], width: int, device: str | torch.device = "cpu") -> SiteMoments:
-        zeros = [torch.zeros(p.shape[0], p.shape[1], p.shape[1], dtype=torch.float64, device=device) for p in partitions]
+        zeros = [
+            torch.zeros(p.shape[0], p.shape[1], p.shape[1], dtype=torch.float64, device=device) for p in partitions
+        ]
         total = torch.zeros(width, dtype=torch.float64, device=device)
         return cls([p.to(device) for p in partitions], total, zeros, [torch.zeros_like(z) for z in zeros])
 
@@ -64,14 +66,23 @@ class SiteMoments:
         """Return F = E[g g^T] for blocks [n_blocks, width] -> [n_blocks, width, width]."""
         return self._select(self.fisher, wanted) / self.n_tokens
 
+    def partition_with(self, wanted: Tensor) -> Tensor:
+        """Return the stored blocks that contain the wanted ones. Raises CalibrationError if there are none."""
+        return self.partitions[self._find(wanted)[0]]
+
     def _select(self, stored: list[Tensor], wanted: Tensor) -> Tensor:
-        for partition, sums in zip(self.partitions, stored, strict=True):
+        index, block, place = self._find(wanted)
+        return stored[index][block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)]
+
+    def _find(self, wanted: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Return (stored partition, block of each wanted one [n_blocks, 1], places in it [n_blocks, width])."""
+        for index, partition in enumerate(self.partitions):
             places = torch.empty(2, self.total.numel(), dtype=torch.long)
             for b, row in enumerate(partition):
                 places[0, row], places[1, row] = b, torch.arange(row.numel())
             block, place = places[0][wanted], places[1][wanted]
             if bool((block == block[:, :1]).all()):
-                return sums[block[:, :1].unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)]
+                return index, block[:, :1], place
         raise CalibrationError(
             "the saved moments do not hold the blocks of this basis (they were left out to save memory). "
             "Choose a smaller group or band, or remove the saved moments to calibrate again."
@@ -126,7 +137,7 @@ class Moments:
             for name in tensors:
                 if name.endswith(".total"):
                     _, layer, part, _ = name.split(".")
-                    site = Site(int(layer), part)  # type: ignore[arg-type]
+                    site = Site(int(layer), part)
                     count = sum(n.startswith(f"{site}.outer.") for n in tensors)
                     sites[site] = SiteMoments(
                         [tensors[f"{site}.partition.{i}"].long() for i in range(count)],
@@ -137,7 +148,9 @@ class Moments:
                     )
             return cls(dict(sorted(sites.items())), json.loads(header["protocol"]), int(header["n_windows"]))
         except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
-            raise CalibrationError(f"{file} holds no usable moments ({error}). Remove it to calibrate again.") from error
+            raise CalibrationError(
+                f"{file} holds no usable moments ({error}). Remove it to calibrate again."
+            ) from error
 
 
 def usable_partitions(attention: AttentionSpec, max_width: int) -> list[Tensor]:

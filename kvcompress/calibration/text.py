@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: files, JSONL, directories, `datasets` ids and the built-in default -> token windows."""
+"""Text -> token windows: files, JSONL, directories, `datasets` ids and what comes with Python."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ def _json_text(line: str, file: Path, number: int) -> str:
     for name in _TEXT_FIELDS:
         if isinstance(record, dict) and isinstance(record.get(name), str):
             return str(record[name])
-    raise CalibrationError(f"{file}, line {number}: expected an object with a string field {' or '.join(_TEXT_FIELDS)}.")
+    raise CalibrationError(
+        f"{file}, line {number}: expected an object with a string field {' or '.join(_TEXT_FIELDS)}."
+    )
 
 
 def _dataset_documents(source: str) -> Iterator[str]:
@@ -156,7 +158,6 @@ def _dataset_documents(source: str) -> Iterator[str]:
 def _builtin_prose() -> Iterator[str]:
     """English that comes with Python: the language reference's topics and the modules' docstrings."""
     import ast
-
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -179,7 +180,7 @@ def _builtin_code() -> Iterator[str]:
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "__pycache__"}
+    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
     files = [f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts)]
     # A stable order that mixes packages, so that the first files read are no alphabet's beginning.
     return sorted(files, key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).hexdigest())

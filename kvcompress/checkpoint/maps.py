@@ -70,7 +70,7 @@ def load_maps(directory: Path) -> dict[Site, SiteMaps]:
     for name in tensors:
         if name.endswith(".encoder"):
             _, layer, part, _ = name.split(".")
-            site = Site(int(layer), part)  # type: ignore[arg-type]
+            site = Site(int(layer), part)
             try:
                 maps[site] = _checked(
                     SiteMaps(
@@ -83,7 +83,7 @@ def load_maps(directory: Path) -> dict[Site, SiteMaps]:
                     )
                 )
             except (KeyError, ValueError) as error:
-                raise CheckpointError(f"{file}: the maps of {site} are incomplete ({error}). Compress again.") from error
+                raise CheckpointError(f"{file}: maps of {site} incomplete ({error}). Compress again.") from error
     return maps
 
 
@@ -92,7 +92,9 @@ def _checked(maps: SiteMaps) -> SiteMaps:
     n_blocks = maps.blocks.shape[0]
     if maps.decoder.shape != (n_components, width) or maps.block.shape != (n_components,):
         raise ValueError("encoder, decoder and block differ in size")
-    if maps.blocks.shape[1] != width or not torch.equal(maps.blocks.flatten().sort()[0], torch.arange(n_blocks * width)):
+    if maps.blocks.shape[1] != width or not torch.equal(
+        maps.blocks.flatten().sort()[0], torch.arange(n_blocks * width)
+    ):
         raise ValueError("blocks are not a partition")
     if n_components and not 0 <= int(maps.block.min()) <= int(maps.block.max()) < n_blocks:
         raise ValueError("a component names a block that does not exist")

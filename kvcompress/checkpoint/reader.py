@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,6 +107,28 @@ def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
     yield _open_directory(path if path.is_dir() else _download(str(source)), str(source))
 
 
+@contextmanager
+def open_headers(source: str | Path) -> Iterator[Checkpoint]:
+    """Open a checkpoint for looking at its headers only: of a hub id no weights are fetched."""
+    if Path(source).exists() or not _is_hub_id(str(source)):
+        with open_checkpoint(source) as checkpoint:
+            yield checkpoint
+        return
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    try:
+        config = read_config(Path(hf_hub_download(str(source), "config.json")).parent)
+        metadata = get_safetensors_metadata(str(source))
+    except Exception as error:
+        raise _not_fetched(str(source), error) from error
+    tensors = {
+        name: TensorEntry(file, tuple(info.shape), info.dtype)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+    yield _checked(Path(), str(source), config, tensors)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the parsed config.json of a directory."""
     file = directory / "config.json"
@@ -123,20 +145,26 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def _open_directory(path: Path, source: str) -> Checkpoint:
     config = read_config(path)
-    spec = read_model_spec(config)
-    tensors = _read_headers(path)
-    _check_projections(spec, tensors)
-    dtype = _DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype]
-    if dtype != spec.dtype:  # the tensors are what the cache's numbers are computed with; the config only says so
-        from dataclasses import replace
+    read_model_spec(config)  # an unsupported model is refused for that, before its files are looked at
+    return _checked(path, source, config, _read_headers(path))
 
-        spec = replace(spec, dtype=dtype)
+
+def _checked(path: Path, source: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Checkpoint:
+    """Return the checkpoint, its tensors checked against config.json."""
+    spec = read_model_spec(config)
+    _check_projections(spec, tensors)
+    # The tensors are what keys and values are computed with; the config only says what they should be.
+    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype])
     return Checkpoint(path=path, source=source, config=config, spec=spec, tensors=tensors)
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 def _download(source: str) -> Path:
     """Return the local snapshot of a hub id, weights as safetensors only."""
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not _is_hub_id(source):
         raise CheckpointError(f"{source} is neither a directory, a .gguf file nor a hub id (ORG/NAME).")
     from huggingface_hub import snapshot_download
 
@@ -144,9 +172,12 @@ def _download(source: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
-        raise CheckpointError(
-            f"{source} is no local directory and could not be fetched from the hub: {str(error).splitlines()[0]}"
-        ) from error
+        raise _not_fetched(source, error) from error
+
+
+def _not_fetched(source: str, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(f"{source} is no local directory and could not be fetched from the hub: {reason}")
 
 
 def _read_headers(path: Path) -> dict[str, TensorEntry]:

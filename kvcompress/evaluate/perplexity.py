@@ -104,7 +104,8 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
     n_windows = min(len(ids) // seq_len, max_windows or len(ids))
     if n_windows < 1:
         raise CalibrationError(
-            f"too little text: {text} has {len(ids)} tokens, one window needs {seq_len}. Lower --seq-len or give more text."
+            f"too little text: {text} has {len(ids)} tokens, a window needs {seq_len}. "
+            "Lower --seq-len or give more text."
         )
     return torch.tensor(ids[: n_windows * seq_len]).reshape(n_windows, seq_len), digest.hexdigest()
 

@@ -40,7 +40,7 @@ class Policy(ABC):
 
     @abstractmethod
     def allocate(self, curves: Sequence[SiteCurve], budget: int) -> list[int]:
-        """Return how many items each curve keeps; together at most `budget` numbers. Raises BudgetError if impossible."""
+        """Return how many items each curve keeps, together at most `budget` numbers; BudgetError if impossible."""
 
 
 def tail_energy(energy: Tensor) -> Tensor:

@@ -47,6 +47,4 @@ class Middle(Policy):
                 f"{whole / (whole + compressible):.3f} with layers '{self.layers}'. Compress more layers or keep more."
             )
         share = min(1.0, (budget - whole) / compressible)
-        return [
-            c.items_within(share * c.width) if c.site.layer in chosen else len(c.numbers) for c in curves
-        ]
+        return [c.items_within(share * c.width) if c.site.layer in chosen else len(c.numbers) for c in curves]

@@ -14,26 +14,30 @@ def model_card(plan: Plan) -> str:
     options, calibration = plan.options, plan.calibration
     loss = f"{plan.predicted_loss:.4f} nats a token" if plan.loss_in_nats else "not measured (data-free)"
     texts = ", ".join(Path(s).name for s in calibration.get("sources", [])) or "none (weights only)"
+    original = plan.original_bytes_per_token
     sizes = "\n".join(
-        f"| {n:,} | {n * plan.original_bytes_per_token / 1e6:,.1f} MB | {plan.cache_bytes(n) / 1e6:,.1f} MB |" for n in CONTEXTS
+        f"| {n:,} | {n * original / 1e6:,.1f} MB | {plan.cache_bytes(n) / 1e6:,.1f} MB |" for n in CONTEXTS
     )
     metadata = ["---", "library_name: transformers", "tags:", "- kvcompress", "- kv-cache-compression"]
     if not Path(plan.source).is_absolute():
         metadata.append(f"base_model: {plan.source}")
-    return "\n".join([*metadata, "---", ""]) + f"""
+    return (
+        "\n".join([*metadata, "---", ""])
+        + f"""
 # {name}, KV cache at {plan.keep:.1%}
 
 The KV cache of {name}, compressed with kvcompress ({plan.form} form): {plan.compressed_bytes_per_token:,} of
-{plan.original_bytes_per_token:,} bytes a token remain for tokens older than the exact window
+{original:,} bytes a token remain for tokens older than the exact window
 ({plan.sinks} sinks, {plan.recent} recent tokens).
 
 | tokens in the cache | original | compressed |
 |---|---|---|
 {sizes}
 
-- Bases: keys `{options["key_basis"]}`, values `{options["value_basis"]}`; policy `{options["policy"]}`; metric `{options["metric"]}`.
+- Bases: keys `{options["key_basis"]}`, values `{options["value_basis"]}`; policy `{options["policy"]}`.
+- Metric: `{options["metric"]}`.
 - Calibration text: {texts}; {calibration.get("tokens", 0):,} tokens.
-- Predicted loss (second order, before any window): {loss}.
+- Predicted loss (second order): {loss}.
 - Maps: {plan.maps_bytes / 1e6:.2f} MB, {plan.maps_bytes / max(1, plan.weight_bytes):.1%} of the weights.
 
 ```python
@@ -44,6 +48,7 @@ model = kvcompress.load("THIS_DIRECTORY")  # a transformers model; generate() us
 
 {_plain_loading(plan)}
 """
+    )
 
 
 def _plain_loading(plan: Plan) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -45,7 +46,7 @@ class Attachment:
         if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
             self._handles.append(model.register_forward_pre_hook(self._use_cache, with_kwargs=True))
             self._generate = model.generate
-            model.generate = self._generate_compressed  # type: ignore[method-assign, assignment]
+            model.generate = self._generate_compressed
 
     def new_cache(self) -> CompressedCache:
         """Return an empty compressed cache for this model, to be passed as past_key_values."""
@@ -75,7 +76,7 @@ class Attachment:
         self.model.set_attn_implementation(self._implementation)
 
     def _states(self) -> list[AttentionState]:
-        return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]  # type: ignore[misc]
+        return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]
 
     def _generate_compressed(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config or GenerationConfig()
@@ -101,14 +102,16 @@ def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
     directory = Path(directory)
     plan = Plan.load(directory)
     if plan.form == "folded":
-        raise OptionError(f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load({directory}).")
+        raise OptionError(
+            f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load({directory})."
+        )
     return attach_plan(model, plan, load_maps(directory))
 
 
 def attach_plan(model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> PreTrainedModel:
     """Attach a plan and its maps to a loaded model and return the model."""
     detach(model)
-    model.kvcompress_attachment = Attachment(model, plan, maps)  # type: ignore[assignment]
+    model.kvcompress_attachment = Attachment(model, plan, maps)
     return model
 
 
@@ -149,7 +152,10 @@ def load(
             raise CheckpointError(
                 f"{directory} holds only maps, and their source {weights} is not here. Name the original with --base."
             )
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"transformers cannot load {weights}: {str(error).splitlines()[0]}") from error
     return attach_plan(model.to(device).eval(), plan, maps)
 
 
@@ -167,7 +173,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         parent, _, name = projection.module.rpartition(".")
         full: Any = model.get_submodule(projection.module)
         rank = maps[site].encoder.shape[0]
-        folded = nn.Linear(full.in_features, rank, bias=full.bias is not None, dtype=wanted)
+        folded = skip_init(nn.Linear, full.in_features, rank, bias=full.bias is not None, dtype=wanted)
         setattr(model.get_submodule(parent), name, folded)
     state: dict[str, Any] = {}
     for file in sorted(directory.glob("model*.safetensors")):
@@ -183,9 +189,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
     return model
 
 
-def _layer_codecs(
-    model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
-) -> list[LayerCodecs]:
+def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]) -> list[LayerCodecs]:
     device = next(model.parameters()).device
     latent_dtype = torch.float32 if plan.dtype == "float32" else torch.float16
     plans = {s.site: s for s in plan.sites}
@@ -193,7 +197,7 @@ def _layer_codecs(
     for attention in spec.layers:
         codecs: dict[str, SiteCodec | None] = {}
         for part in ("key", "value"):
-            site = Site(attention.layer, part)  # type: ignore[arg-type]
+            site = Site(attention.layer, part)
             if plans[site].exact:
                 codecs[part] = None
                 continue
@@ -202,9 +206,7 @@ def _layer_codecs(
             codecs[part] = SiteCodec(maps[site], device, latent_dtype)
         rotated = plans[Site(attention.layer, "key")].rotated or codecs["key"] is None
         rotary = None if rotated else Rotary.of(model)
-        layers.append(
-            LayerCodecs(codecs["key"], codecs["value"], rotary, attention.n_kv_heads, attention.head_dim)
-        )
+        layers.append(LayerCodecs(codecs["key"], codecs["value"], rotary, attention.n_kv_heads, attention.head_dim))
     return layers
 
 
@@ -214,5 +216,6 @@ def _check_fit(spec: ModelSpec, plan: Plan) -> None:
     if spec.architecture != plan.architecture or widths != planned:
         raise CheckpointError(
             f"the maps were made for a {plan.architecture} model with {plan.n_layers} layers; this is a "
-            f"{spec.architecture} model with {len(spec.layers)} layers, or its heads differ. Attach them to their own model."
+            f"{spec.architecture} model with {len(spec.layers)} layers, or its heads differ. "
+            "Attach them to their own model."
         )

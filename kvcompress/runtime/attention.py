@@ -41,9 +41,15 @@ class AttentionState:
     folded: bool = False
 
 
+def state_of(module: Any) -> AttentionState:
+    """Return the state that `attach` put on an attention module."""
+    state: AttentionState = module.kvcompress
+    return state
+
+
 def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention module: note its cache layer and the positions of its tokens."""
-    state: AttentionState = module.kvcompress
+    state = state_of(module)
     cache = kwargs.get("past_key_values")
     hidden = args[0] if args else kwargs["hidden_states"]
     positions = kwargs.get("position_ids")
@@ -53,7 +59,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     state.positions = positions
     state.layer = None
     if isinstance(cache, CompressedCache):
-        state.layer = cache.layers[module.layer_idx]  # type: ignore[index, assignment]
+        state.layer = cache.layers[module.layer_idx]
         if module.layer_idx == 0:
             cache.tokens.append(positions, hidden.shape[0])
 
@@ -73,7 +79,7 @@ def compressed_attention(
     query: [batch, heads, n_queries, head_dim]; key, value: what the cache's `update` returned. Registered under
     the name "kvcompress".
     """
-    state: AttentionState = module.kvcompress
+    state = state_of(module)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if state.simulation is not None and state.layer is None:
         return simulated_attention(state, query, key, value, attention_mask, scaling), None
@@ -179,7 +185,8 @@ def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
     decoded = codecs.value.decode_linear(sums)
     if codecs.value.mean is not None:
         decoded = decoded + weights.unsqueeze(-1) * codecs.value.mean
-    per_head = decoded.unflatten(-1, (codecs.n_kv_heads, codecs.head_dim))  # [batch, kv heads, rows, kv heads, head_dim]
+    # [batch, kv heads, rows, kv heads, head_dim]: of each head's rows only its own head is wanted
+    per_head = decoded.unflatten(-1, (codecs.n_kv_heads, codecs.head_dim))
     return per_head.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
@@ -227,7 +234,5 @@ def simulated_attention(
         else:
             scores = scores + _additive(mask[:, :, start:stop, :stop], len(query), stop - start, stop, query.device)
         weights = scores.softmax(-1)
-        outputs.append(
-            (weights * exact) @ values[0][:, :, :stop] + (weights * ~exact) @ values[1][:, :, :stop]
-        )
+        outputs.append((weights * exact) @ values[0][:, :, :stop] + (weights * ~exact) @ values[1][:, :, :stop])
     return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)

@@ -153,7 +153,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.is_initialized = False
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.key_latents = self.value_latents = self.sink_keys = self.sink_values = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

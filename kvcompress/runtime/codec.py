@@ -42,7 +42,7 @@ class SiteCodec:
     def encode(self, x: Tensor) -> Tensor:
         """x: [..., n] -> [..., n_components] in the latent dtype."""
         x = x.float() if self.mean is None else x.float() - self.mean
-        n_blocks, slots, width = self._shape
+        n_blocks, _, width = self._shape
         blocked = x[..., self._gather].unflatten(-1, (n_blocks, width))
         z = torch.einsum("...bw,bsw->...bs", blocked, self.encoder)
         limit = torch.finfo(self.latent_dtype).max  # a token far outside the calibration must not become inf or NaN

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
-from kvcompress_cli import inspect
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.pipeline import default_group
 from tests.cli.test_app import run_process
 
 SIZES = {
@@ -71,13 +67,6 @@ def test_layers_without_rope_are_named(kvcompress, tmp_path):
     document = json.loads(kvcompress("inspect", source, "--json").stdout)
     assert document["layers_without_rope"] == [3]
     assert "none in 1 of the layers" in kvcompress("inspect", source).stdout
-
-
-@pytest.mark.parametrize("keep", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_the_latent_group_is_that_of_compress(tmp_path, keep, n_kv_heads):
-    with open_checkpoint(make_model(tmp_path / "m", "llama", num_key_value_heads=n_kv_heads)) as checkpoint:
-        assert inspect.default_group(checkpoint, keep) == default_group(checkpoint, keep)
 
 
 def test_the_table_reads_like_the_json(kvcompress, model):

@@ -54,9 +54,7 @@ def test_figures_are_those_of_the_logits(model_and_tokenizer: tuple[Any, Any], t
     assert result.kl_nats > 0.01
 
 
-def test_a_window_as_long_as_the_text_changes_nothing(
-    model_and_tokenizer: tuple[Any, Any], text_file: Path
-) -> None:
+def test_a_window_as_long_as_the_text_changes_nothing(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
     options = {"seq_len": SEQ_LEN, "max_windows": N_WINDOWS, "recent": SEQ_LEN}
     result = evaluate(*model_and_tokenizer, str(text_file), **options)
     assert result.perplexity["ratio"] == pytest.approx(1, abs=1e-4)
@@ -115,9 +113,7 @@ def test_a_folded_model_is_measured_against_its_original(
     with pytest.raises(OptionError, match="original"):
         evaluate(model, tokenizer, str(text_file), seq_len=SEQ_LEN)
     original = tiny_model("llama-gqa")
-    result = evaluate(
-        model, tokenizer, str(text_file), original=original, seq_len=SEQ_LEN, max_windows=N_WINDOWS
-    )
+    result = evaluate(model, tokenizer, str(text_file), original=original, seq_len=SEQ_LEN, max_windows=N_WINDOWS)
     ids = windows(tokenizer, text_file)
     nll = original(ids, labels=ids).loss.item(), model(ids, labels=ids).loss.item()
     assert result.perplexity["original"] == pytest.approx(math.exp(nll[0]), rel=1e-3)

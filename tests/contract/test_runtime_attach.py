@@ -68,7 +68,7 @@ def test_detach_restores_the_model_exactly(tiny_model: Any, plan_of: Any, family
 def test_detach_of_a_plain_model_does_nothing(tiny_model: Any) -> None:
     model = tiny_model("llama-gqa")
     kvcompress.detach(model)
-    with pytest.raises(OptionError, match="nothing|no compressed cache"):
+    with pytest.raises(OptionError, match="no compressed cache"):
         attachment_of(model)
 
 
@@ -147,7 +147,7 @@ def test_the_output_loads_in_plain_transformers(tiny_model: Any, coded_directory
     assert torch.equal(plain(ids).logits, tiny_model("llama-gqa")(ids).logits)
 
 
-def test_a_family_that_a_folded_checkpoint_needs_load_for(tiny_model: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_a_folded_checkpoint_cannot_be_attached(tiny_model: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
     options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", folded=True)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options)
     with pytest.raises(OptionError, match=r"kvcompress\.load"):

@@ -42,9 +42,7 @@ HONESTY += [("phi3-partial", "frequency", "latent"), ("llama-mha", "share", "hea
 
 @pytest.mark.parametrize(("family", "key_basis", "value_basis"), HONESTY)
 @pytest.mark.parametrize("recent", [0, 1])
-def test_simulation_is_real_decoding(
-    attached: Any, family: str, key_basis: str, value_basis: str, recent: int
-) -> None:
+def test_simulation_is_real_decoding(attached: Any, family: str, key_basis: str, value_basis: str, recent: int) -> None:
     """The honesty test: what `eval` reports is what generation does, at half of the rank."""
     model = attached(family, recent=recent, key_basis=key_basis, value_basis=value_basis)
     assert attachment_of(model).plan.encode_block == 1

@@ -62,7 +62,10 @@ def test_bytes_equal_the_claim(attached: Any, family: str) -> None:
         assert sdpa_bytes(cache) == cache.nbytes()
 
 
-@pytest.mark.parametrize(("key_basis", "value_basis"), [("share", "head"), ("frequency", "latent"), ("band", "per_head")])
+OTHER_BASES = [("share", "head"), ("frequency", "latent"), ("band", "per_head")]
+
+
+@pytest.mark.parametrize(("key_basis", "value_basis"), OTHER_BASES)
 def test_bytes_of_other_bases(attached: Any, key_basis: str, value_basis: str) -> None:
     model = attached("llama-mha", key_basis=key_basis, value_basis=value_basis)
     cache, _ = fill(model, random_ids(1, 40), 20)
@@ -166,9 +169,7 @@ def test_changes_of_the_batch(attached: Any, change: Any, rows: list[int]) -> No
 
 @pytest.mark.parametrize("n_kept", [28, 25, 11, 2, 1])
 @pytest.mark.usefixtures("never_exact")
-def test_crop_forgets_the_end(
-    tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any, n_kept: int
-) -> None:
+def test_crop_forgets_the_end(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any, n_kept: int) -> None:
     """At full rank a cropped cache continues like one that never saw the rest; 28 crops the window alone."""
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
         plan, maps = coded_plan(checkpoint, tiny_moments("llama-gqa"), sinks=3, recent=4)

@@ -84,7 +84,9 @@ def renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
 TENSOR_DAMAGES: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     **{f"no {part}": without(f"{KEY}.{part}") for part in ("blocks", "encoder", "decoder", "block", "bits")},
     "short encoder": replaced(f"{KEY}.encoder", lambda t: t[:-1]),
-    "narrow maps": lambda ts: [replaced(f"{KEY}.{p}", lambda t: t[:, :-1])(ts) for p in ("encoder", "decoder", "blocks")],
+    "narrow maps": lambda ts: [
+        replaced(f"{KEY}.{p}", lambda t: t[:, :-1])(ts) for p in ("encoder", "decoder", "blocks")
+    ],
     "long decoder": replaced(f"{KEY}.decoder", lambda t: torch.cat([t, t])),
     "flat encoder": replaced(f"{KEY}.encoder", lambda t: t.flatten()),
     "block out of range": replaced(f"{KEY}.block", lambda t: t + 1000),
@@ -123,7 +125,8 @@ def test_damaged_mean(pristine: dict[str, Path], tmp_path: Path, change: Any) ->
 
 def test_maps_of_another_plan(output: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
     """Same model, another budget."""
-    compress(tiny_checkpoint("llama-gqa"), tmp_path / "other", CompressOptions(metric="weights", keep=0.25, policy="uniform"))
+    options = CompressOptions(metric="weights", keep=0.25, policy="uniform")
+    compress(tiny_checkpoint("llama-gqa"), tmp_path / "other", options)
     shutil.copy(tmp_path / "other" / MAPS, output / MAPS)
     refusal(output)
 

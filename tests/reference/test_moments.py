@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvcompress.bases import BASES
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments, usable_partitions
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError
-from kvcompress.model_spec import AttentionSpec, Projection, Site
+from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection, Site
 from tests.tiny_models import random_ids
 
 FAMILIES = [
@@ -75,7 +76,9 @@ def oracle_attention(model: Any, offsets: FarOffsets) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def dense_moments(model: Any, spec: Any, window: Tensor, labels: Tensor, recent: int) -> dict[Site, tuple[Tensor, Tensor]]:
+def dense_moments(
+    model: Any, spec: ModelSpec, window: Tensor, labels: Tensor, recent: int
+) -> dict[Site, tuple[Tensor, Tensor]]:
     """Return (x, g) [n_tokens, n] of every site of one window, from one ordinary backward pass in float64."""
     outputs: dict[str, Tensor] = {}
     handles = [
@@ -157,7 +160,8 @@ def test_labels_follow_the_model(tiny_checkpoint: Any, tiny_model: Any, sampled_
     windows = random_ids(16, 48, seed=5)
     model = tiny_model("llama-gqa")
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        collect_moments(model, checkpoint.spec, windows, empty_moments(checkpoint.spec, 64, {}), sinks=0, recent=0, seed=1)
+        moments = empty_moments(checkpoint.spec, 64, {})
+        collect_moments(model, checkpoint.spec, windows, moments, sinks=0, recent=0, seed=1)
     with torch.no_grad():
         logs = model(windows).logits.log_softmax(-1).flatten(0, 1)
     surprise = -logs.gather(1, torch.cat(sampled_labels)).squeeze(1)
@@ -166,15 +170,17 @@ def test_labels_follow_the_model(tiny_checkpoint: Any, tiny_model: Any, sampled_
     assert (surprise.mean() - entropy.mean()).abs() < 3 * deviation
 
 
-def test_labels_are_drawn_slice_by_slice(tiny_checkpoint: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_drawn_slice_by_slice(
+    tiny_checkpoint: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same labels, slices of logit rows change nothing."""
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
     found = []
     for rows in (1000, 7):
         monkeypatch.setattr("kvcompress.calibration.fisher._LOGIT_ROWS", rows)
         with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-            moments = empty_moments(checkpoint.spec, 4096, {})
-            collect_moments(tiny_model("llama-gqa"), checkpoint.spec, random_ids(1, 40), moments, sinks=0, recent=0, seed=0)
+            moments, ids = empty_moments(checkpoint.spec, 4096, {}), random_ids(1, 40)
+            collect_moments(tiny_model("llama-gqa"), checkpoint.spec, ids, moments, sinks=0, recent=0, seed=0)
         found.append(moments)
     for site in found[0].sites:
         assert_near(found[1].sites[site].fisher[0], found[0].sites[site].fisher[0])
@@ -191,7 +197,8 @@ def test_half_precision_gradients_survive(tiny_checkpoint: Any, tiny_model: Any,
     smooth = {"initializer_range": 0.1}  # gradients of a trained model's size
     found = []
     for run_dtype in (torch.float32, dtype):
-        with open_checkpoint(tiny_checkpoint("llama-bf16", **smooth)) as checkpoint, pytest.MonkeyPatch.context() as patch:
+        checkpoint_of = open_checkpoint(tiny_checkpoint("llama-bf16", **smooth))
+        with checkpoint_of as checkpoint, pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "multinomial", fixed_labels)
             moments = empty_moments(checkpoint.spec, 4096, {})
             model = tiny_model("llama-bf16", dtype=run_dtype, **smooth)
@@ -247,8 +254,6 @@ def wide_attention(n_kv_heads: int = 8, head_dim: int = 16) -> AttentionSpec:
 @pytest.mark.parametrize("max_width", [32, 48, 64, 127])
 def test_partitions_of_a_wide_model_agree_with_the_whole(max_width: int) -> None:
     """Head groups and bands alone give every basis that fits the width the moments it would get from everything."""
-    from kvcompress.bases import BASES
-
     spec = wide_attention()
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(50, spec.width, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -264,7 +269,8 @@ def test_partitions_of_a_wide_model_agree_with_the_whole(max_width: int) -> None
     for basis in [*bases, BASES["latent"](group), BASES["band"](band)]:
         blocks = basis.blocks(spec)
         for centred in (False, True):
-            torch.testing.assert_close(few.covariance(blocks, centred=centred), whole.covariance(blocks, centred=centred))
+            ours, expected = (m.covariance(blocks, centred=centred) for m in (few, whole))
+            torch.testing.assert_close(ours, expected)
         torch.testing.assert_close(few.fisher_information(blocks), whole.fisher_information(blocks))
     with pytest.raises(CalibrationError, match="do not hold the blocks"):
         few.covariance(BASES["latent"]().blocks(spec), centred=True)

@@ -55,7 +55,10 @@ def test_bands_hold_neighbouring_frequencies() -> None:
             blocks.bands(attention(), n_channels)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-yarn", "llama-llama3", "mistral", "qwen3", "phi3", "phi3-partial"])
+ROTARY_FAMILIES = ["llama-gqa", "llama-yarn", "llama-llama3", "mistral", "qwen3", "phi3", "phi3-partial"]
+
+
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
 def test_rotary_is_the_models_own(tiny_model: Any, family: str) -> None:
     """Against transformers' own function, at far positions too; yarn scales as well."""
     model = tiny_model(family)

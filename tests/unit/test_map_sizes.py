@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress import pipeline
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import usable_partitions
 from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
+from kvcompress.map_budget import MAPS_SHARE, default_group, widest_block
 from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection
 from kvcompress.options import CompressOptions
+from kvcompress.pipeline import key_basis
 
 KEEPS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)
 #: (n_heads, n_kv_heads, head_dim) of Llama 2 7B and 13B, Phi-3-mini, models with 12, 20 and 24 heads, and GQA ones.
@@ -27,9 +28,7 @@ def checkpoint(n_heads: int, n_kv_heads: int, head_dim: int, dtype: str = "bfloa
     """A model of 32 layers that is nothing but sizes."""
     hidden, width = n_heads * head_dim, n_kv_heads * head_dim
     projection = Projection("w", None, "m", 0, width)
-    layers = tuple(
-        AttentionSpec(i, n_heads, n_kv_heads, head_dim, head_dim, projection, projection) for i in range(32)
-    )
+    layers = tuple(AttentionSpec(i, n_heads, n_kv_heads, head_dim, head_dim, projection, projection) for i in range(32))
     spec = ModelSpec("llama", dtype, hidden, 32000, layers)
     code = {"bfloat16": "BF16", "float32": "F32"}[dtype]
     n_weights = 32 * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * int(2.7 * hidden)) + 2 * 32000 * hidden
@@ -51,20 +50,20 @@ def map_bytes(model: Checkpoint, group: int, keep: float) -> int:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_take_at_most_three_percent(shape: tuple[int, int, int], keep: float) -> None:
     model = checkpoint(*shape)
-    group = pipeline.default_group(model, keep)
+    group = default_group(model, keep)
     n_kv_heads = shape[1]
     assert n_kv_heads % group == 0
     # A tenth of slack for what is no matrix: block numbers, bits, means.
-    assert map_bytes(model, group, keep) <= 1.1 * pipeline.MAPS_SHARE * model.weight_bytes or group == 1
+    assert map_bytes(model, group, keep) <= 1.1 * MAPS_SHARE * model.weight_bytes or group == 1
     wider = [g for g in range(group + 1, n_kv_heads + 1) if n_kv_heads % g == 0]
     if wider:
-        assert map_bytes(model, wider[0], keep) > pipeline.MAPS_SHARE * model.weight_bytes
+        assert map_bytes(model, wider[0], keep) > MAPS_SHARE * model.weight_bytes
 
 
 def test_known_models() -> None:
     """Llama 2 7B (n = 4096): blocks of 4 heads at half of the cache. Eight KV heads: one block."""
-    assert pipeline.default_group(checkpoint(32, 32, 128), 0.5) == 4
-    assert pipeline.default_group(checkpoint(32, 8, 128), 0.5) == 8
+    assert default_group(checkpoint(32, 32, 128), 0.5) == 4
+    assert default_group(checkpoint(32, 8, 128), 0.5) == 8
 
 
 def inside(wanted: Tensor, stored: list[Tensor]) -> bool:
@@ -85,11 +84,11 @@ def test_saved_moments_serve_every_default_basis(shape: tuple[int, int, int], ke
     """Another budget or basis must not need another calibration."""
     model, options = checkpoint(*shape), CompressOptions(keep=keep)
     attention = model.spec.layers[0]
-    width = max(pipeline._moments_width(model), options.band * attention.n_kv_heads)
+    width = max(widest_block(model), options.band * attention.n_kv_heads)
     stored = usable_partitions(attention, width)
     for name in ("head", "share", "frequency", "per_head"):
         assert inside(BASES[name]().blocks(attention), stored), name
-    assert inside(pipeline.key_basis(model, options).blocks(attention), stored), "latent"
+    assert inside(key_basis(model, options).blocks(attention), stored), "latent"
     if attention.head_dim % options.band == 0:
         assert inside(BASES["band"](options.band).blocks(attention), stored), "band"
 
@@ -99,6 +98,6 @@ def test_moments_are_bounded(shape: tuple[int, int, int]) -> None:
     """float64 C and F of every site take less than the weights themselves."""
     model = checkpoint(*shape)
     attention = model.spec.layers[0]
-    stored = usable_partitions(attention, max(pipeline._moments_width(model), 16 * attention.n_kv_heads))
+    stored = usable_partitions(attention, max(widest_block(model), 16 * attention.n_kv_heads))
     per_site = sum(2 * 8 * p.shape[0] * p.shape[1] ** 2 for p in stored)
     assert per_site * len(model.spec.sites) <= model.weight_bytes

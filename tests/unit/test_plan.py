@@ -184,7 +184,8 @@ class TestReport:
     def test_sizes_at_four_contexts(self) -> None:
         rows = self.document["cache_bytes"]
         assert [row["tokens"] for row in rows] == list(CONTEXTS) == [2048, 8192, 32768, 131072]
-        assert all(r["original"] == r["tokens"] * 128 and r["compressed"] == plan().cache_bytes(r["tokens"]) for r in rows)
+        assert [row["original"] for row in rows] == [128 * n for n in CONTEXTS]
+        assert [row["compressed"] for row in rows] == [plan().cache_bytes(n) for n in CONTEXTS]
 
     def test_maps_and_arithmetic(self) -> None:
         assert self.document["maps"] == {"bytes": 3000, "share_of_weights": 0.03}

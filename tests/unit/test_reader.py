@@ -20,6 +20,9 @@ def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-sharded", "llama-tied", "llama-bf16", "phi3"])
 def test_headers_tell_every_tensor(tiny_checkpoint: Any, family: str) -> None:
     directory = tiny_checkpoint(family)
@@ -27,13 +30,13 @@ def test_headers_tell_every_tensor(tiny_checkpoint: Any, family: str) -> None:
     with open_checkpoint(directory) as checkpoint:
         assert {n: e.shape for n, e in checkpoint.tensors.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
         assert checkpoint.weight_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
-        assert checkpoint.spec.dtype == {torch.float32: "float32", torch.bfloat16: "bfloat16"}[tensors["model.norm.weight"].dtype]
+        assert checkpoint.spec.dtype == DTYPES[tensors["model.norm.weight"].dtype]
 
 
 @pytest.mark.parametrize("family", ["llama-sharded", "llama-bias", "qwen2", "phi3", "llama-bf16"])
 def test_site_weights_are_the_rows_of_the_projections(tiny_checkpoint: Any, tiny_model: Any, family: str) -> None:
     """k and v of the model's own modules, fused or not, in float64."""
-    x = torch.randn(5, 64 if family == "phi3-partial" else 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     model = tiny_model(family)
     with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
         for site in checkpoint.spec.sites:
@@ -95,8 +98,9 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("no route to host\nretry later")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub: no route to host$"), open_checkpoint("a/b"):
+    with pytest.raises(CheckpointError) as error, open_checkpoint("a/b"):
         pass
+    assert str(error.value).endswith("could not be fetched from the hub: no route to host")
 
 
 def test_a_hub_id_is_fetched_without_pickles(tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:

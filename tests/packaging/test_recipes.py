@@ -1,0 +1,38 @@
+"""Every recipe runs on the bundled model and does what its comments say."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvcompress
+from kvcompress.options import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+DEMO = Path(str(files("kvcompress") / "assets" / "demo"))
+
+
+def test_the_recipes_are_there() -> None:
+    assert [r.stem for r in RECIPES] == ["default", "folded-half", "mea-half", "palu"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_recipe(recipe: Path, tmp_path: Path) -> None:
+    options = load_recipe(recipe, tokens=2048, seq_len=512)
+    result = kvcompress.compress(DEMO, tmp_path / "out", options)
+    assert options.keep - 0.13 < result.plan.keep <= options.keep
+    whole = {s.layer for s in result.plan.sites if s.exact}
+    if recipe.stem == "mea-half":
+        assert whole == {0, 4, 5}
+        assert all(s.rank == s.width // 2 for s in result.plan.sites if s.layer not in whole)
+    if recipe.stem == "palu":
+        assert {s.rank for s in result.plan.sites} == {128}
+    model = kvcompress.load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(1, 41)[None]
+    assert model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0).shape == (1, 45)
+    if recipe.stem == "folded-half":
+        values = [layer.self_attn.v_proj.out_features for layer in model.model.layers]
+        assert sum(values) < 6 * 256 and all(v % 32 == 0 for v in values)
