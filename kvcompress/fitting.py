@@ -8,15 +8,38 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress.bases import Basis, Components, FittedBasis
+from kvcompress.bases import BASES, Basis, Components, FittedBasis
 from kvcompress.bases.base import expected_loss
 from kvcompress.calibration.moments import SiteMoments
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.map_budget import default_group
 from kvcompress.model_spec import AttentionSpec, Part
 from kvcompress.options import CompressOptions
 from kvcompress.policies.base import tail_energy
 
 #: Ranks at which a restricted basis's predicted loss is compared with that of the whole site.
 _CHECKED_RANKS = 12
+
+
+def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
+    """Return the basis for keys that the options name, blocks chosen to keep the maps light."""
+    name = options.key_basis
+    if name == "latent":
+        return BASES[name](options.group or default_group(checkpoint, options.keep))  # type: ignore[call-arg]
+    if name == "band":
+        return BASES[name](options.band)  # type: ignore[call-arg]
+    if name == "frequency":
+        return BASES[name](whole_heads=options.folded)  # type: ignore[call-arg]
+    return BASES[name]()
+
+
+def value_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
+    """Return the basis for values that the options name."""
+    if options.value_basis == "latent":
+        group = options.group or (None if options.folded else default_group(checkpoint, options.keep))
+        unit = checkpoint.spec.layers[0].head_dim if options.folded else 1  # a fold caches whole virtual heads
+        return BASES["latent"](group, unit=unit)  # type: ignore[call-arg]
+    return BASES[options.value_basis]()
 
 
 @dataclass(frozen=True)

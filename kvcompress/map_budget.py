@@ -6,20 +6,27 @@ from kvcompress.checkpoint.reader import Checkpoint
 
 #: All maps together may take this share of the weight bytes, by default.
 MAPS_SHARE = 0.03
-#: Moments are kept for blocks that would fit into the share at this keep or below.
-_MOMENTS_KEEP = 0.25
+#: Moments are kept for the groups of heads that would fit into the share at this keep; smaller keeps use the same.
+_LEAST_KEEP = 0.25
 
 
 def default_group(checkpoint: Checkpoint, keep: float) -> int:
-    """Return the most KV heads per block of `latent` with which all maps take at most 3% of the weight bytes."""
-    attention = checkpoint.spec.layers[0]
-    limit = widest_block(checkpoint, keep)
-    groups = (g for g in range(attention.n_kv_heads, 0, -1) if attention.n_kv_heads % g == 0)
-    return next((g for g in groups if g * attention.head_dim <= limit), 1)
+    """Return the most KV heads per block of `latent` with which all maps take at most 3% of the weight bytes.
+
+    It divides `moments_group`, so that another budget finds its moments among the saved ones.
+    """
+    return _largest_group(checkpoint, moments_group(checkpoint), max(keep, _LEAST_KEEP))
 
 
-def widest_block(checkpoint: Checkpoint, keep: float = _MOMENTS_KEEP) -> int:
-    """Return the block width w at which encoders and decoders, 2 w numbers per kept component, reach the share."""
+def moments_group(checkpoint: Checkpoint) -> int:
+    """Return the KV heads per block for which moments are worth keeping: the group at the smallest keep."""
+    return _largest_group(checkpoint, checkpoint.spec.layers[0].n_kv_heads, _LEAST_KEEP)
+
+
+def _largest_group(checkpoint: Checkpoint, n_heads: int, keep: float) -> int:
+    """Return the largest divisor of n_heads with which encoders and decoders, 2 w numbers a component, fit."""
     spec = checkpoint.spec
     map_bytes = 4 if spec.dtype == "float32" else 2
-    return int(MAPS_SHARE * checkpoint.weight_bytes / (2 * map_bytes * keep * spec.cache_numbers_per_token))
+    widest = MAPS_SHARE * checkpoint.weight_bytes / (2 * map_bytes * keep * spec.cache_numbers_per_token)
+    groups = (g for g in range(n_heads, 0, -1) if n_heads % g == 0)
+    return next((g for g in groups if g * spec.layers[0].head_dim <= widest), 1)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvcompress.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
-from kvcompress.pipeline import make_plan, obtain_moments
+from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan
 
 KEEPS = (0.75, 0.5)

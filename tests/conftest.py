@@ -57,7 +57,7 @@ def tiny_moments(tiny_checkpoint: Callable[..., Path], tiny_model: Callable[...,
     def measure(family: str) -> Moments:
         if family not in taken:
             with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-                moments = empty_moments(checkpoint.spec, 4096, {"mode": "fisher"})
+                moments = empty_moments(checkpoint.spec, {"mode": "fisher"}, group=checkpoint.spec.layers[0].n_kv_heads)
                 windows = random_ids(12, 48, seed=7)
                 taken[family] = collect_moments(
                     tiny_model(family), checkpoint.spec, windows, moments, sinks=2, recent=0, seed=0

@@ -83,6 +83,11 @@ def _add_window(
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     with _saved_inputs(decoder) as (inputs, final), torch.no_grad():
         decoder(input_ids=ids, use_cache=False)
+    if not final[0].isfinite().all():
+        raise CalibrationError(
+            "the model's activations are NaN or infinite on the calibration text. "
+            "Try --dtype float32, and check the checkpoint's weights."
+        )
     gradient = _head_gradient(model, decoder, final[0], generator)
     for attention in reversed(spec.layers):
         layer_input = inputs[attention.layer]

@@ -153,33 +153,29 @@ class Moments:
             ) from error
 
 
-def usable_partitions(attention: AttentionSpec, max_width: int) -> list[Tensor]:
-    """Return the blocks worth keeping moments for: everything at once if n <= max_width, else head groups and bands.
+def usable_partitions(attention: AttentionSpec, group: int, band: int) -> list[Tensor]:
+    """Return the blocks worth keeping moments for: everything at once, or groups of heads and bands of channels.
 
-    Each later basis takes its blocks out of one of these: `latent` and `per_head` from the head groups,
-    `band`, `frequency`, `head` and `share` from the bands.
+    Each basis takes its blocks out of one of these: `latent` and `per_head` from the groups, `band`, `frequency`,
+    `head` and `share` from the bands.
     """
-    if attention.width <= max_width:
-        return [blocks.head_groups(attention, attention.n_kv_heads)]
-    groups = [g for g in range(1, attention.n_kv_heads + 1) if attention.n_kv_heads % g == 0]
-    group = max((g for g in groups if g * attention.head_dim <= max_width), default=1)
-    bands = [b for b in range(2, attention.head_dim + 1, 2) if attention.head_dim % b == 0]
-    band = max((b for b in bands if b * attention.n_kv_heads <= max_width), default=2)
-    return [blocks.head_groups(attention, group), blocks.bands(attention, band)]
+    groups = blocks.head_groups(attention, group)
+    return [groups] if group == attention.n_kv_heads else [groups, blocks.bands(attention, band)]
 
 
 def empty_moments(
-    spec: ModelSpec, max_width: int, protocol: dict[str, Any], device: str | torch.device = "cpu"
+    spec: ModelSpec, protocol: dict[str, Any], *, group: int, band: int = 16, device: str | torch.device = "cpu"
 ) -> Moments:
-    """Return moments of zero tokens for every site of a model."""
+    """Return moments of zero tokens for every site, kept for blocks of `group` KV heads and of `band` channels."""
     sites = {}
     for site in spec.sites:
         attention = spec.layers[site.layer]
-        sites[site] = SiteMoments.empty(usable_partitions(attention, max_width), attention.width, device)
+        partitions = usable_partitions(attention, group, min(band, attention.head_dim))
+        sites[site] = SiteMoments.empty(partitions, attention.width, device)
     return Moments(sites, protocol)
 
 
-def weight_moments(checkpoint: Checkpoint, max_width: int) -> Moments:
+def weight_moments(checkpoint: Checkpoint, *, group: int, band: int = 16) -> Moments:
     """Return data-free moments: C = W W^T, m = bias, F = I, as in the paper's SVD of the projections.
 
     Raises UnsupportedModelError for key norms, where keys are no linear image of the hidden state.
@@ -189,7 +185,7 @@ def weight_moments(checkpoint: Checkpoint, max_width: int) -> Moments:
             "--no-calibration needs keys that are linear in the hidden state; this model normalises its keys. "
             "Calibrate on text instead."
         )
-    moments = empty_moments(checkpoint.spec, max_width, {"mode": "weights"})
+    moments = empty_moments(checkpoint.spec, {"mode": "weights"}, group=group, band=band)
     for site, sums in moments.sites.items():
         weight, bias = checkpoint.site_weight(site)
         sums.add(weight.T, torch.zeros_like(weight.T))

@@ -15,6 +15,7 @@ bits than bfloat16) and float32 for float32 ones. Sites that keep everything hav
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from kvcompress.errors import CheckpointError
 from kvcompress.model_spec import Site
 
 MAPS_FILE = "kv_maps.safetensors"
+_TENSOR_NAME = re.compile(r"layers\.(\d+)\.(key|value)\.(blocks|encoder|decoder|block|bits|mean)")
 
 
 @dataclass(frozen=True)
@@ -66,36 +68,34 @@ def load_maps(directory: Path) -> dict[Site, SiteMaps]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}). Compress again.") from error
-    maps = {}
-    for name in tensors:
-        if name.endswith(".encoder"):
-            _, layer, part, _ = name.split(".")
-            site = Site(int(layer), part)
-            try:
-                maps[site] = _checked(
-                    SiteMaps(
-                        blocks=tensors[f"{site}.blocks"].long(),
-                        encoder=tensors[f"{site}.encoder"],
-                        decoder=tensors[f"{site}.decoder"],
-                        block=tensors[f"{site}.block"].long(),
-                        bits=tensors[f"{site}.bits"],
-                        mean=tensors.get(f"{site}.mean"),
-                    )
-                )
-            except (KeyError, ValueError) as error:
-                raise CheckpointError(f"{file}: maps of {site} incomplete ({error}). Compress again.") from error
-    return maps
+    sites: dict[Site, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if not match:
+            raise CheckpointError(f"{file} holds {name}, which is no part of a site's maps. Compress again.")
+        site = Site(int(match[1]), match[2])  # type: ignore[arg-type]
+        sites.setdefault(site, {})[match[3]] = tensor
+    try:
+        return {site: _checked(site, found) for site, found in sorted(sites.items())}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Compress again.") from error
 
 
-def _checked(maps: SiteMaps) -> SiteMaps:
-    n_components, width = maps.encoder.shape
-    n_blocks = maps.blocks.shape[0]
-    if maps.decoder.shape != (n_components, width) or maps.block.shape != (n_components,):
-        raise ValueError("encoder, decoder and block differ in size")
-    if maps.blocks.shape[1] != width or not torch.equal(
-        maps.blocks.flatten().sort()[0], torch.arange(n_blocks * width)
-    ):
-        raise ValueError("blocks are not a partition")
-    if n_components and not 0 <= int(maps.block.min()) <= int(maps.block.max()) < n_blocks:
-        raise ValueError("a component names a block that does not exist")
-    return maps
+def _checked(site: Site, found: dict[str, Tensor]) -> SiteMaps:
+    """Return the maps of a site. Raises ValueError if its tensors do not fit together."""
+    missing = sorted({"blocks", "encoder", "decoder", "block", "bits"} - set(found))
+    if missing:
+        raise ValueError(f"the maps of {site} have no {missing[0]}")
+    blocks, block, encoder = found["blocks"].long(), found["block"].long(), found["encoder"]
+    if blocks.dim() != 2 or not torch.equal(blocks.flatten().sort()[0], torch.arange(blocks.numel())):
+        raise ValueError(f"the blocks of {site} are no partition")
+    shapes = {"encoder": (len(block), blocks.shape[1]), "bits": (len(block),), "mean": (blocks.numel(),)}
+    shapes["decoder"] = shapes["encoder"]
+    for name, shape in shapes.items():
+        if name in found and (found[name].shape != shape or not found[name].isfinite().all()):
+            raise ValueError(
+                f"{name} of {site} has shape {list(found[name].shape)}, expected {list(shape)}, all finite"
+            )
+    if len(block) and not 0 <= int(block.min()) <= int(block.max()) < len(blocks):
+        raise ValueError(f"a component of {site} names a block that does not exist")
+    return SiteMaps(blocks, encoder, found["decoder"], block, found["bits"], found.get("mean"))

@@ -207,6 +207,8 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
+            if not isinstance(file, str):
+                raise TypeError(f"the file of {name} is no name")
             files.setdefault(file, []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a valid safetensors index ({error}). Download it again.") from error

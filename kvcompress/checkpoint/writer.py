@@ -44,7 +44,7 @@ def explained_os_errors(target: Path) -> Iterator[None]:
             raise OutputError(f"no space left while writing {target}. Nothing was left behind.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"no permission to write {target} ({error.strerror}).") from error
-        raise
+        raise OutputError(f"cannot write {target}: {error.strerror or error}.") from error
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the operating system's text inside.
         if "No space left" in str(error) or "StorageFull" in str(error):

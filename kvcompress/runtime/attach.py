@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import skip_init
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -100,12 +101,12 @@ def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
     Raises CheckpointError if the maps are damaged or belong to another model.
     """
     directory = Path(directory)
-    plan = Plan.load(directory)
+    plan, maps = read_output(directory)
     if plan.form == "folded":
         raise OptionError(
             f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load({directory})."
         )
-    return attach_plan(model, plan, load_maps(directory))
+    return attach_plan(model, plan, maps)
 
 
 def attach_plan(model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> PreTrainedModel:
@@ -130,6 +131,20 @@ def detach(model: nn.Module) -> None:
         attachment.detach()
 
 
+def read_output(directory: Path) -> tuple[Plan, dict[Site, SiteMaps]]:
+    """Return the plan and the maps of an output. Raises CheckpointError if they are damaged or do not fit together."""
+    plan, maps = Plan.load(directory), load_maps(directory)
+    for site in plan.sites:
+        found = maps.get(site.site)
+        size = (0, 0) if found is None else (len(found.block), found.blocks.numel())
+        if not site.exact and size != (site.rank, site.width):
+            raise CheckpointError(
+                f"{directory}: the maps of {site.site} keep {size[0]} of {size[1]} numbers, the plan says {site.rank} "
+                f"of {site.width}. The files are of different outputs: compress again."
+            )
+    return plan, maps
+
+
 def load(
     directory: str | Path,
     *,
@@ -143,7 +158,7 @@ def load(
     Raises CheckpointError if files are missing, damaged, or belong to another model.
     """
     directory = Path(directory)
-    plan, maps = Plan.load(directory), load_maps(directory)
+    plan, maps = read_output(directory)
     if plan.form == "folded":
         model = _load_folded(directory, plan, maps, dtype)
     else:
@@ -154,7 +169,7 @@ def load(
             )
         try:
             model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"transformers cannot load {weights}: {str(error).splitlines()[0]}") from error
     return attach_plan(model.to(device).eval(), plan, maps)
 
@@ -176,9 +191,12 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         folded = skip_init(nn.Linear, full.in_features, rank, bias=full.bias is not None, dtype=wanted)
         setattr(model.get_submodule(parent), name, folded)
     state: dict[str, Any] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        state.update(load_file(file))
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        for file in sorted(directory.glob("model*.safetensors")):
+            state.update(load_file(file))
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: the folded weights are damaged ({str(error).splitlines()[0]}).") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
         name = next(iter([*unexpected, *(set(missing) - tied)]))
@@ -201,8 +219,6 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
             if plans[site].exact:
                 codecs[part] = None
                 continue
-            if site not in maps or len(maps[site].block) != plans[site].rank:
-                raise CheckpointError(f"the maps of {site} do not match {plans[site].rank} components of the plan.")
             codecs[part] = SiteCodec(maps[site], device, latent_dtype)
         rotated = plans[Site(attention.layer, "key")].rotated or codecs["key"] is None
         rotary = None if rotated else Rotary.of(model)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kvcompress_cli.app import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
+from kvcompress_cli.app import app
 
 logging.disable_progress_bar()
 WORDS = ["the", "sea", "was", "calm", "and", "old", "ships", "lay", "in", "bays", "while", "boys", "read", "books"]

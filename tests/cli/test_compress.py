@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from kvcompress_cli.compress import choose_options
 
 from kvcompress.options import CompressOptions
 from kvcompress.plan import Plan
+from kvcompress_cli.compress import choose_options
 
 SMALL = ("--tokens", "256", "--seq-len", "64", "--recent", "8")
 

@@ -7,9 +7,9 @@ import json
 import tempfile
 
 import pytest
-from kvcompress_cli import demo, inspect
 
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress_cli import demo, inspect
 
 
 @pytest.fixture

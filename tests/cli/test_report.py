@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from kvcompress_cli import terminal
 
+from kvcompress_cli import terminal
 from tests.cli.test_app import run_process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ SIGKILL = -9
 def runs(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What happened to every killed run, and to the unbroken one."""
     arguments = [tiny_checkpoint("llama-gqa"), text_file, tmp_path_factory.mktemp("killed")]
-    program = subprocess.run(
-        [sys.executable, killed_runs.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, killed_runs.__file__, *map(str, arguments)]
+    same_library = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = subprocess.run(command, capture_output=True, text=True, timeout=300, env=same_library)
     assert program.returncode == 0, program.stderr[-2000:]
     return json.loads(program.stdout.splitlines()[-1])
 

@@ -69,7 +69,7 @@ def head_matrix(checkpoint: Any, site: Site) -> np.ndarray:
 def test_data_free_head_is_the_svd_of_the_projections(tiny_checkpoint: Any, family: str, part: Any) -> None:
     """arXiv 2601.19611: virtual heads are the leading left singular vectors of the stacked head projections."""
     with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-        moments = weight_moments(checkpoint, 4096)
+        moments = weight_moments(checkpoint, group=checkpoint.spec.layers[0].n_kv_heads)
         for layer, attention in enumerate(checkpoint.spec.layers):
             site, basis = Site(layer, part), BASES["head"]()
             blocks = basis.blocks(attention)
@@ -92,7 +92,9 @@ def test_data_free_plan_uses_the_same_heads(tiny_checkpoint: Any) -> None:
     """End to end: the encoders that make_plan stores for the paper's recipe span the leading singular vectors."""
     options = CompressOptions(keep=0.5, key_basis="head", value_basis="head", policy="uniform", metric="weights")
     with open_checkpoint(tiny_checkpoint("llama-mha")) as checkpoint:
-        _, maps, _ = make_plan(checkpoint, weight_moments(checkpoint, 4096), options)
+        _, maps, _ = make_plan(
+            checkpoint, weight_moments(checkpoint, group=checkpoint.spec.layers[0].n_kv_heads), options
+        )
         for site, site_maps in maps.items():
             u, _, _ = np.linalg.svd(head_matrix(checkpoint, site), full_matrices=False)
             encoder = site_maps.encoder.reshape(2, -1, 4)[:, 0].double().numpy()

@@ -125,7 +125,7 @@ def test_moments_equal_a_dense_backward_pass(
     windows = random_ids(2, 24, seed=3)
     with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
         spec = checkpoint.spec
-    moments = empty_moments(spec, 4096, {})
+    moments = empty_moments(spec, {}, group=spec.layers[0].n_kv_heads)
     collect_moments(tiny_model(family), spec, windows, moments, sinks=SINKS, recent=recent, seed=0)
     labels = torch.cat(sampled_labels).reshape(2, 24)
     model = tiny_model(family, dtype=torch.float64).requires_grad_(False)
@@ -160,7 +160,7 @@ def test_labels_follow_the_model(tiny_checkpoint: Any, tiny_model: Any, sampled_
     windows = random_ids(16, 48, seed=5)
     model = tiny_model("llama-gqa")
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        moments = empty_moments(checkpoint.spec, 64, {})
+        moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
         collect_moments(model, checkpoint.spec, windows, moments, sinks=0, recent=0, seed=1)
     with torch.no_grad():
         logs = model(windows).logits.log_softmax(-1).flatten(0, 1)
@@ -179,7 +179,10 @@ def test_labels_are_drawn_slice_by_slice(
     for rows in (1000, 7):
         monkeypatch.setattr("kvcompress.calibration.fisher._LOGIT_ROWS", rows)
         with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-            moments, ids = empty_moments(checkpoint.spec, 4096, {}), random_ids(1, 40)
+            moments, ids = (
+                empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads),
+                random_ids(1, 40),
+            )
             collect_moments(tiny_model("llama-gqa"), checkpoint.spec, ids, moments, sinks=0, recent=0, seed=0)
         found.append(moments)
     for site in found[0].sites:
@@ -200,7 +203,7 @@ def test_half_precision_gradients_survive(tiny_checkpoint: Any, tiny_model: Any,
         checkpoint_of = open_checkpoint(tiny_checkpoint("llama-bf16", **smooth))
         with checkpoint_of as checkpoint, pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "multinomial", fixed_labels)
-            moments = empty_moments(checkpoint.spec, 4096, {})
+            moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
             model = tiny_model("llama-bf16", dtype=run_dtype, **smooth)
             collect_moments(model, checkpoint.spec, random_ids(8, 40), moments, sinks=2, recent=0, seed=0)
         found.append(moments)
@@ -214,7 +217,7 @@ def test_the_same_seed_gives_the_same_moments(tiny_checkpoint: Any, tiny_model: 
     found = []
     for seed in (0, 0, 1):
         with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-            moments = empty_moments(checkpoint.spec, 4096, {})
+            moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
             found.append(
                 collect_moments(
                     tiny_model("llama-gqa"), checkpoint.spec, random_ids(2, 24), moments, sinks=0, recent=0, seed=seed
@@ -229,7 +232,7 @@ def test_calibration_gives_the_model_back(tiny_checkpoint: Any, tiny_model: Any)
     model = tiny_model("llama-gqa")
     before = model.config._attn_implementation
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        moments = empty_moments(checkpoint.spec, 4096, {})
+        moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
         collect_moments(model, checkpoint.spec, random_ids(1, 16), moments, sinks=0, recent=0, seed=0)
     assert model.config._attn_implementation == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -239,7 +242,7 @@ def test_activations_that_are_not_finite(tiny_checkpoint: Any, tiny_model: Any) 
     model = tiny_model("llama-gqa")
     model.get_submodule("model.layers.1.self_attn.v_proj").weight.data[3, 4] = float("nan")
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        moments = empty_moments(checkpoint.spec, 4096, {})
+        moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
         with pytest.raises((CalibrationError, RuntimeError)) as error:
             collect_moments(model, checkpoint.spec, random_ids(1, 16), moments, sinks=0, recent=0, seed=0)
     assert error.type is CalibrationError
@@ -251,20 +254,18 @@ def wide_attention(n_kv_heads: int = 8, head_dim: int = 16) -> AttentionSpec:
     return AttentionSpec(0, n_kv_heads, n_kv_heads, head_dim, head_dim, projection, projection)
 
 
-@pytest.mark.parametrize("max_width", [32, 48, 64, 127])
-def test_partitions_of_a_wide_model_agree_with_the_whole(max_width: int) -> None:
+@pytest.mark.parametrize(("group", "band"), [(1, 2), (2, 4), (4, 8)])
+def test_partitions_of_a_wide_model_agree_with_the_whole(group: int, band: int) -> None:
     """Head groups and bands alone give every basis that fits the width the moments it would get from everything."""
     spec = wide_attention()
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(50, spec.width, dtype=torch.float64, generator=generator) for _ in range(2))
-    parts = usable_partitions(spec, max_width)
-    assert len(parts) == 2 and all(p.shape[1] <= max_width for p in parts)
-    few, whole = (SiteMoments.empty(p, spec.width) for p in (parts, usable_partitions(spec, spec.width)))
+    parts = usable_partitions(spec, group, band)
+    assert [p.shape[1] for p in parts] == [group * spec.head_dim, band * spec.n_kv_heads]
+    few, whole = (SiteMoments.empty(p, spec.width) for p in (parts, usable_partitions(spec, spec.n_kv_heads, band)))
     for moments in (few, whole):
         moments.add(x[:20], g[:20])
         moments.add(x[20:], g[20:])
-    group = max(n for n in (1, 2, 4) if 16 * n <= max_width)
-    band = max(n for n in (2, 4, 8) if 8 * n <= max_width)
     bases = [BASES[n]() for n in ("head", "share", "frequency", "per_head")]
     for basis in [*bases, BASES["latent"](group), BASES["band"](band)]:
         blocks = basis.blocks(spec)

@@ -11,10 +11,10 @@ from torch import Tensor
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import usable_partitions
 from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
-from kvcompress.map_budget import MAPS_SHARE, default_group, widest_block
+from kvcompress.fitting import key_basis
+from kvcompress.map_budget import MAPS_SHARE, default_group, moments_group
 from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import key_basis
 
 KEEPS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)
 #: (n_heads, n_kv_heads, head_dim) of Llama 2 7B and 13B, Phi-3-mini, models with 12, 20 and 24 heads, and GQA ones.
@@ -46,17 +46,23 @@ def map_bytes(model: Checkpoint, group: int, keep: float) -> int:
     return total
 
 
+def stored_moments(model: Checkpoint) -> list[Tensor]:
+    """Return the blocks whose moments a calibration keeps by default."""
+    return usable_partitions(model.spec.layers[0], moments_group(model), CompressOptions().band)
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_take_at_most_three_percent(shape: tuple[int, int, int], keep: float) -> None:
+    """And the next wider blocks would take more, among those whose moments are kept."""
     model = checkpoint(*shape)
     group = default_group(model, keep)
-    n_kv_heads = shape[1]
-    assert n_kv_heads % group == 0
+    assert shape[1] % group == 0
     # A tenth of slack for what is no matrix: block numbers, bits, means.
     assert map_bytes(model, group, keep) <= 1.1 * MAPS_SHARE * model.weight_bytes or group == 1
-    wider = [g for g in range(group + 1, n_kv_heads + 1) if n_kv_heads % g == 0]
-    if wider:
+    kept = moments_group(model)
+    wider = [g for g in range(group + 1, kept + 1) if kept % g == 0]
+    if wider and keep >= 0.25:
         assert map_bytes(model, wider[0], keep) > MAPS_SHARE * model.weight_bytes
 
 
@@ -81,11 +87,9 @@ def inside(wanted: Tensor, stored: list[Tensor]) -> bool:
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_moments_serve_every_default_basis(shape: tuple[int, int, int], keep: float) -> None:
-    """Another budget or basis must not need another calibration."""
+    """A calibration for the default budget serves any other: the blocks of each basis lie within stored ones."""
     model, options = checkpoint(*shape), CompressOptions(keep=keep)
-    attention = model.spec.layers[0]
-    width = max(widest_block(model), options.band * attention.n_kv_heads)
-    stored = usable_partitions(attention, width)
+    attention, stored = model.spec.layers[0], stored_moments(model)
     for name in ("head", "share", "frequency", "per_head"):
         assert inside(BASES[name]().blocks(attention), stored), name
     assert inside(key_basis(model, options).blocks(attention), stored), "latent"
@@ -97,7 +101,6 @@ def test_saved_moments_serve_every_default_basis(shape: tuple[int, int, int], ke
 def test_moments_are_bounded(shape: tuple[int, int, int]) -> None:
     """float64 C and F of every site take less than the weights themselves."""
     model = checkpoint(*shape)
-    attention = model.spec.layers[0]
-    stored = usable_partitions(attention, max(widest_block(model), 16 * attention.n_kv_heads))
+    stored = stored_moments(model)
     per_site = sum(2 * 8 * p.shape[0] * p.shape[1] ** 2 for p in stored)
     assert per_site * len(model.spec.sites) <= model.weight_bytes

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.pipeline as pipeline
+import kvcompress.calibrate as calibrate
+from kvcompress.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, obtain_moments
+from kvcompress.pipeline import compress
 from tests.tiny_models import random_ids
 
 
@@ -41,7 +42,7 @@ def test_round_trip(tiny_moments: Any, tmp_path: Path) -> None:
 
 def test_round_trip_of_several_partitions(tiny_checkpoint: Any, tiny_model: Any, tmp_path: Path) -> None:
     with open_checkpoint(tiny_checkpoint("llama-mha")) as checkpoint:
-        moments = empty_moments(checkpoint.spec, 16, {"mode": "fisher"})
+        moments = empty_moments(checkpoint.spec, {"mode": "fisher"}, group=1, band=8)
         assert [p.shape for p in next(iter(moments.sites.values())).partitions] == [(2, 16), (2, 16)]
         collect_moments(tiny_model("llama-mha"), checkpoint.spec, random_ids(2, 20), moments, sinks=1, recent=0, seed=0)
     moments.save(tmp_path / "m.safetensors")
@@ -61,7 +62,9 @@ def test_a_resumed_pass_gives_the_sums_of_an_unbroken_one(
             )
 
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        unbroken, broken = (empty_moments(checkpoint.spec, 64, {"seed": 9}) for _ in range(2))
+        unbroken, broken = (
+            empty_moments(checkpoint.spec, {"seed": 9}, group=checkpoint.spec.layers[0].n_kv_heads) for _ in range(2)
+        )
     run(unbroken, 5)
     run(broken, cut).save(tmp_path / "m.safetensors")
     resumed = Moments.load(tmp_path / "m.safetensors")
@@ -80,14 +83,14 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
 def test_data_free_moments_need_linear_keys(tiny_checkpoint: Any) -> None:
     key_norm = pytest.raises(UnsupportedModelError, match="normalises its keys")
     with open_checkpoint(tiny_checkpoint("qwen3")) as checkpoint, key_norm:
-        weight_moments(checkpoint, 64)
+        weight_moments(checkpoint, group=checkpoint.spec.layers[0].n_kv_heads)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "phi3"])
 def test_data_free_moments_are_those_of_the_weights(tiny_checkpoint: Any, family: str) -> None:
     """C = W W^T about the bias, which is the mean, and F = I."""
     with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-        moments = weight_moments(checkpoint, 64)
+        moments = weight_moments(checkpoint, group=checkpoint.spec.layers[0].n_kv_heads)
         assert not moments.has_fisher
         for site, sums in moments.sites.items():
             weight, bias = checkpoint.site_weight(site)
@@ -109,7 +112,7 @@ class TestReuse:
             passes.append(len(args[2]))
             return collect_moments(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, "collect_moments", counted)
+        monkeypatch.setattr(calibrate, "collect_moments", counted)
         return passes
 
     @pytest.fixture
