@@ -71,6 +71,8 @@ def near_far_attention(
     groups = n_heads // n_kv_heads
     rows = query.reshape(n_kv_heads, groups, n_tokens, head_dim)
     (near_key, far_key), (near_value, far_value) = ([x[0] for x in pair] for pair in (keys, values))
+    # Both are zero: adding them moves the gradient of near queries from the far leaf to the near one.
+    key_shift, value_shift = near_key - far_key, near_value - far_value
     place = torch.arange(n_tokens, device=query.device)
     outputs = []
     for start in range(0, n_tokens, _QUERIES):
@@ -81,12 +83,9 @@ def near_far_attention(
         visible = distance >= 0 if mask is None else mask[0, 0, start:stop, :stop]
         chunk = rows[:, :, start:stop].reshape(n_kv_heads, -1, head_dim)
         scores = chunk @ far_key[:, :stop].transpose(1, 2)
-        near_scores = chunk @ near_key[:, low:stop].transpose(1, 2)
-        scores = torch.cat([scores[..., :low], torch.where(near, near_scores, scores[..., low:])], -1)
+        scores[..., low:] += near * (chunk @ key_shift[:, low:stop].transpose(1, 2))
         weights = scores.masked_fill(~visible.repeat(groups, 1), float("-inf")).softmax(-1, dtype=torch.float32)
         weights = weights.to(query.dtype)
-        near_weights = weights[..., low:] * near
-        far_weights = torch.cat([weights[..., :low], weights[..., low:] * ~near], -1)
-        chunk_output = far_weights @ far_value[:, :stop] + near_weights @ near_value[:, low:stop]
+        chunk_output = weights @ far_value[:, :stop] + (near * weights[..., low:]) @ value_shift[:, low:stop]
         outputs.append(chunk_output.reshape(n_kv_heads, groups, stop - start, head_dim))
     return torch.cat(outputs, 2).reshape(1, n_heads, n_tokens, head_dim).transpose(1, 2)

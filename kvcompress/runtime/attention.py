@@ -215,24 +215,26 @@ def simulated_attention(
     Query t sees key s exactly if s is a sink or t - s < max(recent, 1), and decoded from its latent otherwise.
     """
     assert state.simulation is not None and state.positions is not None
-    codecs, n_tokens = state.codecs, key.shape[2]
-    groups = query.shape[1] // key.shape[1]
-    coded_key = codecs.decode_keys(codecs.encode_keys(key, state.positions), state.positions)
+    codecs, (batch, n_kv_heads, n_tokens, _) = state.codecs, key.shape
+    recent, sinks = max(state.simulation.recent, 1), state.simulation.sinks
+    coded_key = codecs.decode_keys(codecs.encode_keys(key, state.positions), state.positions).transpose(-1, -2)
     coded_value = codecs.decode_values(codecs.encode_values(value))
-    keys = [k.float().repeat_interleave(groups, 1).transpose(-1, -2) for k in (key, coded_key)]
-    values = [v.float().repeat_interleave(groups, 1) for v in (value, coded_value)]
+    exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
+    by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
     place = torch.arange(n_tokens, device=query.device)
     outputs = []
     for start in range(0, n_tokens, _SIMULATED_QUERIES):
         stop = min(start + _SIMULATED_QUERIES, n_tokens)
-        distance = place[start:stop, None] - place[None, :stop]
-        exact = (place[None, :stop] < state.simulation.sinks) | (distance < max(state.simulation.recent, 1))
-        rows = query[:, :, start:stop].float() * scaling
-        scores = torch.where(exact, rows @ keys[0][..., :stop], rows @ keys[1][..., :stop])
-        if mask is None:
-            scores = scores.masked_fill(distance < 0, float("-inf"))
-        else:
-            scores = scores + _additive(mask[:, :, start:stop, :stop], len(query), stop - start, stop, query.device)
-        weights = scores.softmax(-1)
-        outputs.append((weights * exact) @ values[0][:, :, :stop] + (weights * ~exact) @ values[1][:, :, :stop])
-    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype)
+        rows = by_group[:, :, :, start:stop].flatten(2, 3)
+        # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
+        near = torch.cat([place[:stop][:sinks], place[max(sinks, start - recent + 1) : stop]])
+        exact = (near < sinks) | (place[start:stop, None] - near < recent)
+        exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
+        scores = rows @ coded_key[..., :stop]
+        scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])
+        visible = (place[start:stop, None] >= place[:stop])[None, None] if mask is None else mask[:, :, start:stop]
+        visible = _additive(visible, batch, stop - start, stop, query.device)
+        weights = (scores + visible.repeat(1, 1, by_group.shape[2], 1)).softmax(-1)
+        chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
+        outputs.append(chunk.unflatten(2, (-1, stop - start)))
+    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype)
