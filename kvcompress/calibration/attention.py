@@ -34,7 +34,7 @@ class FarTaps:
 def split_attention(model: Any, recent: int) -> Iterator[FarTaps]:
     """Within the block, layers run with gradients leave their far keys and values in the yielded taps.
 
-    recent: keys fewer than max(recent, 1) tokens back are near, seen exactly.
+    recent: keys at most this many tokens back are near, seen exactly; a token always sees itself exactly.
     """
     taps = FarTaps(recent)
 
@@ -77,9 +77,9 @@ def near_far_attention(
     outputs = []
     for start in range(0, n_tokens, _QUERIES):
         stop = min(start + _QUERIES, n_tokens)
-        low = max(0, start - max(recent, 1) + 1)  # the first key that is near to any of these queries
+        low = max(0, start - recent)  # the first key that is near to any of these queries
         distance = place[start:stop, None] - place[None, :stop]
-        near = (distance < max(recent, 1))[:, low:].repeat(groups, 1)
+        near = (distance <= recent)[:, low:].repeat(groups, 1)
         visible = distance >= 0 if mask is None else mask[0, 0, start:stop, :stop]
         chunk = rows[:, :, start:stop].reshape(n_kv_heads, -1, head_dim)
         scores = chunk @ far_key[:, :stop].transpose(1, 2)

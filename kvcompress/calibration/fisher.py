@@ -44,7 +44,7 @@ def collect_moments(
     """Add every window from `moments.n_windows` on to `moments` and return it.
 
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
-    gradients count only queries at least `recent` tokens later, since the cache keeps those exact. Labels are
+    gradients count only queries more than `recent` tokens later, since the cache keeps those exact. Labels are
     sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. With
     `partial_file` the sums are saved now and then (at most 5% of the time). Raises CalibrationError if the
     model's activations or gradients are not finite.

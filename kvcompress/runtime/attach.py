@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils import skip_init
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -188,7 +187,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         parent, _, name = projection.module.rpartition(".")
         full: Any = model.get_submodule(projection.module)
         rank = maps[site].encoder.shape[0]
-        folded = skip_init(nn.Linear, full.in_features, rank, bias=full.bias is not None, dtype=wanted)
+        folded = _empty_linear(full.in_features, rank, bias=full.bias is not None, dtype=wanted)
         setattr(model.get_submodule(parent), name, folded)
     state: dict[str, Any] = {}
     try:
@@ -205,6 +204,16 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
+
+
+def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    """Return a Linear whose weights are still to come; nn.Linear's own initialisation warns where n_out is 0."""
+    linear = nn.Linear(1, 1, bias=bias)
+    linear.in_features, linear.out_features = n_in, n_out
+    linear.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype))
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(n_out, dtype=dtype))
+    return linear
 
 
 def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]) -> list[LayerCodecs]:

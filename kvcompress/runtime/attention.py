@@ -212,11 +212,11 @@ def simulated_attention(
 ) -> Tensor:
     """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
 
-    Query t sees key s exactly if s is a sink or t - s < max(recent, 1), and decoded from its latent otherwise.
+    Query t sees key s exactly if s is a sink or t - s <= recent, and decoded from its latent otherwise.
     """
     assert state.simulation is not None and state.positions is not None
     codecs, (batch, n_kv_heads, n_tokens, _) = state.codecs, key.shape
-    recent, sinks = max(state.simulation.recent, 1), state.simulation.sinks
+    recent, sinks = state.simulation.recent, state.simulation.sinks
     coded_key = codecs.decode_keys(codecs.encode_keys(key, state.positions), state.positions).transpose(-1, -2)
     coded_value = codecs.decode_values(codecs.encode_values(value))
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
@@ -227,8 +227,8 @@ def simulated_attention(
         stop = min(start + _SIMULATED_QUERIES, n_tokens)
         rows = by_group[:, :, :, start:stop].flatten(2, 3)
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
-        near = torch.cat([place[:stop][:sinks], place[max(sinks, start - recent + 1) : stop]])
-        exact = (near < sinks) | (place[start:stop, None] - near < recent)
+        near = torch.cat([place[:stop][:sinks], place[max(sinks, start - recent) : stop]])
+        exact = (near < sinks) | (place[start:stop, None] - near <= recent)
         exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
         scores = rows @ coded_key[..., :stop]
         scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])

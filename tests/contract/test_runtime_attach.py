@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import kvcompress
 from kvcompress.checkpoint.reader import open_checkpoint
@@ -120,6 +122,28 @@ def test_a_given_dynamic_cache_is_left_alone(tiny_model: Any, plan_of: Any) -> N
     logits = model(ids, past_key_values=DynamicCache()).logits
     kvcompress.detach(model)
     assert torch.equal(logits, model(ids).logits)
+
+
+def test_arguments_may_be_positional(tiny_model: Any, plan_of: Any) -> None:
+    """The cache of a forward and the configuration of a generation, given without their names."""
+    model = attach_plan(tiny_model("llama-gqa"), *plan_of("llama-gqa", keep=0.1, recent=0))
+    ids, cache = random_ids(1, 30), DynamicCache()
+    model(ids, None, None, cache)
+    assert cache.get_seq_length() == 30
+    exact = GenerationConfig(use_cache=False, max_new_tokens=10, do_sample=False, pad_token_id=PAD)
+    ours = model.generate(ids, exact)
+    kvcompress.detach(model)
+    assert torch.equal(ours, model.generate(ids, exact))
+
+
+def test_a_cache_is_freed_with_its_last_name(tiny_model: Any, plan_of: Any) -> None:
+    """The model does not keep the cache of the last call alive."""
+    model = attach_plan(tiny_model("llama-gqa"), *plan_of("llama-gqa"))
+    output = model(random_ids(1, 40))
+    layer = weakref.ref(output.past_key_values.layers[1])
+    del output
+    gc.collect()
+    assert layer() is None
 
 
 def test_training_is_left_alone(tiny_model: Any, plan_of: Any) -> None:

@@ -124,6 +124,17 @@ class TestOutput:
         monkeypatch.setattr(pipeline, stage, fail)
         assert "no space left" in refused(OutputError, source("llama-gqa"), metric="weights")
 
+    def test_no_space_in_a_new_place(
+        self, source: Any, refused: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """The directories made on the way to the output go as well."""
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(pipeline, "save_maps", fail)
+        refused(OutputError, source("llama-gqa"), tmp_path / "new" / "place" / "out", metric="weights")
+
     @pytest.mark.parametrize("options", [{"maps_only": False}, {"key_basis": "frequency", "folded": True}], ids=str)
     @pytest.mark.parametrize("told", [True, False], ids=["checked", "unchecked"])
     def test_a_full_file_system(

@@ -56,7 +56,7 @@ class FarOffsets:
         keys = [k.repeat_interleave(groups, 1) for k in (key, key + offset)]
         values = [v.repeat_interleave(groups, 1) for v in (value, value + self.values[layer])]
         distance = torch.arange(n)[:, None] - torch.arange(n)[None, :]
-        near = distance < max(self.recent, 1)
+        near = distance <= self.recent
         visible = distance >= 0 if mask is None else mask
         scores = torch.where(near, *(query @ k.transpose(2, 3) for k in keys)) * scaling
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
