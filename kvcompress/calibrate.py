@@ -19,8 +19,8 @@ from kvcompress.errors import CheckpointError
 from kvcompress.map_budget import moments_group
 from kvcompress.options import CompressOptions
 
-#: With no text given: what was best on four kinds of text (docs/calibration.md).
-DEFAULT_CALIBRATION = (calibration_text.PROSE, calibration_text.CODE)
+#: With no text given: what was best on four kinds of text (docs/measurements.md).
+DEFAULT_CALIBRATION = (calibration_text.SELF, calibration_text.PROSE, calibration_text.CODE)
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages: sample, calibrate, fit, write."""
 

@@ -75,7 +75,7 @@ def compress(
             "A text file, JSONL, directory, datasets id, builtin:prose, builtin:code or self. Repeat it to mix texts.",
             _TEXT,
             metavar="TEXT",
-            show_default="builtin:prose and builtin:code",
+            show_default="self, builtin:prose and builtin:code",
         ),
     ] = None,
     no_calibration: Annotated[

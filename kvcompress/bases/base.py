@@ -68,13 +68,14 @@ def expected_loss(covariance: Tensor, fisher: Tensor, components: Components) ->
 
     covariance, fisher: [n_blocks, width, width]. Terms between blocks are taken as zero.
     """
-    n_blocks, width = covariance.shape[:2]
-    projector = torch.zeros(n_blocks, width, width, dtype=torch.float64)
-    outer = components.decoder.double().unsqueeze(2) * components.encoder.double().unsqueeze(1)
-    projector.index_add_(0, components.block, outer)
-    residual = torch.eye(width, dtype=torch.float64) - projector
-    error = residual @ covariance @ residual.transpose(1, 2)
-    return 0.5 * float((fisher * error).sum())
+    decoder, encoder = components.decoder.double(), components.encoder.double()
+    identity = torch.eye(covariance.shape[1], dtype=torch.float64)
+    loss = 0.0
+    for b in range(len(covariance)):
+        mine = components.block == b
+        residual = identity - decoder[mine].T @ encoder[mine]
+        loss += 0.5 * float((fisher[b] * (residual @ covariance[b] @ residual.T)).sum())
+    return loss
 
 
 def whitened_eigenbasis(covariance: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
