@@ -15,6 +15,7 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.writer import remove_stale
 from kvcompress.errors import CheckpointError
 from kvcompress.map_budget import moments_group
 from kvcompress.options import CompressOptions
@@ -71,6 +72,7 @@ def obtain_moments(
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)
+    remove_stale(partial)
     return moments
 
 
@@ -95,6 +97,8 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
         # 16-bit arithmetic is slow on most CPUs, and float32 costs only memory there
         dtype = "float32" if device == "cpu" else checkpoint.spec.dtype
     sources = options.calibration or DEFAULT_CALIBRATION
+    group = _stored_group(checkpoint, options)
+    whole = group == checkpoint.spec.layers[0].n_kv_heads  # then bands are parts of what is kept anyway
     return {
         "mode": "fisher",
         "model": checkpoint.fingerprint(),
@@ -107,8 +111,8 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
         "seed": options.seed,
         "device": device,
         "dtype": dtype,
-        "group": _stored_group(checkpoint, options),
-        "band": options.band,
+        "group": group,
+        "band": CompressOptions().band if whole else options.band,
     }
 
 

@@ -94,4 +94,6 @@ class ModelSpec:
             return "keys are normalised per head after the projection (key norm), which a linear fold cannot pass"
         if any(a.key.weight == a.value.weight for a in self.layers):
             return "query, key and value share one fused projection"
+        if any(0 < a.rotary_dim < a.head_dim for a in self.layers):
+            return "RoPE rotates a part of each head only, which a virtual head does not lay out"
         return None

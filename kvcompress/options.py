@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -53,12 +54,17 @@ class CompressOptions:
             )
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise OptionError(f"group must be a whole number of at least 1, found {self.group!r}.")
-        if not isinstance(self.calibration, tuple):
+        if not isinstance(self.calibration, tuple) or not all(isinstance(s, str) for s in self.calibration):
             raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
         for name, least in (("tokens", 1), ("seq_len", 16), ("sinks", 0), ("recent", 0), ("band", 2), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+        for name in ("folded", "maps_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
+        if not isinstance(self.layers, str) or not re.fullmatch(r"half|deep|\d+:\d+", self.layers):
+            raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")
         if self.seq_len <= self.sinks:
             raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
         if self.folded and self.key_basis not in FOLDABLE_KEY_BASES:

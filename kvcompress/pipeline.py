@@ -185,4 +185,6 @@ def _write(
     save_maps(maps, target / MAPS_FILE)
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(report_document(plan, spectra), indent=1) + "\n", encoding="utf-8")
+    if (target / "README.md").exists():  # the source's own card, and its licence terms, stay readable
+        (target / "README.md").rename(target / "SOURCE_README.md")
     (target / "README.md").write_text(model_card(plan), encoding="utf-8")

@@ -151,6 +151,8 @@ class Plan:
             for derived in ("bytes_per_token", "keep", "predicted_loss"):
                 document.pop(derived)
             document["sites"] = tuple(SitePlan(**s) for s in document["sites"])
-            return cls(**document)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            plan = cls(**document)
+            _ = plan.keep, plan.n_layers, plan.cache_bytes(plan.recent + 1)  # raises where a field is no such thing
+            return plan
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error

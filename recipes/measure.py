@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,8 @@ def bases_table(bench: Bench) -> None:
     print(f"| keys / values, policy | {' | '.join(f'keep {k}, window {w}' for k in KEEPS for w in args.windows)} |")
     print("|---" * (1 + len(KEEPS) * len(args.windows)) + "|")
     for name, options in methods.items():
+        if not re.search(args.methods, name):
+            continue
         cells = []
         for keep in KEEPS:
             for recent in args.windows:
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--max-windows", type=int, default=40)
+    parser.add_argument("--methods", default="", help="regular expression: only the rows whose name it matches")
     parser.add_argument("--window", type=int, action="append", help="recent windows to measure: 0 and 64 by default")
     parser.add_argument("--work", default="measurements", help="where moments are kept between rows")
     parser.add_argument("--out", help="JSON file for all figures")

@@ -30,6 +30,10 @@ def head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
             f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {n_heads}. Check the file."
         )
     head_dim = positive_int(config, "head_dim", hidden // n_heads)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"config.json: head_dim {head_dim} is odd; RoPE rotates pairs of channels. Check the file."
+        )
     if n_heads % n_kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}. "
@@ -40,7 +44,12 @@ def head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Return the RoPE settings from either spelling (`rope_parameters`, or the older `rope_scaling`)."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedModelError(
+            "config.json: rope_parameters is not one object for all layers; no reader for that."
+        )
+    return rope
 
 
 def rotary_dim(config: dict[str, Any], head_dim: int) -> int:
@@ -53,7 +62,17 @@ def rotary_dim(config: dict[str, Any], head_dim: int) -> int:
             "un-rotated. Supported: default, linear, llama3, yarn."
         )
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    return int(head_dim * (1.0 if fraction is None else fraction))
+    fraction = 1.0 if fraction is None else fraction
+    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, found {fraction!r}.")
+    return int(head_dim * fraction)
+
+
+def per_layer(field: str, values: Any, n_layers: int) -> list[Any]:
+    """Return a config field that lists one entry a layer, checked for that."""
+    if not isinstance(values, list) or len(values) != n_layers:
+        raise CheckpointError(f"config.json: {field} must list one entry for each of the {n_layers} layers. Check it.")
+    return values
 
 
 def storage_dtype(config: dict[str, Any]) -> str:
@@ -64,8 +83,9 @@ def storage_dtype(config: dict[str, Any]) -> str:
 
 
 def build_model_spec(config: dict[str, Any], layers: list[AttentionSpec]) -> ModelSpec:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"the weights are quantised ({method}). Start from the 16-bit checkpoint: the cache's size is the same."
         )
@@ -127,5 +147,5 @@ def sliding_by_layer_types(config: dict[str, Any]) -> list[bool]:
         return [False] * n_layers
     types = config.get("layer_types")
     if types:
-        return [t == "sliding_attention" for t in types]
+        return [t == "sliding_attention" for t in per_layer("layer_types", types, n_layers)]
     return [i >= config.get("max_window_layers", 0) for i in range(n_layers)]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcompress.architectures.common import positive_int, separate_projections, sliding_by_layer_types
+from kvcompress.architectures.common import per_layer, positive_int, separate_projections, sliding_by_layer_types
 from kvcompress.model_spec import ModelSpec
 
 
@@ -13,6 +13,6 @@ def read(config: dict[str, Any]) -> ModelSpec:
     return separate_projections(
         config,
         bias=bool(config.get("attention_bias", False)),
-        rotary_layers=[bool(x) for x in uses_rope],
+        rotary_layers=[bool(x) for x in per_layer("no_rope_layers", uses_rope, n_layers)],
         sliding_layers=sliding_by_layer_types(config),
     )

@@ -140,6 +140,11 @@ def _head_gradient(model: Any, decoder: Any, hidden: Tensor, generator: torch.Ge
         with torch.enable_grad():
             logits = model.lm_head(rows)
         probability = logits.detach().float().softmax(-1)
+        if not bool(probability.isfinite().all()):
+            raise CalibrationError(
+                "the model's logits are NaN or infinite on the calibration text. "
+                "Try --dtype float32, and check the checkpoint's weights."
+            )
         labels = torch.multinomial(probability[0], 1, generator=generator)
         probability[0].scatter_add_(1, labels, -torch.ones_like(labels, dtype=probability.dtype))
         gradient[:, start : start + _LOGIT_ROWS] = torch.autograd.grad(

@@ -132,7 +132,7 @@ class Moments:
         try:
             with safe_open(file, framework="pt") as handle:
                 header = handle.metadata()
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
             sites: dict[Site, SiteMoments] = {}
             for name in tensors:
                 if name.endswith(".total"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompress.errors import CalibrationError
 
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".json.gz")
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 _TEXT_FIELDS = ("text", "content", "document")
 #: Characters read per token wanted: enough to spread windows over a long text, little enough to stay quick.
 _CHARS_PER_TOKEN = 64

@@ -213,7 +213,7 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a valid safetensors index ({error}). Download it again.") from error
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index.name} names '{file}', which lies outside the checkpoint. Refused.")
         if not (path / file).is_file():
             raise CheckpointError(f"{index.name} names {file}, which is missing from {path}. Download it again.")

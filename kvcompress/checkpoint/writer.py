@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvcompress.errors import OutputError
@@ -57,8 +57,9 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a scratch directory beside `target` that becomes `target` when the block ends without an error."""
     check_target(target, force=force)
     with explained_os_errors(target):
+        made = [p for p in target.absolute().parents if not p.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
+        remove_stale(target)
         scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
         scratch.mkdir()
         try:
@@ -72,6 +73,9 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
                 scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            for directory in made:  # those that are still empty: nothing was written
+                with suppress(OSError):
+                    directory.rmdir()
 
 
 @contextmanager
@@ -79,6 +83,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a scratch path beside `target` that becomes `target` when the block ends without an error."""
     with explained_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target)
         scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
         try:
             yield scratch
@@ -98,7 +103,7 @@ def copy_checkpoint(source: Path, target: Path, *, skip: frozenset[str] = frozen
         shutil.copyfile(file, target / relative)
 
 
-def _remove_stale(target: Path) -> None:
+def remove_stale(target: Path) -> None:
     """Remove what a killed process left beside `target`: scratch directories whose process is gone."""
     for left in target.parent.glob(f".{target.name}.partial-*"):
         match = re.search(r"\.partial-(\d+)", left.name)

@@ -79,7 +79,11 @@ class Attachment:
         return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]
 
     def _generate_compressed(self, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.model.generation_config or GenerationConfig()
+        config = (
+            (args[1] if len(args) > 1 else kwargs.get("generation_config"))
+            or self.model.generation_config
+            or GenerationConfig()
+        )
         use_cache = kwargs.get("use_cache", config.use_cache)
         if use_cache is not False and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.new_cache()
@@ -88,7 +92,8 @@ class Attachment:
     def _use_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         use_cache = kwargs.get("use_cache")
         use_cache = self.model.config.use_cache if use_cache is None else use_cache
-        if use_cache and not model.training and kwargs.get("past_key_values") is None:
+        given = args[3] if len(args) > 3 else kwargs.get("past_key_values")  # its place in every forward
+        if use_cache and not model.training and given is None:
             kwargs["past_key_values"] = self.new_cache()
         return args, kwargs
 

@@ -93,6 +93,7 @@ def compressed_attention(
         output = tiled_attention(state.layer, query, attention_mask, scaling)
     if state.layer is not None:
         state.layer.evict()
+        state.layer = None  # the model must not keep a cache alive
     return output, None
 
 
