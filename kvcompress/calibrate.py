@@ -15,6 +15,7 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import remove_stale
 from kvcompress.errors import CheckpointError
 from kvcompress.map_budget import moments_group
@@ -136,15 +137,9 @@ def _calibration_windows(
 
 
 def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoint.source} has no usable tokenizer ({str(error).splitlines()[0]}). "
-            "Calibration needs one; add its files, or use --no-calibration."
-        ) from error
+    tokenizer = load_tokenizer(checkpoint.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
 from kvcompress.model_spec import DTYPE_BYTES
 from kvcompress.plan import Plan
@@ -68,7 +69,7 @@ def load_compressed(
         path = stack.enter_context(_original(directory, plan, base)) if needs_original or not whole else None
         with _explained(directory):
             model = load(directory, base=path, dtype=run_dtype, device=device)
-            tokenizer = AutoTokenizer.from_pretrained(directory if whole else path)
+            tokenizer = load_tokenizer(directory if whole or path is None else path)
             original = None
             if needs_original:
                 original = AutoModelForCausalLM.from_pretrained(path, dtype=run_dtype).to(device).eval()

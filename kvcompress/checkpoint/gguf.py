@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +24,13 @@ def converted_gguf(file: Path) -> Iterator[Path]:
             raise CheckpointError(f"reading {file.name} needs the package gguf: pip install gguf.") from error
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot read {file.name}: {str(error).splitlines()[0]}") from error
-        model.to(torch.bfloat16).save_pretrained(scratch)
+        # A model read from GGUF counts as quantised and refuses to be saved, so its weights move to a plain one.
+        fields = model.config.to_dict()
+        for name in ("quantization_config", "_name_or_path", "architectures", "transformers_version"):
+            fields.pop(name, None)
+        plain = AutoModelForCausalLM.from_config(type(model.config)(**fields))
+        plain.load_state_dict(model.state_dict(), strict=True)
+        plain.tie_weights()
+        plain.to(torch.bfloat16).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        config_file = Path(scratch) / "config.json"
-        config = json.loads(config_file.read_text())
-        config.pop("quantization_config", None)  # the weights written here are no longer quantised
-        config_file.write_text(json.dumps(config, indent=2))
         yield Path(scratch)

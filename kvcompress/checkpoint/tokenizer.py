@@ -1,0 +1,23 @@
+"""A checkpoint's tokenizer, loaded by transformers, or a clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvcompress.errors import CheckpointError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint directory. Raises CheckpointError if it has none that works."""
+    from transformers import AutoTokenizer
+
+    # Some versions of transformers build an empty tokenizer where there are no files.
+    if not any((directory / name).is_file() for name in _FILES):
+        raise CheckpointError(f"{directory} has no usable tokenizer: it holds none of {', '.join(_FILES)}.")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}") from error
