@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvcompress.errors import CheckpointError
 from kvcompress.model_spec import DTYPE_BYTES, Part, Site
@@ -17,7 +17,12 @@ REPORT_FILE = "report.json"
 #: Tokens leave the recent window in blocks of this size (fewer where the window is smaller).
 ENCODE_BLOCK = 32
 
-Form = str  # "coded" or "folded"
+Form = Literal["coded", "folded"]
+
+
+def n_encoded(n_tokens: int, recent: int, encode_block: int) -> int:
+    """Return how many of n_tokens are encoded: whole blocks of those older than the recent window."""
+    return max(0, n_tokens - recent) // encode_block * encode_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +104,8 @@ class Plan:
         return self.form == "coded" and any(s.part == "key" and not s.rotated and not s.exact for s in self.sites)
 
     def n_encoded(self, n_tokens: int) -> int:
-        """Return how many of a sequence's tokens are stored encoded: whole blocks older than the recent window."""
-        block = self.encode_block
-        return max(0, n_tokens - self.recent) // block * block
+        """Return how many of a sequence's tokens are stored encoded."""
+        return n_encoded(n_tokens, self.recent, self.encode_block)
 
     def cache_bytes(self, n_tokens: int, *, exact_number_bytes: int | None = None) -> int:
         """Return the bytes that the cache of one sequence of n_tokens takes: latents, sinks, window and positions.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvcompress.plan import n_encoded
 from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
 
@@ -204,7 +205,7 @@ class TokenLine:
             self._positions = torch.cat([self._positions, new], 1)
 
     def n_encoded(self, n_tokens: int) -> int:
-        return max(0, n_tokens - self.recent) // self.encode_block * self.encode_block
+        return n_encoded(n_tokens, self.recent, self.encode_block)
 
     def sink_slots(self) -> Tensor:
         """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""
