@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompress.report.wording import nats, percent
+from kvcompress.report.wording import nats
 
 #: Kinds of records whose figures are known; others are listed figure by figure.
 PERPLEXITY = "perplexity"
@@ -35,7 +35,7 @@ def measured_table(evaluations: list[dict[str, Any]]) -> str:
     parts = []
     rows = perplexities(evaluations)
     if rows:
-        head = ["perplexity ratio", "original", "compressed", "KL, nats", "same top token", "protocol"]
+        head = ["perplexity ratio", "KL, nats", "same top token", "original", "compressed", "protocol"]
         table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         table += [f"| {' | '.join(_cells(row))} |" for row in rows]
         parts.append(
@@ -62,10 +62,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
     perplexity = row["perplexity"]
     return [
         f"**{perplexity['ratio']:.4f}**",
+        nats(row["kl_nats"]),
+        f"{row['top1_agreement']:.2%}",
         f"{perplexity['original']:.4f}",
         f"{perplexity['compressed']:.4f}",
-        nats(row["kl_nats"]),
-        percent(row["top1_agreement"]),
         protocol_words(row["protocol"]).replace("|", "\\|"),
     ]
 

@@ -80,7 +80,7 @@ def test_measurements_appear_and_are_replaced() -> None:
     assert "Nothing was measured yet" in card
     once = with_measured(card, [MEASURED])
     assert "Nothing was measured" not in once
-    row = r"| **1.0250** | 20.0000 | 20.5000 | 0.0123 | 95.5% | a\|b.txt (sha256 abababababab), 40 windows of 2,048, "
+    row = r"| **1.0250** | 0.0123 | 95.50% | 20.0000 | 20.5000 | a\|b.txt (sha256 abababababab), 40 windows of 2,048, "
     assert row + "4 sinks, 64 recent, float32 |" in once
     twice = with_measured(once, [MEASURED, MEASURED | {"kl_nats": 0.5}])
     assert twice.count("| **1.0250** |") == 2 and "0.5000" in twice
