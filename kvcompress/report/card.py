@@ -20,10 +20,11 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 _BEGIN, _END = "<!-- measured: written by kvcompress eval -->", "<!-- end of measured -->"
 
 
-def model_card(plan: Plan, source_card: Path | None = None) -> str:
+def model_card(plan: Plan, source_card: Path | None = None, *, repository: str | None = None) -> str:
     """Return the card: metadata, what was kept, how it was made, what was measured and how to run it.
 
     source_card: the source's README.md, whose licence and language hold here too.
+    repository: where the output lies on the hub, if it does.
     """
     name = display_name(plan.source)
     choices: dict[str, Any] = {"form": plan.form, "maps_only": bool(plan.options["maps_only"])}
@@ -50,7 +51,7 @@ The KV cache of {name}, compressed with kvcompress ({plan.form} form): {plan.com
 `pip install kvcompress`, then:
 
 ```python
-{python_usage(base=hub_id(plan.source), **choices)}
+{python_usage(base=hub_id(plan.source), repository=repository, **choices)}
 ```
 
 {loading_note(**choices)}
@@ -72,6 +73,11 @@ def with_measured(card: str, evaluations: list[dict[str, Any]]) -> str:
     before, begin, rest = card.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     return before + measured_section(evaluations) + after if begin and end else card
+
+
+def is_generated(card: str) -> bool:
+    """Return whether a card still has the measured section, which one rewritten by hand has not."""
+    return _BEGIN in card and _END in card
 
 
 def update_card(directory: Path, evaluations: list[dict[str, Any]]) -> None:

@@ -11,10 +11,10 @@ _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
 
 def hub_id(source: str) -> str | None:
-    """Return ORG/NAME of a plan's source, given as such or as the hub's own cache directory; None for other paths."""
+    """Return ORG/NAME of a plan's source, given as such or as the hub's own cache directory; None for anything else."""
     if found := _SNAPSHOT.search(source):
         return f"{found[1]}/{found[2]}"
-    return None if Path(source).is_absolute() else source
+    return source if source.count("/") == 1 and not Path(source).is_absolute() else None
 
 
 def display_name(source: str) -> str:

@@ -8,36 +8,28 @@ PLACE = "OUT"
 ORIGINAL = "ORIGINAL_MODEL"
 
 
-def python_usage(*, form: str, maps_only: bool, base: str | None, place: str = f'"{PLACE}"') -> str:
-    """Return Python that loads and runs an output. place: an expression for its directory."""
+def python_usage(*, form: str, maps_only: bool, base: str | None, repository: str | None = None) -> str:
+    """Return Python that loads and runs an output, from its directory or from its repository on the hub."""
     base = base or ORIGINAL
+    lines = ["import kvcompress"]
+    lines += ["from huggingface_hub import snapshot_download"] if repository else []
+    lines += [f"from transformers import {'AutoModelForCausalLM, ' if maps_only else ''}AutoTokenizer", ""]
+    lines += [f'directory = snapshot_download("{repository}")' if repository else f'directory = "{PLACE}"']
     if maps_only:
-        lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
+        lines += [
             f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
-            f"model = kvcompress.attach(model, {place})",
+            "model = kvcompress.attach(model, directory)",
             f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         ]
     else:
-        comment = "  # weights and maps" if form == "folded" else ""
-        lines = [
-            "from transformers import AutoTokenizer",
-            "",
-            f"directory = {place}",
-            f"model = kvcompress.load(directory){comment}",
-            "tokenizer = AutoTokenizer.from_pretrained(directory)",
-        ]
-    return "\n".join(
-        [
-            "import kvcompress",
-            *lines,
-            "",
-            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-            "output = model.generate(**inputs, max_new_tokens=100)  # with the compressed cache",
-            "print(tokenizer.decode(output[0]))",
-        ]
-    )
+        lines += ["model = kvcompress.load(directory)", "tokenizer = AutoTokenizer.from_pretrained(directory)"]
+    lines += [
+        "",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=100)  # with the compressed cache",
+        "print(tokenizer.decode(output[0]))",
+    ]
+    return "\n".join(lines)
 
 
 def shell_usage(*, form: str, maps_only: bool, base: str | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 import kvcompress as library
 from kvcompress import pipeline
 
-COMMANDS = ("inspect", "compress", "report", "eval", "generate", "demo")
+COMMANDS = ("inspect", "compress", "report", "eval", "generate", "push", "demo")
 #: Runs the app as the installed script does, then says on stderr which heavy libraries were imported.
 PROBE = """
 import atexit, sys

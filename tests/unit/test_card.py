@@ -29,7 +29,10 @@ MEASURED = {
         ({}, ["KV cache at 68.8%", "5.0000 nats a token", "also loads in plain transformers", "kvcompress.load("]),
         ({"form": "folded"}, ["folded form", "needs kvcompress to run", "kvcompress.load("]),
         ({"loss_in_nats": False}, ["not measured (data-free)"]),
-        ({"options": plan().options | {"maps_only": True}}, ['kvcompress.attach(model, "OUT")', '"org/model"']),
+        (
+            {"options": plan().options | {"maps_only": True}},
+            ["kvcompress.attach(model, directory)", 'directory = "OUT"', '"org/model"'],
+        ),
         ({"source": "/home/someone/model-7b"}, ["# model-7b, KV cache"]),
     ],
 )
@@ -110,6 +113,7 @@ def test_a_card_without_the_section_stays_as_it_is(tmp_path: Path) -> None:
         ("/home/someone/model-7b", "model-7b", None),
         ("/x/models--org--a--b/snapshots/0123abc", "org/a--b", "org/a--b"),
         ("/x/model.gguf", "model.gguf", None),
+        ("model-7b", "model-7b", None),  # a local name, in an output that was published without a base
     ],
 )
 def test_names_of_sources(source: str, name: str, hub: str | None) -> None:
