@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvcompress.report.measured_tables import tables_of
 from kvcompress.report.wording import nats
 
-#: Kinds of records whose figures are known; others are listed figure by figure.
+#: The kind of `kvcompress eval --text`, which the page draws.
 PERPLEXITY = "perplexity"
 
 
@@ -26,12 +27,15 @@ def protocol_words(protocol: dict[str, Any]) -> str:
         words.append(f"{protocol['windows']} windows of {protocol['seq_len']:,}")
     words += [f"{protocol[name]} {name}" for name in ("sinks", "recent") if name in protocol]
     words += [protocol["dtype"]] if "dtype" in protocol else []
-    words += [f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if name not in known]
+    for name, value in protocol.items():
+        if name not in known and value is not None:
+            told = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"{name.replace('_', ' ')} {told}")
     return ", ".join(words)
 
 
 def measured_table(evaluations: list[dict[str, Any]]) -> str:
-    """Return Markdown: a table of perplexities, and a list of everything else; empty if nothing was measured."""
+    """Return Markdown: a table of perplexities, and of everything else; empty if nothing was measured."""
     parts = []
     rows = perplexities(evaluations)
     if rows:
@@ -42,20 +46,8 @@ def measured_table(evaluations: list[dict[str, Any]]) -> str:
             "\n".join(table) + "\n\nDecode-faithful: every token attends to the compressed form of all older "
             "tokens beyond the window."
         )
-    parts += [_list(e) for e in evaluations if e["kind"] != PERPLEXITY]
+    parts += [_markdown(e) for e in evaluations if e["kind"] != PERPLEXITY]
     return "\n\n".join(parts)
-
-
-def leaves(value: Any, *path: str) -> list[tuple[str, Any]]:
-    """Return (dotted name, number or text) of everything in a nested object, lists left out."""
-    if isinstance(value, dict):
-        return [leaf for key, inner in value.items() for leaf in leaves(inner, *path, str(key))]
-    return [] if isinstance(value, list) or value is None else [(".".join(path), value)]
-
-
-def other_figures(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the figures of a record of any kind, by name."""
-    return leaves({k: v for k, v in record.items() if k not in ("kind", "protocol")})
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -66,12 +58,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['top1_agreement']:.2%}",
         f"{perplexity['original']:.4f}",
         f"{perplexity['compressed']:.4f}",
-        protocol_words(row["protocol"]).replace("|", "\\|"),
+        _escaped(protocol_words(row["protocol"])),
     ]
 
 
-def _list(record: dict[str, Any]) -> str:
-    lines = [f"**{record['kind']}** ({protocol_words(record['protocol'])})", ""]
-    for name, value in other_figures(record):
-        lines.append(f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}")
-    return "\n".join(lines)
+def _markdown(record: dict[str, Any]) -> str:
+    """Return a record of another kind: its tables, and the protocol below them."""
+    parts = []
+    for found in tables_of(record):
+        rules = ["---" if name.startswith("<") else "---:" for name in found.columns]
+        lines = [[name.lstrip("<") for name in found.columns], rules, *found.rows]
+        table = "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+        parts.append(f"{found.title}:\n\n{table}")
+    return "\n\n".join([*parts, f"({protocol_words(record['protocol'])})"])
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 from kvcompress.report.markup import Figures, code, swatch, table
-from kvcompress.report.measured import PERPLEXITY, other_figures, protocol_words
+from kvcompress.report.measured import PERPLEXITY, protocol_words
+from kvcompress.report.measured_tables import tables_of
 from kvcompress.report.sections import predicted_loss
 from kvcompress.report.usage import PLACE
 from kvcompress.report.wording import nats
@@ -20,7 +22,7 @@ def measured(figures: Figures) -> str:
 <p>Predicted: {", ".join(predicted_loss(figures))}. Nothing was measured on this output yet; this writes it here:</p>
 {command}"""
     perplexity = [i for i, record in records if record["kind"] == PERPLEXITY]
-    others = "".join(_other(figures, i) for i, record in records if record["kind"] != PERPLEXITY)
+    others = "".join(_other(record) for _, record in records if record["kind"] != PERPLEXITY)
     return f"""<h2>Predicted and measured loss</h2>
 {_perplexities(figures, perplexity) if perplexity else ""}{others}"""
 
@@ -56,15 +58,12 @@ def _cells(figures: Figures, record: str) -> list[str]:
     ]
 
 
-def _other(figures: Figures, i: int) -> str:
-    """Return a record of a kind that this page has no chart for, figure by figure."""
-    record = figures.value(f"evaluations.{i}")
-    words = ((escape(name), _shown(figures, f"evaluations.{i}.{name}")) for name, _ in other_figures(record))
-    return f"""<h3>{escape(record["kind"].capitalize())}</h3>
-{table(["<figure", "<value"], words)}
+def _other(record: dict[str, Any]) -> str:
+    """Return a record that this page has no chart for, as tables."""
+    parts = (
+        f"<h3>{escape(found.title)}</h3>\n{table(found.columns, (map(escape, row) for row in found.rows))}"
+        for found in tables_of(record)
+    )
+    return f"""{"".join(parts)}
 <p class="note">{escape(protocol_words(record["protocol"]))}</p>
 """
-
-
-def _shown(figures: Figures, path: str) -> str:
-    return figures(path, lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))

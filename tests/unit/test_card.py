@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import metadata_load
 
-from kvcompress.report.card import CARD_FILE, measured_section, model_card, update_card, with_measured
+from kvcompress.report.card import CARD_FILE, model_card, update_card, with_measured
 from kvcompress.report.source import display_name, hub_id, without_local_paths
 from tests.unit.test_plan import plan
 
@@ -89,13 +89,6 @@ def test_measurements_appear_and_are_replaced() -> None:
     assert twice.count("| **1.0250** |") == 2 and "0.5000" in twice
     assert twice.count("Decode-faithful") == 1
     assert with_measured(twice, []) == card  # nothing else was touched
-
-
-def test_other_kinds_are_listed() -> None:
-    record = {"kind": "tasks", "protocol": {"shots": 0}, "piqa": {"original": 0.7123}, "rows": [1]}
-    section = measured_section([record])
-    assert "**tasks** (shots 0)" in section
-    assert "- piqa.original: 0.7123" in section and "rows" not in section
 
 
 def test_a_card_without_the_section_stays_as_it_is(tmp_path: Path) -> None:
