@@ -9,23 +9,26 @@ from typing import Any
 from kvcompress.report.markup import Figures, swatch, table
 from kvcompress.report.wording import nats
 
-#: Bits stored for each original number at which the heat map's colours change.
-BIT_STEPS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12)
+#: Bits stored for each original number at which the heat map's ten colours change: one scale for most outputs, and
+#: a finer one for those that have few bits everywhere.
+_STEPS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12)
+_FINE_STEPS = (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4)
 _PARTS = ("key", "value")
 _RELATIVE = "; the numbers are relative, not nats, because no Fisher information was measured"
 
 
 def layers(figures: Figures) -> str:
     """Return the heat map of bits, the bars of predicted loss, and the table behind them."""
+    steps = bit_steps(figures.value("report.layers"))
     ramp = "".join(
-        f'<span><i style="background:var(--r{i})"></i><b>{step:g}</b></span>' for i, step in enumerate((0, *BIT_STEPS))
+        f'<span><i style="background:var(--r{i})"></i><b>{step:g}</b></span>' for i, step in enumerate((0, *steps))
     )
     loss = "" if figures.value("report.predicted_loss_nats") is not None else _RELATIVE
     return f"""<h2>Where the bits go</h2>
 <p>Keys and values of every layer share one budget: the stronger the colour, the more is kept of what a layer produces.\
 <span class="screen"> Hover or tap for the figures; a click shows the layer's spectra below.</span></p>
 <figure>
-<div class="chart" id="chart-bits" data-steps="{list(BIT_STEPS)}"></div>
+<div class="chart" id="chart-bits" data-steps="{list(steps)}"></div>
 <div class="legend"><span>bits stored for each original number</span><div class="ramp">{ramp}</div></div>
 </figure>
 <h3>What each layer is predicted to cost</h3>
@@ -58,6 +61,12 @@ cost half of its energy. A steep line compresses well. Solid is kept, dotted is 
 in every few of the rest.</figcaption>
 </figure>
 """
+
+
+def bit_steps(rows: list[dict[str, Any]]) -> tuple[float, ...]:
+    """Return where the heat map's colours change, fine enough to tell the cells of this output apart."""
+    most = max(row[part]["bits_per_token"] / row[part]["width"] for row in rows for part in _PARTS)
+    return _FINE_STEPS if most <= 5 else _STEPS
 
 
 def levels(site: dict[str, Any]) -> str:

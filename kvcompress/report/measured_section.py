@@ -31,7 +31,10 @@ def _perplexities(figures: Figures, indices: list[int]) -> str:
     predicted = figures.value("report.predicted_loss_nats") is not None
     columns = ["", "<text", "ratio", "KL, nats", "same top token", "original", "compressed", "<<protocol"]
     rows = ([str(k + 1), *_cells(figures, f"evaluations.{i}")] for k, i in enumerate(indices))
-    rule = f"; the dashed line is the prediction, {predicted_loss(figures)[0]}" if predicted else ""
+    line = (
+        f"the dashed line is the prediction, {predicted_loss(figures)[0]}, for {figures('report.recent')} recent tokens"
+    )
+    rule = f"; {line}" if predicted else ""
     return f"""<p>The prediction is made from second moments on the calibration text, so it ranks choices well and \
 understates large losses; the measurements are what counts.</p>
 <figure>

@@ -43,7 +43,7 @@ def cache_sizes(figures: Figures) -> str:
 {items}</ul>
 <p class="note">One sequence, in {escape(figures.value("report.dtype"))}; the grey bar is the original. Counted: the \
 compressed form of every token older than the window, {figures("report.sinks")} first and \
-{figures("report.recent")} latest tokens exact, and token positions where keys are rebuilt. Not counted: the maps, \
+{figures("report.recent")} latest tokens exact, and token positions where they are needed. Not counted: the maps, \
 which are there once. These are allocated bytes, stated by the plan and measured from the storages by the tests.</p>
 """
 

@@ -124,7 +124,9 @@ def test_the_heat_map_has_the_bits(page, report):
     cells = page.evaluate(
         "[...document.querySelectorAll('#chart-bits .mark-rect path')].map(p => [p.ariaLabel, p.getAttribute('fill')])"
     )
-    steps = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12]
+    steps = page.evaluate("JSON.parse(document.getElementById('chart-bits').dataset.steps)")
+    legend = page.evaluate("[...document.querySelectorAll('.ramp b')].map(step => Number(step.textContent))")
+    assert legend == [0, *steps]
     expected = {}
     for row in report["layers"]:
         for part, name in NAMES.items():
