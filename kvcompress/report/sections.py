@@ -8,6 +8,7 @@ from typing import Any
 
 from kvcompress.report.markup import Figures, code, facts
 from kvcompress.report.measured import perplexities
+from kvcompress.report.source import hub_id
 from kvcompress.report.usage import ORIGINAL, PLACE, loading_note, python_usage, shell_usage
 from kvcompress.report.wording import nats, percent, size, tokens
 
@@ -84,7 +85,7 @@ def running(figures: Figures) -> str:
     """Return how to load and run the output, and what the page was made from."""
     report = figures.document["report"]
     choices: dict[str, Any] = {"form": report["form"], "maps_only": bool(report["options"].get("maps_only"))}
-    base = report["model"] if "/" in report["model"] else None
+    base = hub_id(report["model"])
     named = f"<code>{PLACE}</code> is the output's directory"
     if base is None and (choices["maps_only"] or choices["form"] == "folded"):
         named += f", <code>{ORIGINAL}</code> the checkpoint that it was made from"

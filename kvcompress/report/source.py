@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: .../models--ORG--NAME/snapshots/REVISION, as huggingface_hub lays a model out.
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 
@@ -14,7 +15,7 @@ def hub_id(source: str) -> str | None:
     """Return ORG/NAME of a plan's source, given as such or as the hub's own cache directory; None for anything else."""
     if found := _SNAPSHOT.search(source):
         return f"{found[1]}/{found[2]}"
-    return source if source.count("/") == 1 and not Path(source).is_absolute() else None
+    return source if _HUB_ID.fullmatch(source) else None
 
 
 def display_name(source: str) -> str:
