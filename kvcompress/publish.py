@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvcompress.checkpoint.maps import MAPS_FILE
-from kvcompress.errors import OptionError, OutputError
+from kvcompress.errors import KVCompressError, OptionError, OutputError
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.plan import PLAN_FILE, REPORT_FILE, Plan
 from kvcompress.report.card import CARD_FILE, is_generated, model_card, with_measured
@@ -112,11 +112,11 @@ def _check_repository(name: str, given: str | None) -> None:
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into one clear OutputError."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         yield
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except KVCompressError:
+        raise
+    except Exception as error:  # also what the HTTP library below it raises, which differs between versions
         raise OutputError(f"the hub did not take {repository}: {_first_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import AutoModelForCausalLM
 
 import kvcompress as library
@@ -168,7 +168,7 @@ def refusal():
     return HfHubHTTPError("403 Forbidden\nmore", response=SimpleNamespace(headers={}, request=None))
 
 
-@pytest.mark.parametrize("error", [refusal(), OSError("no route to host")])
+@pytest.mark.parametrize("error", [refusal(), OSError("no route to host"), HTTPError("no name server")])
 def test_a_hub_that_refuses_is_one_line(fails, hub, output, monkeypatch, error):
     def refuse(*_args, **_settings):
         raise error
