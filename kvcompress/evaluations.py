@@ -48,7 +48,7 @@ def record_evaluation(directory: Path, kind: str, figures: dict[str, Any]) -> li
     A record of the same kind and protocol is replaced. Two processes that record at once both succeed.
     Raises CheckpointError if the file is damaged, OutputError if the directory cannot be written.
     """
-    record = {"kind": kind, **figures}
+    record = json.loads(json.dumps({"kind": kind, **figures}))  # as it will be read: tuples are lists
     with _locked(directory):
         records = read_evaluations(directory)
         same = [i for i, old in enumerate(records) if _key(old) == _key(record)]
