@@ -22,7 +22,7 @@ from kvcompress.map_budget import MAPS_SHARE
 from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
-from kvcompress.report.card import model_card
+from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
 
 
@@ -177,6 +177,6 @@ def _write(
     save_maps(maps, target / MAPS_FILE)
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(report_document(plan, spectra), indent=1) + "\n", encoding="utf-8")
-    if (target / "README.md").exists():  # the source's own card, and its licence terms, stay readable
-        (target / "README.md").rename(target / "SOURCE_README.md")
-    (target / "README.md").write_text(model_card(plan), encoding="utf-8")
+    if (target / CARD_FILE).exists():  # the source's own card, and its licence terms, stay readable
+        (target / CARD_FILE).rename(target / "SOURCE_README.md")
+    (target / CARD_FILE).write_text(model_card(plan, checkpoint.path / CARD_FILE), encoding="utf-8")

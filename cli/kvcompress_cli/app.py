@@ -15,6 +15,7 @@ from kvcompress_cli.eval import evaluate
 from kvcompress_cli.failures import OneLineFailures
 from kvcompress_cli.generate import generate
 from kvcompress_cli.inspect import inspect
+from kvcompress_cli.push import push
 from kvcompress_cli.report import report
 
 app = typer.Typer(
@@ -29,9 +30,10 @@ app = typer.Typer(
 )
 app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
 app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.5 --calibration notes.txt")(compress)
-app.command(epilog="Example: kvcompress report ./small")(report)
+app.command(epilog="Example: kvcompress report ./small --html report.html")(report)
 app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
 app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a time" --max-new-tokens 100')(generate)
+app.command(epilog="Example: kvcompress push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")(push)
 app.command(epilog="Example: kvcompress demo --keep 0.25")(demo)
 
 

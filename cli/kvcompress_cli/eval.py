@@ -33,9 +33,11 @@ def evaluate(
 ) -> None:
     """Compare the perplexity with the uncompressed model on a text that was not used for calibration.
 
-    Every token attends to the compressed form of all tokens older than the window, as in generation.
+    Every token attends to the compressed form of all tokens older than the window, as in generation. The figures are
+    kept in OUT (evaluations.json and its model card), for kvcompress report.
     """
     from kvcompress_cli.loading import load_compressed
+    from kvcompress_cli.recording import record
 
     loaded = load_compressed(output, base=base, device=device, dtype=dtype, with_original=True)
     evaluation = measure(loaded, text, seq_len=seq_len, max_windows=max_windows, recent=recent, sinks=sinks)
@@ -43,6 +45,7 @@ def evaluate(
         terminal.print_json(evaluation.to_json())
     else:
         print_evaluation(evaluation)
+    record(output, "perplexity", evaluation.to_json())
 
 
 def measure(

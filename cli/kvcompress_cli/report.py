@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kvcompress_cli import flags, terminal
 
@@ -13,14 +15,26 @@ if TYPE_CHECKING:
 _PARTS = ("key", "value")
 
 
-def report(output: flags.CompressedDirectory, json: flags.Json = False) -> None:
+def report(
+    output: flags.CompressedDirectory,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page with charts, complete in one file, instead of the table."),
+    ] = None,
+    json: flags.Json = False,
+) -> None:
     """Show the ranks and the predicted loss of every layer, for keys and values, and the sizes in all.
 
-    A rank is how many of a site's numbers remain for each token beyond the recent window.
+    A rank is how many of a site's numbers remain for each token beyond the recent window. The page of --html shows
+    what kvcompress eval measured as well.
     """
     document = read_report(output)
+    if html:
+        write_page(output, document, html)
     if json:
         terminal.print_json(document)
+    elif html:
+        typer.echo(f"wrote {html}")
     else:
         print_report(document)
 
@@ -43,6 +57,23 @@ def read_report(output: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
     return document
+
+
+def write_page(output: Path, document: dict[str, Any], target: Path) -> None:
+    """Write the page about an output, whole or not at all. Raises a KVCompressError."""
+    from kvcompress.checkpoint.writer import atomic_file
+    from kvcompress.errors import CheckpointError, OutputError
+    from kvcompress.evaluations import read_evaluations
+    from kvcompress.report.page import report_page
+
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory. Name a file, such as {target / 'report.html'}.")
+    try:
+        page = report_page(document, read_evaluations(output), name=output.absolute().name)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{output} has a damaged report or evaluation ({error!r}). Compress again.") from error
+    with atomic_file(target) as scratch:
+        scratch.write_text(page, encoding="utf-8")
 
 
 def print_report(document: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvcompress.report.wording import size as size
+from kvcompress.report.wording import tokens as tokens
+
 #: An eighth, two eighths, ... of a character, from the left.
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -45,17 +48,3 @@ def bar(share: float, width: int, *, ascii_only: bool = False) -> str:
     if ascii_only:
         return ("#" * round(eighths / 8)).ljust(width)
     return ("█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
-
-
-def size(n_bytes: float) -> str:
-    """Return a number of bytes in three or four digits and a decimal unit: 23.04 kB, 3.02 GB."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = 0
-    while n_bytes >= 1000 and power < len(units) - 1:
-        n_bytes, power = n_bytes / 1000, power + 1
-    return f"{n_bytes:.4g} {units[power]}"
-
-
-def tokens(n: int) -> str:
-    """Return a context length as people say it: 2k, 128k, or 1,000."""
-    return f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}"

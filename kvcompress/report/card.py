@@ -3,57 +3,130 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.plan import Plan
 from kvcompress.report.document import CONTEXTS
+from kvcompress.report.measured import measured_table
+from kvcompress.report.source import display_name, hub_id
+from kvcompress.report.usage import loading_note, python_usage
+from kvcompress.report.wording import nats, percent, size, tokens
+
+CARD_FILE = "README.md"
+
+#: What the source's own card says that holds for the compressed model as well.
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_BEGIN, _END = "<!-- measured: written by kvcompress eval -->", "<!-- end of measured -->"
 
 
-def model_card(plan: Plan) -> str:
-    """Return the card: metadata, what was kept, how it was made and how to run it."""
-    name = Path(plan.source).name if Path(plan.source).is_absolute() else plan.source
-    options, calibration = plan.options, plan.calibration
-    loss = f"{plan.predicted_loss:.4f} nats a token" if plan.loss_in_nats else "not measured (data-free)"
-    texts = ", ".join(Path(s).name for s in calibration.get("sources", [])) or "none (weights only)"
-    original = plan.original_bytes_per_token
-    sizes = "\n".join(
-        f"| {n:,} | {n * original / 1e6:,.1f} MB | {plan.cache_bytes(n) / 1e6:,.1f} MB |" for n in CONTEXTS
-    )
-    metadata = ["---", "library_name: transformers", "tags:", "- kvcompress", "- kv-cache-compression"]
-    if not Path(plan.source).is_absolute():
-        metadata.append(f"base_model: {plan.source}")
-    return (
-        "\n".join([*metadata, "---", ""])
-        + f"""
+def model_card(plan: Plan, source_card: Path | None = None, *, repository: str | None = None) -> str:
+    """Return the card: metadata, what was kept, how it was made, what was measured and how to run it.
+
+    source_card: the source's README.md, whose licence and language hold here too.
+    repository: where the output lies on the hub, if it does.
+    """
+    name = display_name(plan.source)
+    choices: dict[str, Any] = {"form": plan.form, "maps_only": bool(plan.options["maps_only"])}
+    return f"""---
+{_metadata(plan, source_card)}
+---
+
 # {name}, KV cache at {plan.keep:.1%}
 
 The KV cache of {name}, compressed with kvcompress ({plan.form} form): {plan.compressed_bytes_per_token:,} of
-{original:,} bytes a token remain for tokens older than the exact window
+{plan.original_bytes_per_token:,} bytes a token remain for tokens older than the exact window
 ({plan.sinks} sinks, {plan.recent} recent tokens).
 
-| tokens in the cache | original | compressed |
-|---|---|---|
-{sizes}
+| tokens in the cache | original | compressed | share |
+|---|---|---|---|
+{_sizes(plan)}
 
-- Bases: keys `{options["key_basis"]}`, values `{options["value_basis"]}`; policy `{options["policy"]}`.
-- Metric: `{options["metric"]}`.
-- Calibration text: {texts}; {calibration.get("tokens", 0):,} tokens.
-- Predicted loss (second order): {loss}.
-- Maps: {plan.maps_bytes / 1e6:.2f} MB, {plan.maps_bytes / max(1, plan.weight_bytes):.1%} of the weights.
+## Measured
+
+{measured_section([])}
+
+## Use
+
+`pip install kvcompress`, then:
 
 ```python
-import kvcompress
-
-model = kvcompress.load("THIS_DIRECTORY")  # a transformers model; generate() uses the compressed cache
+{python_usage(base=hub_id(plan.source), repository=repository, **choices)}
 ```
 
-{_plain_loading(plan)}
+{loading_note(**choices)}
+
+## Method
+
+{_method(plan)}
 """
+
+
+def measured_section(evaluations: list[dict[str, Any]]) -> str:
+    """Return what was measured, between two comments by which `with_measured` finds it again."""
+    table = measured_table(evaluations) or "Nothing was measured yet: `kvcompress eval OUT --text FILE` writes it here."
+    return f"{_BEGIN}\n{table}\n{_END}"
+
+
+def with_measured(card: str, evaluations: list[dict[str, Any]]) -> str:
+    """Return a card whose measured section states these evaluations; one without that section stays as it is."""
+    before, begin, rest = card.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    return before + measured_section(evaluations) + after if begin and end else card
+
+
+def is_generated(card: str) -> bool:
+    """Return whether a card still has the measured section, which one rewritten by hand has not."""
+    return _BEGIN in card and _END in card
+
+
+def update_card(directory: Path, evaluations: list[dict[str, Any]]) -> None:
+    """Write the evaluations into an output's card, where it has one with a measured section. Raises OutputError."""
+    file = directory / CARD_FILE
+    if not file.is_file():
+        return
+    card = file.read_text(encoding="utf-8")
+    if (changed := with_measured(card, evaluations)) != card:
+        with atomic_file(file) as scratch:
+            scratch.write_text(changed, encoding="utf-8")
+
+
+def _metadata(plan: Plan, source_card: Path | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = source_metadata(source_card) if source_card else {}
+    if base := hub_id(plan.source):
+        fields |= {"base_model": base, "base_model_relation": "adapter" if plan.options["maps_only"] else "quantized"}
+    data = ModelCardData(library_name="transformers", tags=["kvcompress", "kv-cache-compression"], **fields)
+    return str(data.to_yaml())
+
+
+def source_metadata(card: Path) -> dict[str, Any]:
+    """Return what a source's card says that holds for what is made of it; nothing where it cannot be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        found = metadata_load(card) or {}
+    except Exception:  # a stranger's text: whatever the YAML parser makes of it
+        return {}
+    return {key: found[key] for key in _INHERITED if found.get(key)}
+
+
+def _sizes(plan: Plan) -> str:
+    rows = ((n, n * plan.original_bytes_per_token, plan.cache_bytes(n)) for n in CONTEXTS)
+    return "\n".join(f"| {tokens(n)} | {size(o)} | {size(c)} | {percent(c / o)} |" for n, o, c in rows)
+
+
+def _method(plan: Plan) -> str:
+    options, calibration = plan.options, plan.calibration
+    loss = f"{nats(plan.predicted_loss)} nats a token" if plan.loss_in_nats else "not measured (data-free)"
+    texts = ", ".join(Path(s).name for s in calibration.get("sources", [])) or "none (weights only)"
+    return "\n".join(
+        [
+            f"- Bases: keys `{options['key_basis']}`, values `{options['value_basis']}`; policy `{options['policy']}`.",
+            f"- Metric: `{options['metric']}`.",
+            f"- Calibration text: {texts}; {calibration.get('tokens', 0):,} tokens.",
+            f"- Predicted loss (second order): {loss}.",
+            f"- Maps: {size(plan.maps_bytes)}, {percent(plan.maps_bytes / max(1, plan.weight_bytes))} of the weights.",
+        ]
     )
-
-
-def _plain_loading(plan: Plan) -> str:
-    if plan.form == "folded":
-        return "Folded weights: k_proj and v_proj are smaller, so it needs kvcompress to run."
-    if plan.options["maps_only"]:
-        return "This directory holds the maps only: `kvcompress.attach(model, DIRECTORY)` on the original model."
-    return "The directory also loads in plain transformers, uncompressed."

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvcompress.model_spec import Site
 from kvcompress.plan import Plan, SitePlan
+from kvcompress.report.source import display_name
 
 #: Context lengths at which total cache sizes are stated, sinks and window included.
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -14,6 +15,7 @@ CONTEXTS = (2048, 8192, 32768, 131072)
 def report_document(plan: Plan, spectra: dict[Site, list[float]]) -> dict[str, Any]:
     """Return report.json. Losses are in nats a token where `loss_in_nats` says so; energies have 4 digits."""
     return summary(plan) | {
+        "model": display_name(plan.source),
         "layers": layer_rows(plan),
         "sinks": plan.sinks,
         "recent": plan.recent,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from kvcompress.evaluations import EVALUATIONS_FILE
 from kvcompress.plan import PLAN_FILE
 from tests.cli.conftest import FOLDED
 
@@ -90,3 +93,33 @@ def test_a_missing_tokenizer_is_one_line(fails, compressed, text, tmp_path):
     for file in output.glob("tokenizer*"):
         file.unlink()
     assert "has no usable tokenizer" in fails("eval", output, "--text", text, *WINDOWS)
+
+
+def test_the_figures_are_kept_in_the_output(kvcompress, compressed, text, tmp_path):
+    output = shutil.copytree(compressed(), tmp_path / "copy")
+    (output / EVALUATIONS_FILE).unlink(missing_ok=True)
+    first = run(kvcompress, output, text)
+    other = run(kvcompress, output, text, "--recent", "0")
+    assert run(kvcompress, output, text) == first
+    records = json.loads((output / EVALUATIONS_FILE).read_text())["evaluations"]
+    assert [{k: r[k] for k in first} for r in records] == [first, other]
+    assert all(r["kind"] == "perplexity" for r in records)
+    card = (output / "README.md").read_text()
+    assert f"**{first['perplexity']['ratio']:.4f}**" in card and f"**{other['perplexity']['ratio']:.4f}**" in card
+    assert not list(output.glob(".*"))
+
+
+def test_an_output_that_cannot_be_written_is_measured_all_the_same(kvcompress, compressed, text, tmp_path, monkeypatch):
+    output = shutil.copytree(compressed(), tmp_path / "copy")
+    (output / EVALUATIONS_FILE).unlink(missing_ok=True)
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+
+    def read_only(self, *_args, **_settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    outcome = kvcompress("eval", output, "--text", text, *WINDOWS, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.stdout)["keep"] == 0.5
+    assert outcome.stderr.startswith("note: not recorded") and outcome.stderr.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
