@@ -1,0 +1,175 @@
+"""A side of the comparison as a model of EleutherAI's lm-eval, and local files as tasks of it.
+
+Needs lm-eval (`pip install 'kvcompress[tasks]'`); kvcompress.evaluate.tasks imports this module when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+
+from kvcompress.errors import OptionError
+from kvcompress.evaluate.answers import Answers, text_key
+from kvcompress.evaluate.scoring import Pair, compressed_share, encode_pair, encode_text, prefix_token
+from kvcompress.evaluate.sides import Side
+from kvcompress.evaluate.task_files import METRICS, LocalTask
+
+#: Tokens generated where a task does not say; lm-eval's own number.
+_MAX_NEW_TOKENS = 256
+
+
+class SideLM(LM):
+    """lm-eval's model interface over one side: likelihoods decode-faithful, generation with the side's own cache."""
+
+    def __init__(
+        self,
+        side: Side,
+        tokenizer: Any,
+        *,
+        answers: Answers,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.side, self.tokenizer, self.answers = side, tokenizer, answers
+        self.batch_size, self.progress = batch_size, progress
+        self.pairs: dict[str, list[Pair]] = {}  # of each task, for the share that is seen compressed
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
+        for request, pair in zip(requests, pairs, strict=True):
+            self.pairs.setdefault(str(request.task_name), []).append(pair)
+        return [(score.logprob, score.is_greedy) for score in self._scores(pairs)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Return the log-likelihood of whole texts, cut into windows of the model's context that do not overlap."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = encode_text(self.tokenizer, request.args[0])
+            parts = _rolling_windows(ids, prefix_token(self.tokenizer), self.side.max_tokens)
+            self.pairs.setdefault(str(request.task_name), []).extend(parts)
+            windows.extend(parts)
+            owners.extend([i] * len(parts))
+        totals = [0.0] * len(requests)
+        for i, score in zip(owners, self._scores(windows), strict=True):
+            totals[i] += score.logprob
+        return totals
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the text that follows each context, up to the first of its stop strings."""
+        texts = []
+        for done, request in enumerate(requests):
+            context, options = request.args
+            key = text_key(context, repr(sorted(options.items(), key=str)))
+            answer = self.answers.get(self.side, key)
+            if answer is None:
+                answer = self._generate(context, dict(options))
+                self.answers.put(self.side, key, answer)
+                self.answers.flush()
+            texts.append(str(answer))
+            if self.progress:
+                self.progress(done + 1, len(requests))
+        return texts
+
+    def share_compressed(self, task: str) -> float:
+        return compressed_share(self.side, self.pairs.get(task, []))
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def _scores(self, pairs: list[Pair]) -> Any:
+        return self.answers.scores(self.side, pairs, batch_size=self.batch_size, progress=self.progress)
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        n_new = int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_NEW_TOKENS)))
+        if not options.get("do_sample"):
+            options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        room = self.side.max_tokens - n_new
+        if room < 1:
+            raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
+        ids = torch.tensor([encode_text(self.tokenizer, context)[-room:]], device=self.side.device)
+        output = self.side.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=self.side.new_cache(),
+            max_new_tokens=n_new,
+            pad_token_id=prefix_token(self.tokenizer),
+            **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
+            **options,
+        )
+        text = str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        for stop in until:
+            text = text.split(stop, 1)[0] if stop else text
+        return text
+
+
+def _rolling_windows(ids: list[int], prefix: int, max_tokens: int) -> list[Pair]:
+    """Return pairs that score each token once; the last window is filled up with context, as in lm-eval."""
+    pairs = []
+    for start in range(0, len(ids), max_tokens):
+        stop = min(start + max_tokens, len(ids))
+        context = ids[stop - max_tokens - 1 : start] if start else [prefix]
+        pairs.append(Pair(tuple(context), tuple(ids[start:stop])))
+    return pairs
+
+
+class FileTask(ConfigurableTask):
+    """A local file as a task of lm-eval: scored, averaged and given a standard error like any other."""
+
+    def __init__(self, task: LocalTask) -> None:
+        self._documents = _Documents(task.documents)
+        super().__init__(config={"task": task.name, "test_split": "test", "fewshot_split": "test", **_config(task)})
+
+    def download(self, *_: Any, **__: Any) -> None:
+        """Take the documents that are already there instead of the data sets of the hub."""
+        self.dataset = {"test": self._documents}
+
+
+class _Documents(list[dict[str, Any]]):
+    """A list with the one attribute of a data set that lm-eval asks for."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        return dict.fromkeys(self[0])
+
+
+def _config(task: LocalTask) -> dict[str, Any]:
+    better = {"perplexity": False, "bits_per_byte": False}
+    aggregation = {"perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
+    metrics = [
+        {"metric": m, "aggregation": aggregation.get(m, "mean"), "higher_is_better": better.get(m, True)}
+        for m in METRICS[task.format]
+    ]
+    fields: dict[str, dict[str, Any]] = {
+        "mc": {"output_type": "multiple_choice", "doc_to_text": "query", "doc_to_target": "gold"}
+        | {"doc_to_choice": "choices"},
+        # an index instead of a text tells lm-eval that the choices are contexts
+        "contexts": {"output_type": "multiple_choice", "doc_to_text": "gold", "doc_to_target": "target"}
+        | {"doc_to_choice": "contexts"},
+        "cloze": {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"},
+        "cond": {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
+        | {"process_results": _bits_per_byte},
+    }
+    return {"metric_list": metrics, **fields[task.format]}
+
+
+def _bits_per_byte(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
+    return {"bits_per_byte": (results[0][0], len(document["target"].encode()))}
