@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ def evaluate_positions(
         if progress:
             progress(i + 1, len(windows))
     exact, coded = (torch.stack(losses[side.name]) for side in sides)
-    quarters = _bins(exact, coded, [round(q * (seq_len - 1) / 4) for q in range(5)])
-    growth = _log_ratios(exact, coded, quarters[-1]) - _log_ratios(exact, coded, quarters[0])
+    edges = [round(q * (seq_len - 1) / 4) for q in range(5)]
+    quarters = _bins(exact, coded, edges)
+    growth = _log_ratios(exact, coded, *edges[-2:]) - _log_ratios(exact, coded, *edges[:2])
     last_over_first = quarters[-1].ratio / quarters[0].ratio
     protocol = {
         "text": text if ":" in text else Path(text).name,
@@ -118,18 +120,17 @@ def _doubling_edges(n: int) -> list[int]:
 def _bins(exact: Tensor, coded: Tensor, edges: Sequence[int]) -> tuple[PositionBin, ...]:
     """exact, coded: losses [n_windows, n_positions]."""
     bins = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         original, compressed = (float(x[:, start:stop].mean()) for x in (exact, coded))
         ratio = math.exp(compressed - original)
-        position_bin = PositionBin(start, stop, math.exp(original), math.exp(compressed), ratio, None)
-        stderr = _stderr(_log_ratios(exact, coded, position_bin), ratio)
+        stderr = _stderr(_log_ratios(exact, coded, start, stop), ratio)
         bins.append(PositionBin(start, stop, math.exp(original), math.exp(compressed), ratio, stderr))
     return tuple(bins)
 
 
-def _log_ratios(exact: Tensor, coded: Tensor, position_bin: PositionBin) -> Tensor:
-    """Return each window's mean loss difference within a bin: [n_windows], nats."""
-    return (coded - exact)[:, position_bin.start : position_bin.stop].mean(1)
+def _log_ratios(exact: Tensor, coded: Tensor, start: int, stop: int) -> Tensor:
+    """Return each window's mean loss difference over a range of positions: [n_windows], nats."""
+    return (coded - exact)[:, start:stop].mean(1)
 
 
 def _stderr(log_ratios: Tensor, ratio: float) -> float | None:

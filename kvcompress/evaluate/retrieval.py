@@ -23,7 +23,8 @@ from kvcompress.evaluate.sides import both_sides, check_length, dtype_name
 from kvcompress.runtime.attach import attachment_of
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
-DEFAULT_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: Not 1.0: there the key would lie within the exact window.
+DEFAULT_DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 _INTRO = "There are important facts hidden inside a long text. Find and remember them.\n\n"
 _NAMES = ("Amsterdam", "Berlin", "Cairo", "Dublin", "Geneva", "Havana", "Lisbon", "Madrid", "Oslo", "Prague", "Rome")
@@ -32,7 +33,7 @@ _CHARS_PER_TOKEN = 8  # read at most this many characters a token wanted
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question: its kind ("passkey" or "multikey"), tokens, where the key is hidden (0 first, 1 last), the answer."""
+    """One question: its kind ("passkey" or "multikey"), tokens in all, and where the key is (0 first, 1 last)."""
 
     kind: str
     length: int
@@ -42,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalCell:
-    """Prompts of one kind, length (tokens) and depth: the share found, and mean log-likelihoods of the answer (nats)."""
+    """Prompts of one kind, length and depth: the share found, and the answer's mean log-likelihood in nats."""
 
     kind: str
     length: int
@@ -179,17 +180,22 @@ def _pair(tokenizer: Any, book: list[int], rng: random.Random, length: int, dept
     names = rng.sample(_NAMES, n_keys)
     keys = [str(rng.randrange(10000, 100000)) for _ in names]
     subject = ["" if n_keys == 1 else f" of {name}" for name in names]
-    needles = [ids(f"\nThe pass key{s} is {k}. Remember it: {k} is the pass key{s}.\n") for s, k in zip(subject, keys)]
+    facts = [
+        f"The pass key{s} is {k}. Remember it: {k} is the pass key{s}." for s, k in zip(subject, keys, strict=True)
+    ]
+    needles = [ids(f"\n{fact}\n") for fact in facts]
     head = ([tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []) + ids(_INTRO)
     question = f"\n\nQuestion: What is the pass key{subject[0]}?\nAnswer: The pass key{subject[0]} is"
     tail, answer = ids(question), ids(f" {keys[0]}")
     n_filler = length - len(head) - len(tail) - len(answer) - sum(len(needle) for needle in needles)
+    if n_filler < 0:
+        raise OptionError(f"a prompt with {n_keys} keys does not fit into {length} tokens. Choose longer --lengths.")
     start = rng.randrange(len(book) - n_filler + 1)
     filler = book[start : start + n_filler]
     places = [depth, *((i + rng.random()) / (n_keys - 1) for i in range(n_keys - 1))]
-    context = list(head)
-    previous = 0
-    for place, needle in sorted(zip((round(p * n_filler) for p in places), needles), key=lambda item: item[0]):
+    context, previous = list(head), 0
+    hidden = zip((round(place * n_filler) for place in places), needles, strict=True)
+    for place, needle in sorted(hidden, key=lambda item: item[0]):
         context += filler[previous:place] + needle
         previous = place
     return Pair(tuple(context + filler[previous:] + tail), tuple(answer))

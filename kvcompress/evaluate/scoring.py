@@ -12,8 +12,8 @@ from torch import Tensor
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.sides import Side
 
-#: Padded tokens in one forward pass, so that long inputs come in smaller batches.
-_BATCH_TOKENS = 65536
+#: Padded tokens in one forward pass, so that long inputs come in smaller batches: on a CPU, and on a GPU.
+_BATCH_TOKENS_CPU, _BATCH_TOKENS = 8192, 65536
 #: Rows of logits held at once: 49,152 tokens of vocabulary in float32 are 200 MB.
 _LOGIT_ROWS = 1024
 
@@ -110,10 +110,10 @@ def _batches(side: Side, pairs: Sequence[Pair], batch_size: int) -> Iterator[lis
         if len(pair.continuation) > side.max_tokens:
             raise OptionError(f"a continuation of {len(pair.continuation)} tokens exceeds the model's context.")
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].context) - len(pairs[i].continuation))
+    limit = _BATCH_TOKENS_CPU if side.device.type == "cpu" else _BATCH_TOKENS
     start = 0
     while start < len(order):
-        longest = len(_input(side, pairs[order[start]]))
-        n = max(1, min(batch_size, _BATCH_TOKENS // longest))
+        n = max(1, min(batch_size, limit // len(_input(side, pairs[order[start]]))))
         yield order[start : start + n]
         start += n
 

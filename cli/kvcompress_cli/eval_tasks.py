@@ -1,0 +1,72 @@
+"""`kvcompress eval --tasks`: accuracies of the original and the compressed model side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcompress_cli import terminal
+
+if TYPE_CHECKING:
+    from kvcompress.evaluate.tasks import MetricResult, TaskEvaluation
+    from kvcompress_cli.eval import EvalOptions
+    from kvcompress_cli.loading import Loaded
+
+
+def run(loaded: Loaded, names: list[str], options: EvalOptions) -> TaskEvaluation:
+    """Return the library's evaluation, with progress on stderr."""
+    from kvcompress.evaluate.tasks import evaluate_tasks
+    from kvcompress_cli.progress import stage_progress
+
+    with stage_progress() as progress:
+        return evaluate_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            names,
+            original=loaded.original,
+            limit=options.limit,
+            n_fewshot=options.fewshot,
+            batch_size=options.batch_size or 64,
+            answers=options.answers,
+            sinks=options.sinks,
+            recent=options.recent,
+            progress=progress,
+        )
+
+
+def show(evaluation: TaskEvaluation) -> None:
+    console = terminal.stdout()
+    table = terminal.table("task, metric", ">original", ">compressed", ">difference", ">p", ">far")
+    for task in evaluation.tasks:
+        table.add_row(task.task, "", "", "", "", f"{task.compressed_share:.0%}")
+        for metric in task.metrics:
+            table.add_row(f"  {metric.metric}{'*' if metric.headline else ''}", *_cells(metric), "")
+    if evaluation.average:
+        table.add_section()
+        table.add_row("average of *", *_cells(evaluation.average), "")
+    console.print(table)
+    protocol = evaluation.protocol
+    n = sum(task.n_documents for task in evaluation.tasks)
+    console.print(
+        f"[dim]keep {evaluation.keep:.4f}; {n:,} documents; {protocol['sinks']} sinks, {protocol['recent']} recent, "
+        f"{protocol['dtype']}, lm-eval {protocol['lm_eval']}\n"
+        "accuracies in percent, ± a standard error; difference: of the same documents; p: paired test of no\n"
+        "difference; far: of all tokens that scored tokens attend to, those seen compressed[/dim]"
+    )
+
+
+def _cells(metric: MetricResult) -> list[str]:
+    """Return original, compressed, their difference and its p-value; a difference of log-likelihoods is in nats."""
+    scale = 100.0 if metric.higher_is_better and max(metric.original, metric.compressed) <= 1 else 1.0
+    paired = metric.paired
+    if paired is None:
+        difference = p_value = ""
+    else:
+        is_mean = abs(metric.compressed - metric.original - paired.difference) < 1e-6
+        difference = _with_error(paired.difference, paired.stderr, scale, sign="+") + ("" if is_mean else " nats")
+        p_value = f"{paired.p_value:.2f}"
+    original = _with_error(metric.original, metric.original_stderr, scale)
+    return [original, _with_error(metric.compressed, metric.compressed_stderr, scale), difference, p_value]
+
+
+def _with_error(value: float, stderr: float | None, scale: float, *, sign: str = "") -> str:
+    return f"{scale * value:{sign}.2f}" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
