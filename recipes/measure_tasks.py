@@ -78,14 +78,13 @@ def run_tasks(output: Output) -> Any:
         )
     if args.fewshot:
         raise SystemExit("--fewshot needs lm-eval, which is not installed here")
-    known = Answers(file)
     files = [f for name in args.tasks for f in find_task_files(name)]
-    for side in both_sides(output.model):
-        started = time.monotonic()
-        n = score_task_files(side, output.tokenizer, files, known, **options)
-        seconds = time.monotonic() - started
-        print(f"{output.directory.name}, {side.name}: {n} requests answered, {seconds:.1f} s", flush=True)
-    known.close()
+    with Answers(file) as known:
+        for side in both_sides(output.model):
+            started = time.monotonic()
+            n = score_task_files(side, output.tokenizer, files, known, **options)
+            seconds = time.monotonic() - started
+            print(f"{output.directory.name}, {side.name}: {n} requests answered, {seconds:.1f} s", flush=True)
     return None
 
 
@@ -186,9 +185,8 @@ def print_generation(results: dict[str, dict[str, Any]]) -> None:
     print("\n| output | common prefix | median | identical | same place | next token |\n" + "|---" * 6 + "|")
     for name, r in results.items():
         shares = " | ".join(f"{r[key]:.1%}" for key in ("identical", "same_place", "next_token"))
-        print(
-            f"| {name} | {r['common_prefix']:.1f} of {r['protocol']['new_tokens']} | {r['median_prefix']:.1f} | {shares} |"
-        )
+        prefix = f"{r['common_prefix']:.1f} of {r['protocol']['new_tokens']} | {r['median_prefix']:.1f}"
+        print(f"| {name} | {prefix} | {shares} |")
 
 
 def _error(x: float | None) -> str:

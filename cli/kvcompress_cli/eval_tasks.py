@@ -49,24 +49,25 @@ def show(evaluation: TaskEvaluation) -> None:
     console.print(
         f"[dim]keep {evaluation.keep:.4f}; {n:,} documents; {protocol['sinks']} sinks, {protocol['recent']} recent, "
         f"{protocol['dtype']}, lm-eval {protocol['lm_eval']}\n"
-        "accuracies in percent, ± a standard error; difference: of the same documents; p: paired test of no\n"
-        "difference; far: of all tokens that scored tokens attend to, those seen compressed[/dim]"
+        "Accuracies in percent, ± a standard error. difference: on the same documents (perplexities: of the "
+        "log-likelihood); p: paired test of no difference; far: what share of the tokens that a scored token attends "
+        "to it sees compressed.[/dim]"
     )
 
 
 def _cells(metric: MetricResult) -> list[str]:
-    """Return original, compressed, their difference and its p-value; a difference of log-likelihoods is in nats."""
+    """Return original, compressed, their difference and its p-value."""
     scale = 100.0 if metric.higher_is_better and max(metric.original, metric.compressed) <= 1 else 1.0
     paired = metric.paired
     if paired is None:
         difference = p_value = ""
     else:
-        is_mean = abs(metric.compressed - metric.original - paired.difference) < 1e-6
-        difference = _with_error(paired.difference, paired.stderr, scale, sign="+") + ("" if is_mean else " nats")
+        difference = _with_error(paired.difference, paired.stderr, scale, sign="+")
         p_value = f"{paired.p_value:.2f}"
     original = _with_error(metric.original, metric.original_stderr, scale)
     return [original, _with_error(metric.compressed, metric.compressed_stderr, scale), difference, p_value]
 
 
 def _with_error(value: float, stderr: float | None, scale: float, *, sign: str = "") -> str:
-    return f"{scale * value:{sign}.2f}" + (f" ±{scale * stderr:.2f}" if stderr is not None else "")
+    digits = ".2f" if scale != 1 or sign else ".4g"
+    return f"{scale * value:{sign}{digits}}" + (f" ±{scale * stderr:{digits}}" if stderr is not None else "")

@@ -19,8 +19,9 @@ _HEADER = {"format": "kvcompress answers", "version": 1}
 class Answers:
     """Answers by (side, request), appended to a JSONL file as they come; without a file they are only remembered.
 
-    The first line is a header; every other one is [side, request, answer]. A last line that a killed run left
-    unfinished is dropped. Raises OptionError for a file of another kind, OutputError if it cannot be written.
+    To be used in a `with` block. The first line of the file is a header; every other one is [side, request, answer].
+    A last line that a killed run left unfinished is dropped. Raises OptionError for a file of another kind,
+    OutputError if it cannot be written.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -66,7 +67,10 @@ class Answers:
         score_pairs(side, [pairs[i] for i in new.values()], batch_size=batch_size, on_score=keep, progress=report)
         return [Score(*self.get(side, key)) for key in keys]  # type: ignore[misc]
 
-    def close(self) -> None:
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.close()
             self._file = None

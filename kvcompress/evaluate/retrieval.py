@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,12 @@ def evaluate_retrieval(
     for length in lengths:
         check_length(sides[1], length)
     prompts = make_prompts(tokenizer, text, lengths, depths, n_prompts=n_prompts, n_keys=n_keys, seed=seed)
-    known = Answers(answers)
+    pairs = [prompt.pair for prompt in prompts]
     scores: dict[str, list[Score]] = {}
-    try:
+    with Answers(answers) as known:
         for side in sides:
-
-            def report(done: int, total: int, name: str = side.name) -> None:
-                if progress:
-                    progress(name, done, total)
-
-            pairs = [prompt.pair for prompt in prompts]
+            report = None if progress is None else partial(progress, side.name)
             scores[side.name] = known.scores(side, pairs, batch_size=batch_size, progress=report)
-    finally:
-        known.close()
     protocol = {
         "text": text if ":" in text else Path(text).name,
         "lengths": list(lengths),

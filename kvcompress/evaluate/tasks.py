@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,9 @@ def evaluate_tasks(
     _check_lm_eval()
     sides = both_sides(model, original=original, sinks=sinks, recent=recent)
     names, local = _resolve(tasks)
-    known = Answers(answers)
-    try:
-        with _quiet_lm_eval(), _explained(names):
-            loaded = _load(names, local, n_fewshot)
-            runs = [_run(side, tokenizer, loaded, known, limit, batch_size, progress) for side in sides]
-    finally:
-        known.close()
+    with Answers(answers) as known, _quiet_lm_eval(), _explained(names):
+        loaded = _load(names, local, n_fewshot)
+        runs = [_run(side, tokenizer, loaded, known, limit, batch_size, progress) for side in sides]
     results = tuple(_task_result(name, runs, local) for name in sorted(runs[0].samples, key=_given_order(names, local)))
     protocol = {
         "lm_eval": runs[0].version,
@@ -178,12 +175,9 @@ def _run(
 
     from kvcompress.evaluate.lm_eval_model import SideLM
 
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress(side.name, done, total)
-
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    report = None if progress is None else partial(progress, side.name)
     lm = SideLM(side, tokenizer, answers=answers, batch_size=batch_size, progress=report)
     # lm-eval's own bootstrap prints and starts processes; standard errors come from the documents' values instead
     document = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
@@ -336,11 +330,13 @@ def _explained(names: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Keep lm-eval's informational logging off the terminal within the block."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the logging of lm-eval and of what it downloads with off the terminal within the block."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
