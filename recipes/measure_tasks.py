@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # what is measured is seen at once, also in a log
     Path(args.work).mkdir(parents=True, exist_ok=True)
     if args.command == "stock":
         stock(args)

@@ -5,7 +5,7 @@ Needs lm-eval (`pip install 'kvcompress[tasks]'`); kvcompress.evaluate.tasks imp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from kvcompress.evaluate.task_files import METRICS, LocalTask
 
 #: Tokens generated where a task does not say; lm-eval's own number.
 _MAX_NEW_TOKENS = 256
+#: Most sequences generated together; their caches live at the same time.
+_GENERATED_TOGETHER = 16
 
 
 class SideLM(LM):
@@ -62,19 +64,19 @@ class SideLM(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text that follows each context, up to the first of its stop strings."""
-        texts = []
-        for done, request in enumerate(requests):
-            context, options = request.args
-            key = text_key(context, repr(sorted(options.items(), key=str)))
-            answer = self.answers.get(self.side, key)
-            if answer is None:
-                answer = self._generate(context, dict(options))
-                self.answers.put(self.side, key, answer)
-                self.answers.flush()
-            texts.append(str(answer))
+        asked = [(str(request.args[0]), dict(request.args[1])) for request in requests]
+        keys = [text_key(context, repr(sorted(options.items(), key=str))) for context, options in asked]
+        missing = {k: request for k, request in zip(keys, asked, strict=True) if self.answers.get(self.side, k) is None}
+        done = len(keys) - len(missing)
+        for batch in self._generation_batches(missing):
+            texts = self._generate([missing[key][0] for key in batch], dict(missing[batch[0]][1]))
+            for key, text in zip(batch, texts, strict=True):
+                self.answers.put(self.side, key, text)
+            self.answers.flush()
+            done += len(batch)
             if self.progress:
-                self.progress(done + 1, len(requests))
-        return texts
+                self.progress(done, len(keys))
+        return [str(self.answers.get(self.side, key)) for key in keys]
 
     def share_compressed(self, task: str) -> float:
         return compressed_share(self.side, self.pairs.get(task, []))
@@ -96,29 +98,48 @@ class SideLM(LM):
     def _scores(self, pairs: list[Pair]) -> Any:
         return self.answers.scores(self.side, pairs, batch_size=self.batch_size, progress=self.progress)
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _generation_batches(self, asked: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[list[str]]:
+        """Yield keys that are generated together: the same options, similar lengths, the longest first."""
+        groups: dict[str, list[str]] = {}
+        for key, (_, options) in asked.items():
+            groups.setdefault(repr(options), []).append(key)
+        n = min(self.batch_size, _GENERATED_TOGETHER)
+        for keys in groups.values():
+            keys.sort(key=lambda key: -len(asked[key][0]))
+            yield from (keys[i : i + n] for i in range(0, len(keys), n))
+
+    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
         until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
         n_new = int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_NEW_TOKENS)))
         if not options.get("do_sample"):
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         room = self.side.max_tokens - n_new
         if room < 1:
             raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
-        ids = torch.tensor([encode_text(self.tokenizer, context)[-room:]], device=self.side.device)
+        ids, mask = self._left_padded([encode_text(self.tokenizer, context)[-room:] for context in contexts])
         output = self.side.model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             past_key_values=self.side.new_cache(),
             max_new_tokens=n_new,
             pad_token_id=prefix_token(self.tokenizer),
             **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
             **options,
         )
-        text = str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-        for stop in until:
-            text = text.split(stop, 1)[0] if stop else text
-        return text
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [_cut(str(text), until) for text in texts]
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width, pad = max(len(row) for row in rows), prefix_token(self.tokenizer)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.side.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.side.device)
+        return ids, mask
+
+
+def _cut(text: str, until: list[str]) -> str:
+    """Return the text before the first of the stop strings."""
+    return min((text.split(stop, 1)[0] for stop in until), key=len, default=text)
 
 
 def _rolling_windows(ids: list[int], prefix: int, max_tokens: int) -> list[Pair]:

@@ -181,6 +181,12 @@ def test_generating_and_rolling_requests(attached: Any) -> None:
     real = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert coded.generate_until(ask)[0] == tokenizer.decode(real[0, ids.shape[1] :], skip_special_tokens=True)
     assert written[1] == written[0].split("e", 1)[0]
+    # in one batch, padded on the left, each text is the one that it is alone
+    others = [
+        Instance("generate_until", {}, (prose(n, seed=n), {"until": ["e"], "max_gen_toks": 12}), 0) for n in (3, 11)
+    ]
+    alone = SideLM(coded.side, tokenizer, answers=Answers(), batch_size=1)
+    assert coded.generate_until([ask[1], *others]) == alone.generate_until([ask[1], *others])
     assert coded.loglikelihood_rolling(roll)[0] != pytest.approx(rolled[0], rel=1e-4)
     detach(model)
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
