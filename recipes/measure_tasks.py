@@ -30,7 +30,7 @@ from kvcompress.evaluate.positions import evaluate_positions
 from kvcompress.evaluate.retrieval import evaluate_retrieval
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import find_task_files
-from kvcompress.evaluate.tasks import evaluate_tasks, score_task_files
+from kvcompress.evaluate.tasks import evaluate_tasks, task_pairs
 from kvcompress.runtime.attach import load
 
 STAGES = ("tasks", "retrieval", "positions", "generation")
@@ -79,13 +79,16 @@ def run_tasks(output: Output) -> Any:
         )
     if args.fewshot:
         raise SystemExit("--fewshot needs lm-eval, which is not installed here")
-    files = [f for name in args.tasks for f in find_task_files(name)]
+    if args.pairs is None:  # the same for all outputs of a model
+        files = [f for name in args.tasks for f in find_task_files(name)]
+        args.pairs = task_pairs(output.tokenizer, files, limit=args.limit)
+    pairs = args.pairs
     with Answers(file) as known:
         for side in both_sides(output.model):
             started = time.monotonic()
-            n = score_task_files(side, output.tokenizer, files, known, **options)
+            known.scores(side, pairs, batch_size=args.batch_size)
             seconds = time.monotonic() - started
-            print(f"{output.directory.name}, {side.name}: {n} requests answered, {seconds:.1f} s", flush=True)
+            print(f"{output.directory.name}, {side.name}: {len(pairs)} requests answered, {seconds:.1f} s")
     return None
 
 
@@ -251,6 +254,7 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
+    args.pairs = None
     sys.stdout.reconfigure(line_buffering=True)  # what is measured is seen at once, also in a log
     Path(args.work).mkdir(parents=True, exist_ok=True)
     if args.command == "stock":

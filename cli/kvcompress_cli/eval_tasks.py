@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvcompress_cli import terminal
 
 if TYPE_CHECKING:
-    from kvcompress.evaluate.tasks import MetricResult, TaskEvaluation
+    from kvcompress.evaluate.task_results import MetricResult, TaskEvaluation
     from kvcompress_cli.eval import EvalOptions
     from kvcompress_cli.loading import Loaded
 

@@ -52,7 +52,8 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text with the tokenizer's own special tokens; a text that begins with BOS gets no second."""
-    begins = text.startswith(tokenizer.decode([prefix_token(tokenizer)]))
+    prefix = tokenizer.bos_token or tokenizer.eos_token
+    begins = prefix is not None and text.startswith(prefix)
     return list(tokenizer.encode(text, add_special_tokens=False) if begins else tokenizer.encode(text))
 
 

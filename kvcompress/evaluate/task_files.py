@@ -1,4 +1,4 @@
-"""Local tasks: JSONL files of questions with known answers, read and checked. docs/tasks.md describes the format."""
+"""Local tasks: JSONL files of questions with known answers, read and checked. Their format: docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _guess_format(record: dict[str, Any], file: Path) -> str:
     for field, kind in (("choices", "mc"), ("contexts", "contexts"), ("context", "cloze")):
         if field in record:
             return kind
-    raise OptionError(f"{file}, line 1: expected the field choices, contexts or context (docs/tasks.md).")
+    raise OptionError(f"{file}, line 1: expected the field choices, contexts or context (docs/evaluation.md).")
 
 
 def _choice(record: dict[str, Any], where: str) -> dict[str, Any]:

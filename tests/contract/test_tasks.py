@@ -20,7 +20,7 @@ from kvcompress.evaluate.answers import Answers
 from kvcompress.evaluate.scoring import encode_pair, score_pairs
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import load_task
-from kvcompress.evaluate.tasks import evaluate_tasks, score_task_files
+from kvcompress.evaluate.tasks import evaluate_tasks, task_pairs
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan, detach
@@ -152,7 +152,7 @@ def test_answers_collected_without_lm_eval_serve_it(
     file, files = tmp_path / "answers.jsonl", sorted(task_directory.glob("*.jsonl"))
     with Answers(file) as known:
         for side in both_sides(model):
-            assert score_task_files(side, tokenizer, files, known) == 12 * (3 + 2 + 1 + 1)
+            assert len(known.scores(side, task_pairs(tokenizer, files))) == 12 * (3 + 2 + 1 + 1)
     fresh = evaluate_tasks(model, tokenizer, [str(task_directory)])
 
     def never(*_: Any, **__: Any) -> Any:
