@@ -134,7 +134,8 @@ def print_tasks(results: dict[str, dict[str, Any]]) -> None:
         )
         for task in result["tasks"]:
             for m in task["metrics"]:
-                print(_task_row(task["task"], m, f"{task['compressed_share']:.1%}"))
+                share = task["compressed_share"]
+                print(_task_row(task["task"], m, "" if share is None else f"{share:.1%}"))
         if result["average"]:
             print(_task_row("**average**", result["average"], ""))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,28 +17,47 @@ if TYPE_CHECKING:
     from kvcompress_cli.loading import Loaded
 
 _TASKS, _LONG, _HOW = "Tasks", "Long context", "How it runs"
-#: Text for questions that do not depend on what the text says.
-_ANY_TEXT = "builtin:prose"
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of `kvcompress eval` that are not about where and how the model is loaded."""
+    """What is evaluated and how; None where an option was not given."""
 
     text: str | None
     seq_len: int | None
     max_windows: int | None
     recent: int | None
     sinks: int | None
+    tasks: str | None
     limit: int | None
     fewshot: int | None
-    lengths: str
-    depths: str
+    lengths: str | None
+    depths: str | None
     prompts: int | None
-    prompt_tokens: int
-    new_tokens: int
+    prompt_tokens: int | None
+    new_tokens: int | None
     batch_size: int | None
     answers: Path | None
+
+
+#: The evaluations that each option belongs to.
+_BELONGS: dict[str, tuple[str, ...]] = {
+    "text": ("--text", "--retrieval", "--by-position", "--generation"),
+    "seq_len": ("--text", "--by-position"),
+    "max_windows": ("--text", "--by-position"),
+    "recent": ("--text", "--tasks", "--retrieval", "--by-position"),
+    "sinks": ("--text", "--tasks", "--retrieval", "--by-position"),
+    "tasks": ("--tasks",),
+    "limit": ("--tasks",),
+    "fewshot": ("--tasks",),
+    "lengths": ("--retrieval",),
+    "depths": ("--retrieval",),
+    "prompts": ("--retrieval", "--generation"),
+    "prompt_tokens": ("--generation",),
+    "new_tokens": ("--generation",),
+    "batch_size": ("--tasks", "--retrieval", "--generation"),
+    "answers": ("--tasks", "--retrieval"),
+}
 
 
 def evaluate(
@@ -47,7 +68,7 @@ def evaluate(
     seq_len: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens in a window; each window stands alone.", show_default="2048; by position 8192"
+            min=2, help="Tokens in a window; each window stands alone.", show_default="2048; by position up to 8192"
         ),
     ] = None,
     max_windows: Annotated[
@@ -78,11 +99,15 @@ def evaluate(
         bool, typer.Option("--retrieval", help="Find keys hidden in a text (--text).", rich_help_panel=_LONG)
     ] = False,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of the prompts, with commas.", rich_help_panel=_LONG)
-    ] = "1024,2048,4096",
+        str | None,
+        typer.Option(help="Tokens of the prompts, with commas.", show_default="1024,2048,4096", rich_help_panel=_LONG),
+    ] = None,
     depths: Annotated[
-        str, typer.Option(help="Where the key is: 0 first, 1 last.", rich_help_panel=_LONG)
-    ] = "0,0.25,0.5,0.75,0.9",
+        str | None,
+        typer.Option(
+            help="Where the key is: 0 first, 1 last.", show_default="0,0.25,0.5,0.75,0.9", rich_help_panel=_LONG
+        ),
+    ] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Perplexity on --text by position.", rich_help_panel=_LONG)
     ] = False,
@@ -99,9 +124,13 @@ def evaluate(
         ),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt to continue.", rich_help_panel=_LONG)
-    ] = 512,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to continue it with.", rich_help_panel=_LONG)] = 128,
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt to continue.", show_default="512", rich_help_panel=_LONG),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to continue it with.", show_default="128", rich_help_panel=_LONG),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Most inputs in a batch.", show_default="by their length", rich_help_panel=_HOW),
@@ -121,24 +150,24 @@ def evaluate(
 
     Every token attends to the compressed form of all tokens older than the window, as in generation.
     """
-    mode = _mode(text=text, tasks=tasks, retrieval=retrieval, by_position=by_position, generation=generation)
     options = EvalOptions(
-        text,
-        seq_len,
-        max_windows,
-        recent,
-        sinks,
-        limit,
-        fewshot,
-        lengths,
-        depths,
-        prompts,
-        prompt_tokens,
-        new_tokens,
-        batch_size,
-        answers,
+        text=text,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        recent=recent,
+        sinks=sinks,
+        tasks=tasks,
+        limit=limit,
+        fewshot=fewshot,
+        lengths=lengths,
+        depths=depths,
+        prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        answers=answers,
     )
-    run, show = _runner(mode, options, tasks)
+    run, show = _runner(_mode(options, retrieval=retrieval, by_position=by_position, generation=generation), options)
     from kvcompress_cli.loading import load_compressed
 
     loaded = load_compressed(output, base=base, device=device, dtype=dtype, with_original=True)
@@ -149,41 +178,46 @@ def evaluate(
         show(result)
 
 
-def _mode(*, text: str | None, tasks: str | None, retrieval: bool, by_position: bool, generation: bool) -> str:
-    """Return what is asked for. Raises OptionError if that is nothing, or two things."""
+def _mode(options: EvalOptions, *, retrieval: bool, by_position: bool, generation: bool) -> str:
+    """Return which evaluation is asked for. Raises OptionError for none, for two, and for options of another."""
     from kvcompress.errors import OptionError
 
-    asked = {"--tasks": tasks is not None, "--retrieval": retrieval, "--by-position": by_position}
+    asked = {"--tasks": options.tasks is not None, "--retrieval": retrieval, "--by-position": by_position}
     chosen = [name for name, on in (asked | {"--generation": generation}).items() if on]
     if len(chosen) > 1:
         raise OptionError(f"{chosen[0]} and {chosen[1]} are two evaluations. Run them one after the other.")
     mode = chosen[0] if chosen else "--text"
-    if mode in ("--text", "--by-position") and text is None:
+    if mode in ("--text", "--by-position") and options.text is None:
         raise OptionError("nothing to evaluate on. Name a text with --text, or choose --tasks or --retrieval.")
+    for name, modes in _BELONGS.items():
+        if getattr(options, name) is not None and mode not in modes:
+            with_mode = "perplexity (--text alone)" if mode == "--text" else mode
+            raise OptionError(f"--{name.replace('_', '-')} does nothing with {with_mode}. Leave it out.")
     return mode
 
 
-def _runner(mode: str, options: EvalOptions, tasks: str | None) -> tuple[Any, Any]:
-    """Return (what turns a loaded model into a result, what prints that); options are checked here."""
+def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], Callable[[Any], None]]:
+    """Return (what turns a loaded model into a result, what prints that). Raises OptionError for a bad list."""
     if mode == "--tasks":
         from kvcompress_cli import eval_tasks
 
-        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        return (lambda loaded: eval_tasks.run(loaded, names, options)), eval_tasks.show
+        return partial(eval_tasks.run, options=options), eval_tasks.show
     if mode == "--text":
-        return (
-            lambda loaded: measure(
-                loaded,
-                str(options.text),
-                seq_len=options.seq_len or 2048,
-                max_windows=options.max_windows,
-                recent=options.recent,
-                sinks=options.sinks,
-            )
-        ), print_evaluation
+        return partial(_measure, options=options), print_evaluation
     from kvcompress_cli import eval_context
 
-    return eval_context.runner(mode, options, options.text or _ANY_TEXT)
+    return eval_context.runner(mode, options)
+
+
+def _measure(loaded: Loaded, options: EvalOptions) -> Evaluation:
+    return measure(
+        loaded,
+        str(options.text),
+        seq_len=options.seq_len or 2048,
+        max_windows=options.max_windows,
+        recent=options.recent,
+        sinks=options.sinks,
+    )
 
 
 def measure(

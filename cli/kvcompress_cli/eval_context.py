@@ -14,18 +14,26 @@ if TYPE_CHECKING:
     from kvcompress_cli.eval import EvalOptions
 
 
-def runner(mode: str, options: EvalOptions, text: str) -> tuple[Callable[[Any], Any], Callable[[Any], None]]:
+#: Text for questions that do not depend on what the text says.
+_ANY_TEXT = "builtin:prose"
+
+
+def runner(mode: str, options: EvalOptions) -> tuple[Callable[[Any], Any], Callable[[Any], None]]:
     """Return (what turns a loaded model into a result, what prints that). Raises OptionError for a bad list."""
     if mode == "--retrieval":
-        lengths = _numbers("--lengths", options.lengths, int)
-        depths = _numbers("--depths", options.depths, float)
-        return (lambda loaded: run_retrieval(loaded, options, text, lengths, depths)), show_retrieval
+        grid: dict[str, list[Any]] = {}
+        if options.lengths is not None:
+            grid["lengths"] = _numbers("--lengths", options.lengths, int)
+        if options.depths is not None:
+            grid["depths"] = _numbers("--depths", options.depths, float)
+        return (lambda loaded: run_retrieval(loaded, options, grid)), show_retrieval
     if mode == "--by-position":
-        return (lambda loaded: run_positions(loaded, options, text)), show_positions
-    return (lambda loaded: run_generation(loaded, options, text)), show_generation
+        return (lambda loaded: run_positions(loaded, options)), show_positions
+    return (lambda loaded: run_generation(loaded, options)), show_generation
 
 
-def run_retrieval(loaded: Any, options: EvalOptions, text: str, lengths: list[int], depths: list[float]) -> Retrieval:
+def run_retrieval(loaded: Any, options: EvalOptions, grid: dict[str, list[Any]]) -> Retrieval:
+    """grid: lengths and depths, where they were given."""
     from kvcompress.evaluate.retrieval import evaluate_retrieval
     from kvcompress_cli.progress import stage_progress
 
@@ -33,9 +41,8 @@ def run_retrieval(loaded: Any, options: EvalOptions, text: str, lengths: list[in
         return evaluate_retrieval(
             loaded.model,
             loaded.tokenizer,
-            text,
-            lengths=lengths,
-            depths=depths,
+            options.text or _ANY_TEXT,
+            **grid,
             n_prompts=options.prompts or 10,
             original=loaded.original,
             batch_size=options.batch_size or 8,
@@ -46,7 +53,7 @@ def run_retrieval(loaded: Any, options: EvalOptions, text: str, lengths: list[in
         )
 
 
-def run_positions(loaded: Any, options: EvalOptions, text: str) -> Positions:
+def run_positions(loaded: Any, options: EvalOptions) -> Positions:
     from kvcompress.evaluate.positions import evaluate_positions
     from kvcompress_cli.progress import stage_progress
 
@@ -54,8 +61,8 @@ def run_positions(loaded: Any, options: EvalOptions, text: str) -> Positions:
         return evaluate_positions(
             loaded.model,
             loaded.tokenizer,
-            text,
-            seq_len=options.seq_len or 8192,
+            str(options.text),
+            seq_len=options.seq_len or min(8192, loaded.model.config.max_position_embeddings),
             max_windows=options.max_windows,
             original=loaded.original,
             sinks=options.sinks,
@@ -64,20 +71,17 @@ def run_positions(loaded: Any, options: EvalOptions, text: str) -> Positions:
         )
 
 
-def run_generation(loaded: Any, options: EvalOptions, text: str) -> Agreement:
-    from kvcompress.errors import OptionError
+def run_generation(loaded: Any, options: EvalOptions) -> Agreement:
     from kvcompress.evaluate.generation import evaluate_generation
     from kvcompress_cli.progress import stage_progress
 
-    if options.sinks is not None or options.recent is not None:
-        raise OptionError("--generation uses the real cache, whose sinks and window are those of compress.")
     with stage_progress() as progress:
         return evaluate_generation(
             loaded.model,
             loaded.tokenizer,
-            text,
-            prompt_tokens=options.prompt_tokens,
-            new_tokens=options.new_tokens,
+            options.text or _ANY_TEXT,
+            prompt_tokens=options.prompt_tokens or 512,
+            new_tokens=options.new_tokens or 128,
             n_prompts=options.prompts or 8,
             batch_size=options.batch_size or 8,
             original=loaded.original,

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from kvcompress_cli.loading import Loaded
 
 
-def run(loaded: Loaded, names: list[str], options: EvalOptions) -> TaskEvaluation:
+def run(loaded: Loaded, options: EvalOptions) -> TaskEvaluation:
     """Return the library's evaluation, with progress on stderr."""
     from kvcompress.evaluate.tasks import evaluate_tasks
     from kvcompress_cli.progress import stage_progress
 
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     with stage_progress() as progress:
         return evaluate_tasks(
             loaded.model,
@@ -37,7 +38,9 @@ def show(evaluation: TaskEvaluation) -> None:
     console = terminal.stdout()
     table = terminal.table("task, metric", ">original", ">compressed", ">difference", ">p", ">far")
     for task in evaluation.tasks:
-        table.add_row(task.task, "", "", "", "", f"{task.compressed_share:.0%}")
+        table.add_row(
+            task.task, "", "", "", "", "" if task.compressed_share is None else f"{task.compressed_share:.0%}"
+        )
         for metric in task.metrics:
             table.add_row(f"  {metric.metric}{'*' if metric.headline else ''}", *_cells(metric), "")
     if evaluation.average:

@@ -5,7 +5,8 @@ Needs lm-eval (`pip install 'kvcompress[tasks]'`); kvcompress.evaluate.tasks imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kvcompress.evaluate.task_files import METRICS, LocalTask
 _MAX_NEW_TOKENS = 256
 #: Most sequences generated together; their caches live at the same time.
 _GENERATED_TOGETHER = 16
+_SAMPLING_SEED = 1234  # lm-eval's default
 
 
 class SideLM(LM):
@@ -65,7 +67,7 @@ class SideLM(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text that follows each context, up to the first of its stop strings."""
         asked = [(str(request.args[0]), dict(request.args[1])) for request in requests]
-        keys = [text_key(context, repr(sorted(options.items(), key=str))) for context, options in asked]
+        keys = _generation_keys(asked)
         missing = {k: request for k, request in zip(keys, asked, strict=True) if self.answers.get(self.side, k) is None}
         done = len(keys) - len(missing)
         for batch in self._generation_batches(missing):
@@ -78,8 +80,9 @@ class SideLM(LM):
                 self.progress(done, len(keys))
         return [str(self.answers.get(self.side, key)) for key in keys]
 
-    def share_compressed(self, task: str) -> float:
-        return compressed_share(self.side, self.pairs.get(task, []))
+    def share_compressed(self, task: str) -> float | None:
+        """Return which share of what a task's scored tokens attend to is seen compressed; None if nothing is scored."""
+        return compressed_share(self.side, self.pairs[task]) if task in self.pairs else None
 
     @property
     def tokenizer_name(self) -> str:
@@ -118,15 +121,17 @@ class SideLM(LM):
         if room < 1:
             raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
         ids, mask = self._left_padded([encode_text(self.tokenizer, context)[-room:] for context in contexts])
-        output = self.side.model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=self.side.new_cache(),
-            max_new_tokens=n_new,
-            pad_token_id=prefix_token(self.tokenizer),
-            **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
-            **options,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(_SAMPLING_SEED)
+            output = self.side.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=self.side.new_cache(),
+                max_new_tokens=n_new,
+                pad_token_id=prefix_token(self.tokenizer),
+                **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
+                **options,
+            )
         texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [_cut(str(text), until) for text in texts]
 
@@ -135,6 +140,17 @@ class SideLM(LM):
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.side.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.side.device)
         return ids, mask
+
+
+def _generation_keys(asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Return what names each request; a sampled one that is asked again is another one."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for context, options in asked:
+        key = text_key(context, repr(sorted(options.items(), key=str)))
+        seen[key] += 1
+        keys.append(f"{key}-{seen[key]}" if options.get("do_sample") and seen[key] > 1 else key)
+    return keys
 
 
 def _cut(text: str, until: list[str]) -> str:

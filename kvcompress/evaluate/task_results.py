@@ -32,12 +32,15 @@ class MetricResult:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """One task. compressed_share: of all tokens that scored tokens attend to, the share that is seen compressed."""
+    """One task. compressed_share: of all tokens that scored tokens attend to, the share that is seen compressed.
+
+    It is None for a task that generates: that uses the real cache.
+    """
 
     task: str
     n_documents: int
     n_fewshot: int
-    compressed_share: float
+    compressed_share: float | None
     metrics: tuple[MetricResult, ...]
 
 
@@ -62,7 +65,7 @@ class SideRun:
     samples: dict[str, list[dict[str, Any]]]
     higher_is_better: dict[str, dict[str, bool]]
     n_fewshot: dict[str, int]
-    shares: dict[str, float]
+    shares: dict[str, float | None]
     version: str
 
 

@@ -78,6 +78,12 @@ def test_perplexity_by_position(kvcompress, any_form, text):
     assert "149 to 198" in table.stdout and "128 to 198" in table.stdout and "last quarter" in table.stdout
 
 
+def test_positions_reach_to_the_end_of_the_models_context(kvcompress, compressed, tmp_path):
+    (tmp_path / "long.txt").write_text("the sea was calm " * 800)
+    outcome = kvcompress("eval", compressed(), "--by-position", "--text", tmp_path / "long.txt", "--json")
+    assert json.loads(outcome.stdout)["protocol"]["seq_len"] == 2048
+
+
 def test_greedy_continuations(kvcompress, any_form, text):
     options = ("--generation", "--text", text, "--prompts", "2", "--prompt-tokens", "40", "--new-tokens", "10")
     document = json.loads(kvcompress("eval", any_form, *options, "--json").stdout)
@@ -93,4 +99,7 @@ def test_what_is_asked_must_be_clear(fails, compressed, text):
     assert "--retrieval and --generation are two evaluations" in both
     assert "--lengths takes numbers" in fails("eval", output, "--retrieval", "--lengths", "1k")
     assert "reads at most 2048 tokens; 4096 were" in fails("eval", output, "--retrieval", "--lengths", "4096")
-    assert "whose sinks and window" in fails("eval", output, "--generation", "--recent", "3")
+    assert "--recent does nothing with --generation" in fails("eval", output, "--generation", "--recent", "3")
+    assert "--limit does nothing with --retrieval" in fails("eval", output, "--retrieval", "--limit", "3")
+    lengths = fails("eval", output, "--text", text, "--lengths", "300")
+    assert "--lengths does nothing with perplexity" in lengths

@@ -195,6 +195,24 @@ def test_generating_and_rolling_requests(attached: Any) -> None:
 
 
 @needs_lm_eval
+def test_sampled_requests_are_not_one(attached: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from kvcompress.evaluate.lm_eval_model import SideLM
+
+    model, tokenizer = attached
+    options = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 2.0}
+    ask = [Instance("generate_until", {}, ("The river", options), 0) for _ in range(3)]
+    state = torch.random.get_rng_state()
+    lm = SideLM(both_sides(model)[1], tokenizer, answers=Answers(), batch_size=4)
+    texts = lm.generate_until(ask)
+    assert len(set(texts)) == 3
+    assert lm.generate_until(ask) == texts
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert lm.share_compressed("any") is None
+
+
+@needs_lm_eval
 def test_errors_name_what_is_wrong(attached: Any, task_directory: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="task no_such_task is unknown"):
         evaluate_tasks(*attached, ["no_such_task"])
