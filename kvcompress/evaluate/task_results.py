@@ -12,6 +12,9 @@ from scipy import stats
 from kvcompress.evaluate.paired import Paired, compare_paired
 from kvcompress.evaluate.task_files import LocalTask
 
+#: lm-eval's metrics whose documents are (log-likelihood, length) pairs; other pairs are (right answer, given answer).
+_WEIGHTED = ("bits_per_byte", "byte_perplexity", "word_perplexity")
+
 
 @dataclass(frozen=True, slots=True)
 class MetricResult:
@@ -72,7 +75,9 @@ class SideRun:
 def task_result(name: str, runs: Sequence[SideRun], local: dict[str, LocalTask]) -> TaskResult:
     """Return one task of (the original's run, the compressed model's run)."""
     exact, coded = runs
-    metrics = [key for key in exact.results[name] if "," in key and "_stderr," not in key]
+    metrics = [
+        key for key, value in exact.results[name].items() if "," in key and "_stderr," not in key and _is_number(value)
+    ]
     headline = _headline(name, metrics, local)
     rows = []
     for key in metrics:
@@ -105,17 +110,19 @@ def _headline(name: str, metrics: Sequence[str], local: dict[str, LocalTask]) ->
 def _document_values(samples: Sequence[dict[str, Any]], metric: str, filtered: str) -> list[float]:
     """Return the metric of each document, or nothing where it is no number for each."""
     chosen = sorted((s for s in samples if s["filter"] == filtered), key=lambda s: s["doc_id"])
-    values = [_number(s.get(metric)) for s in chosen]
+    values = [_number(metric, s.get(metric)) for s in chosen]
     return [v for v in values if v is not None] if None not in values else []
 
 
-def _number(value: Any) -> float | None:
+def _number(metric: str, value: Any) -> float | None:
     """Return a document's value as a number; (log-likelihood, bytes) becomes the log-likelihood of a byte."""
-    if isinstance(value, (int, float)):
+    if _is_number(value):
         return float(value)
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
-        return float(value[0] / value[1]) if value[1] else None
-    return None
+    return float(value[0] / value[1]) if metric in _WEIGHTED and value[1] else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.bool_))
 
 
 def _stderr(figure: float, values: Sequence[float]) -> float | None:

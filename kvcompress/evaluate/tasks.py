@@ -91,7 +91,10 @@ def _load(names: list[str], local: dict[str, LocalTask], n_fewshot: int | None) 
     manager = TaskManager(include_defaults=bool(names))
     _check_names(names, manager)
     loaded = manager.load([*names, *(FileTask(task) for task in local.values())])
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
+            reason = "images or sound" if getattr(task, "MULTIMODAL", False) else "running code that a model wrote"
+            raise OptionError(f"task {name} needs {reason}, which kvcompress does not do. Leave it out.")
         own = task.get_config("num_fewshot")
         if own is None or (n_fewshot is not None and own != 0):  # 0 in a task's own file is meant, as in lm-eval
             task.set_config(key="num_fewshot", value=n_fewshot or 0)

@@ -213,7 +213,14 @@ def test_sampled_requests_are_not_one(attached: Any) -> None:
 
 
 @needs_lm_eval
-def test_errors_name_what_is_wrong(attached: Any, task_directory: Path, tmp_path: Path) -> None:
+def test_errors_name_what_is_wrong(
+    attached: Any, task_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvcompress.evaluate.lm_eval_model import FileTask
+
+    with monkeypatch.context() as patch, pytest.raises(OptionError, match="task choice needs running code"):
+        patch.setattr(FileTask, "UNSAFE_CODE", True)
+        evaluate_tasks(*attached, [str(task_directory / "choice.jsonl")])
     with pytest.raises(OptionError, match="task no_such_task is unknown"):
         evaluate_tasks(*attached, ["no_such_task"])
     with pytest.raises(OptionError, match=r"gone\.jsonl does not exist"):
