@@ -219,7 +219,7 @@ def test_errors_name_what_is_wrong(
     from kvcompress.evaluate.lm_eval_model import FileTask
 
     with monkeypatch.context() as patch, pytest.raises(OptionError, match="task choice needs running code"):
-        patch.setattr(FileTask, "UNSAFE_CODE", True)
+        patch.setattr(FileTask, "UNSAFE_CODE", True, raising=False)
         evaluate_tasks(*attached, [str(task_directory / "choice.jsonl")])
     with pytest.raises(OptionError, match="task no_such_task is unknown"):
         evaluate_tasks(*attached, ["no_such_task"])
