@@ -7,6 +7,7 @@ it counts as found if each of its tokens is the most likely one, which is when g
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from kvcompress.calibration.text import documents
 from kvcompress.errors import CalibrationError, OptionError
-from kvcompress.evaluate.answers import Answers
+from kvcompress.evaluate.answers import Answers, request_key
 from kvcompress.evaluate.paired import Paired, compare_paired
 from kvcompress.evaluate.scoring import Pair, Score
 from kvcompress.evaluate.sides import both_sides, check_length, dtype_name
@@ -105,6 +106,7 @@ def evaluate_retrieval(
             scores[side.name] = known.scores(side, pairs, batch_size=batch_size, progress=report)
     protocol = {
         "text": text if ":" in text else Path(text).name,
+        "prompts_sha256": hashlib.sha256("".join(request_key(pair) for pair in pairs).encode()).hexdigest(),
         "lengths": list(lengths),
         "depths": list(depths),
         "n_prompts": n_prompts,
