@@ -1,12 +1,16 @@
 """Measure tasks, retrieval, perplexity by position and greedy agreement of several outputs; regenerate the tables.
 
     python recipes/measure_tasks.py run OUT [OUT ...] --tasks FILES_OR_DIRECTORIES --book TEXT --work DIR
+    python recipes/measure_tasks.py prepare OUT --tasks NAMES_OR_FILES --fewshot 5 --limit 500 --work DIR
     python recipes/measure_tasks.py stock OUT --tasks FILES_OR_DIRECTORIES --work DIR
 
 `run` works through all stages for all outputs, prints Markdown tables and writes JSON into --work as it goes. What is
 there already is not measured again, and the outputs share the original's answers. Where lm-eval is not installed (a
 GPU machine without a network), the task stage only collects the models' answers; the same command with the same
 --work where lm-eval is installed then makes the table without running a model.
+
+`prepare`, where lm-eval is installed, writes what lm-eval asks into --work: then `run` collects the answers to that
+without lm-eval, few-shot examples and tasks of lm-eval's own included.
 
 `stock` compares the original's numbers with those of lm-eval's own `hf` model class on the same tasks.
 """
@@ -21,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvcompress.checkpoint.tokenizer import load_tokenizer
@@ -28,11 +33,14 @@ from kvcompress.evaluate.answers import Answers
 from kvcompress.evaluate.generation import evaluate_generation
 from kvcompress.evaluate.positions import evaluate_positions
 from kvcompress.evaluate.retrieval import evaluate_retrieval
+from kvcompress.evaluate.scoring import Pair
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import find_task_files
-from kvcompress.evaluate.tasks import evaluate_tasks, task_pairs
+from kvcompress.evaluate.tasks import evaluate_tasks, lm_eval_pairs, task_pairs
 from kvcompress.runtime.attach import load
 
+#: What `prepare` writes into --work.
+PREPARED = "requests.npz"
 STAGES = ("tasks", "retrieval", "positions", "generation")
 
 
@@ -72,24 +80,44 @@ class Output:
 def run_tasks(output: Output) -> Any:
     args = output.args
     file = Path(args.work) / "answers-tasks.jsonl"
-    options = {"limit": args.limit, "batch_size": args.batch_size}
     if find_spec("lm_eval"):
+        options = {"limit": args.limit, "batch_size": args.batch_size, "recent": args.recent}
         return evaluate_tasks(
             output.model, output.tokenizer, args.tasks, answers=file, n_fewshot=args.fewshot, **options
         )
-    if args.fewshot:
-        raise SystemExit("--fewshot needs lm-eval, which is not installed here")
     if args.pairs is None:  # the same for all outputs of a model
-        files = [f for name in args.tasks for f in find_task_files(name)]
-        args.pairs = task_pairs(output.tokenizer, files, limit=args.limit)
+        args.pairs = _pairs(output)
     pairs = args.pairs
     with Answers(file) as known:
-        for side in both_sides(output.model):
+        for side in both_sides(output.model, recent=args.recent):
             started = time.monotonic()
             known.scores(side, pairs, batch_size=args.batch_size)
             seconds = time.monotonic() - started
             print(f"{output.directory.name}, {side.name}: {len(pairs)} requests answered, {seconds:.1f} s")
     return None
+
+
+def _pairs(output: Output) -> list[Pair]:
+    args, prepared = output.args, Path(output.args.work) / PREPARED
+    if prepared.is_file():
+        stored = np.load(prepared)
+        parts = np.split(stored["tokens"], stored["lengths"].cumsum()[:-1])
+        return [Pair(tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    if args.fewshot:
+        raise SystemExit("--fewshot needs lm-eval, or what the command `prepare` wrote where it is installed")
+    files = [f for name in args.tasks for f in find_task_files(name)]
+    return task_pairs(output.tokenizer, files, limit=args.limit)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write the token ids of all that lm-eval asks: contexts and continuations in turn."""
+    tokenizer = Output(args.outputs[0], args).tokenizer
+    pairs = lm_eval_pairs(tokenizer, args.tasks, limit=args.limit, n_fewshot=args.fewshot)
+    parts = [part for pair in pairs for part in (pair.context, pair.continuation)]
+    tokens = np.concatenate([np.array(part, dtype=np.int32) for part in parts])
+    file = Path(args.work) / PREPARED
+    np.savez_compressed(file, tokens=tokens, lengths=np.array([len(part) for part in parts], dtype=np.int32))
+    print(f"{file}: {len(pairs)} requests of {len(tokens) / len(pairs):.0f} tokens on average")
 
 
 def run_retrieval(output: Output) -> Any:
@@ -101,15 +129,15 @@ def run_retrieval(output: Output) -> Any:
         lengths=args.lengths,
         n_prompts=args.prompts,
         batch_size=args.batch_size,
+        recent=args.recent,
         answers=Path(args.work) / "answers-retrieval.jsonl",
     )
 
 
 def run_positions(output: Output) -> Any:
     args = output.args
-    return evaluate_positions(
-        output.model, output.tokenizer, args.book, seq_len=args.seq_len, max_windows=args.max_windows
-    )
+    options = {"seq_len": args.seq_len, "max_windows": args.max_windows, "recent": args.recent}
+    return evaluate_positions(output.model, output.tokenizer, args.book, **options)
 
 
 def run_generation(output: Output) -> Any:
@@ -235,7 +263,7 @@ def _device_name(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "stock"))
+    parser.add_argument("command", choices=("run", "prepare", "stock"))
     parser.add_argument("outputs", nargs="+", metavar="OUT", help="directories made by kvcompress compress")
     parser.add_argument("--stages", default=",".join(STAGES), help="which of tasks, retrieval, positions, generation")
     parser.add_argument("--tasks", nargs="+", default=[], help="task files (.jsonl) or directories of them")
@@ -249,6 +277,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="documents of each task")
     parser.add_argument("--fewshot", type=int)
+    parser.add_argument("--recent", type=int, help="another window than the outputs' own; generation keeps that")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8000])
     parser.add_argument("--prompts", type=int, default=10, help="of each kind, length and depth")
     parser.add_argument("--seq-len", type=int, default=8192)
@@ -258,8 +287,8 @@ def main() -> None:
     args.pairs = None
     sys.stdout.reconfigure(line_buffering=True)  # what is measured is seen at once, also in a log
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    if args.command == "stock":
-        stock(args)
+    if args.command != "run":
+        {"prepare": prepare, "stock": stock}[args.command](args)
         return
     outputs = [Output(directory, args) for directory in args.outputs]
     for stage in args.stages.split(","):

@@ -82,12 +82,36 @@ def task_pairs(tokenizer: Any, files: Sequence[Path], *, limit: int | None = Non
     return pairs
 
 
+def lm_eval_pairs(
+    tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, n_fewshot: int | None = None
+) -> list[Pair]:
+    """Return all that a model is asked by tasks of lm-eval and local ones, few-shot examples included.
+
+    The answers can then be collected where lm-eval is missing. Only what is scored, not what is generated. Raises
+    OptionError as `evaluate_tasks` does.
+    """
+    _check_lm_eval()
+    names, local = _resolve(tasks)
+    pairs: list[Pair] = []
+    with _quiet_lm_eval(), _explained(names):
+        for task in _load(names, local, n_fewshot)["tasks"].values():
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            asked = [i.args for i in task.instances if i.request_type == "loglikelihood"]
+            pairs.extend(encode_pair(tokenizer, *arguments) for arguments in asked)
+    return pairs
+
+
 def _load(names: list[str], local: dict[str, LocalTask], n_fewshot: int | None) -> Any:
     """Return lm-eval's tasks with their documents, loaded once so that both sides get the same questions."""
     from lm_eval.tasks import TaskManager
 
     from kvcompress.evaluate.lm_eval_model import FileTask
 
+    for local_task in local.values():
+        if n_fewshot and n_fewshot >= len(local_task.documents):
+            found = len(local_task.documents)
+            raise OptionError(f"task {local_task.name} has {found} documents, too few for {n_fewshot} examples each.")
     manager = TaskManager(include_defaults=bool(names))
     _check_names(names, manager)
     loaded = manager.load([*names, *(FileTask(task) for task in local.values())])

@@ -225,6 +225,8 @@ def test_errors_name_what_is_wrong(
         evaluate_tasks(*attached, ["no_such_task"])
     with pytest.raises(OptionError, match=r"gone\.jsonl does not exist"):
         evaluate_tasks(*attached, [str(tmp_path / "gone.jsonl")])
+    with pytest.raises(OptionError, match="task choice has 12 documents, too few for 12 examples"):
+        evaluate_tasks(*attached, [str(task_directory / "choice.jsonl")], n_fewshot=12)
     with pytest.raises(OptionError, match="no task is named"):
         evaluate_tasks(*attached, [])
     (tmp_path / "choice.jsonl").write_text((task_directory / "choice.jsonl").read_text())
