@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.checkpoint.reader import Checkpoint, open_folded
+from kvcompress.checkpoint.reader import Checkpoint, open_folded, read_config
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target
 from kvcompress.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
 from kvcompress.export.card import export_card
@@ -19,7 +20,7 @@ from kvcompress.export.hf import check_llama, write_hf
 from kvcompress.export.layout import StockLayer, stock_layers
 from kvcompress.export.positions import export_positions
 from kvcompress.model_spec import DTYPE_BYTES, ModelSpec, Site
-from kvcompress.plan import Plan
+from kvcompress.plan import PLAN_FILE, Plan
 from kvcompress.runtime.attach import read_output
 
 TARGETS = ("hf", "gguf", "vllm-decilm")
@@ -93,11 +94,8 @@ def export(
     UnsupportedModelError for what cannot be written so, with the reason and the way out; nothing is left behind.
     """
     directory, output = Path(directory), Path(output)
+    _check_source(directory)
     plan, maps = read_output(directory)
-    if plan.form != "folded":
-        raise OptionError(
-            f"{directory} is in the {plan.form} form, which only kvcompress runs. Compress with --folded to export it."
-        )
     dtype = export_dtype(to, dtype, plan)
     if to == "gguf":
         import_gguf()
@@ -134,10 +132,6 @@ def export(
 
 def plan_layers(spec: ModelSpec, maps: dict[Site, SiteMaps], to: str) -> list[StockLayer]:
     """Return the layers as the engine will have them. Raises UnsupportedModelError where it cannot."""
-    if spec.foldable_obstacle:
-        raise UnsupportedModelError(
-            f"it cannot be folded: {spec.foldable_obstacle}. Compress without --folded (coded form)."
-        )
     without = [a.layer for a in spec.layers if not a.rotary_dim]
     if without:
         raise UnsupportedModelError(
@@ -189,6 +183,23 @@ def _config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
+
+
+def _check_source(directory: Path) -> None:
+    """Raise what stands in the way of an export, for a folded output nothing: first of all what the model itself is."""
+    spec = read_model_spec(read_config(directory)) if (directory / "config.json").is_file() else None
+    if spec and spec.foldable_obstacle:
+        raise UnsupportedModelError(
+            f"{directory} cannot be exported: {spec.foldable_obstacle}. "
+            "Compress without --folded and run the coded form with kvcompress.load."
+        )
+    if spec and not (directory / PLAN_FILE).is_file():
+        raise OptionError(f"{directory} is a model. Fold it first: kvcompress compress {directory} OUT --folded.")
+    form = Plan.load(directory).form
+    if form != "folded":
+        raise OptionError(
+            f"{directory} is in the {form} form, which only kvcompress runs. Compress with --folded to export it."
+        )
 
 
 def _check_target(output: Path, directory: Path, to: str, *, force: bool) -> None:

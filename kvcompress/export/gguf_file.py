@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import OptionError, UnsupportedModelError
 from kvcompress.export.gguf_tokenizer import read_vocabulary
 from kvcompress.export.layout import StockLayer
@@ -160,4 +161,15 @@ def _add_tokenizer(gguf: Any, writer: Any, directory: Path, vocab_size: int) -> 
     if vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
     special = gguf.SpecialVocab(directory, load_merges=vocabulary.model == "gpt2", n_vocab=len(vocabulary.tokens))
+    for kind, added in added_tokens(directory).items():
+        special.add_special_token.setdefault(kind, added)
     special.add_to_gguf(writer, quiet=True)
+
+
+def added_tokens(directory: Path) -> dict[str, bool]:
+    """Return whether the tokenizer puts its begin and end tokens around a text, which llama.cpp must be told."""
+    tokenizer = load_tokenizer(directory)
+    plain, whole = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+    before, after = whole[: len(whole) - len(plain)], whole[len(plain) :]
+    begins = whole[-len(plain) :] == plain and before[:1] == [tokenizer.bos_token_id]
+    return {"bos": begins, "eos": after[-1:] == [tokenizer.eos_token_id] and not begins}
