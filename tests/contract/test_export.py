@@ -19,27 +19,8 @@ from kvcompress.export.layout import stock_layers
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.runtime.attach import read_output
+from tests.export_cases import EXACT, FREQUENCY, GROUPED, LLAMAS, WIDE
 from tests.tiny_models import random_ids
-
-EXACT = {"rtol": 2e-4, "atol": 2e-4}
-#: Heads of 32, so that two virtual heads make one of 64, which kernels have.
-WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
-LLAMAS = ["llama-mha", "llama-bias", "llama-yarn", "llama-llama3", "qwen2"]
-GROUPED = {"key_basis": "grouped"}
-FREQUENCY = {"key_basis": "frequency"}
-
-
-@pytest.fixture
-def folded(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> Any:
-    """folded(family, options, **config fields): the directory of a folded compression."""
-
-    def make(family: str, options: dict[str, Any], **changes: Any) -> Path:
-        small = {"calibration": (str(text_file),), "tokens": 512, "seq_len": 64, "recent": 0, "sinks": 0}
-        whole = CompressOptions(**({"policy": "uniform", "folded": True} | small | options))
-        compress(tiny_checkpoint(family, **changes), tmp_path / "folded", whole, device="cpu")
-        return tmp_path / "folded"
-
-    return make
 
 
 def assert_same(directory: Path, exported: Path, **expected: int) -> None:
@@ -60,8 +41,8 @@ def assert_same(directory: Path, exported: Path, **expected: int) -> None:
 
 
 @pytest.mark.parametrize("family", [*LLAMAS, "llama-gqa", "llama-tied", "llama-sharded", "mistral", "mistral-sliding"])
-def test_groups_of_heads_keep_head_dim(folded: Any, tmp_path: Path, family: str) -> None:
-    directory = folded(family, GROUPED)
+def test_groups_of_heads_keep_head_dim(folded_output: Any, tmp_path: Path, family: str) -> None:
+    directory = folded_output(family, GROUPED)
     result = export(directory, tmp_path / "out", dtype="float32")
     n_kv_heads = 2 if family == "llama-mha" else 1
     assert_same(directory, tmp_path / "out", num_key_value_heads=n_kv_heads, head_dim=8)
@@ -69,8 +50,8 @@ def test_groups_of_heads_keep_head_dim(folded: Any, tmp_path: Path, family: str)
 
 
 @pytest.mark.parametrize("family", LLAMAS)
-def test_virtual_heads_become_one_wide_head(folded: Any, tmp_path: Path, family: str) -> None:
-    directory = folded(family, FREQUENCY, **WIDE)
+def test_virtual_heads_become_one_wide_head(folded_output: Any, tmp_path: Path, family: str) -> None:
+    directory = folded_output(family, FREQUENCY, **WIDE)
     result = export(directory, tmp_path / "out", dtype="float32")
     assert_same(directory, tmp_path / "out", num_key_value_heads=1, head_dim=64)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -87,29 +68,29 @@ def test_virtual_heads_become_one_wide_head(folded: Any, tmp_path: Path, family:
     assert (result.pays_from_tokens - 1) * saved < result.extra_weight_bytes <= result.pays_from_tokens * saved
 
 
-def test_groups_may_keep_several_virtual_heads(folded: Any, tmp_path: Path) -> None:
-    directory = folded("llama-mha", GROUPED | {"per_group": 2}, **(WIDE | {"num_key_value_heads": 8}))
+def test_groups_may_keep_several_virtual_heads(folded_output: Any, tmp_path: Path) -> None:
+    directory = folded_output("llama-mha", GROUPED | {"per_group": 2}, **(WIDE | {"num_key_value_heads": 8}))
     export(directory, tmp_path / "out", dtype="float32")
     assert_same(directory, tmp_path / "out", num_key_value_heads=2, head_dim=64)
 
 
 @pytest.mark.parametrize("options", [{"key_basis": "head", "value_basis": "head"}, {"key_basis": "share"}])
-def test_other_bases_fold_as_well(folded: Any, tmp_path: Path, options: dict[str, Any]) -> None:
-    directory = folded("llama-mha", options, **WIDE)
+def test_other_bases_fold_as_well(folded_output: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    directory = folded_output("llama-mha", options, **WIDE)
     export(directory, tmp_path / "out", dtype="float32")
     assert_same(directory, tmp_path / "out", num_key_value_heads=1, head_dim=64)
 
 
-def test_a_model_that_keeps_everything(folded: Any, tmp_path: Path) -> None:
+def test_a_model_that_keeps_everything(folded_output: Any, tmp_path: Path) -> None:
     """No site has maps: the export is the original in llama's words."""
-    directory = folded("qwen2", GROUPED | {"keep": 1.0})
+    directory = folded_output("qwen2", GROUPED | {"keep": 1.0})
     export(directory, tmp_path / "out", dtype="float32")
     assert_same(directory, tmp_path / "out", num_key_value_heads=2)
 
 
-def test_layers_with_different_groups(folded: Any, tmp_path: Path) -> None:
+def test_layers_with_different_groups(folded_output: Any, tmp_path: Path) -> None:
     """DeciLM and GGUF take them, llama does not; what is written differs in nothing but the config."""
-    directory = folded("llama-mha", GROUPED | {"policy": "middle", "layers": "1:3", "keep": 0.67}, **WIDE)
+    directory = folded_output("llama-mha", GROUPED | {"policy": "middle", "layers": "1:3", "keep": 0.67}, **WIDE)
     with pytest.raises(UnsupportedModelError, match="4 heads; a llama checkpoint has as many in every layer"):
         export(directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -127,16 +108,16 @@ def test_layers_with_different_groups(folded: Any, tmp_path: Path) -> None:
     assert not hasattr(again.block_configs[0].ffn, "ffn_mult")
 
 
-def test_the_default_dtype_is_the_checkpoints(folded: Any, tmp_path: Path) -> None:
-    directory = folded("llama-bf16", GROUPED)
+def test_the_default_dtype_is_the_checkpoints(folded_output: Any, tmp_path: Path) -> None:
+    directory = folded_output("llama-bf16", GROUPED)
     export(directory, tmp_path / "out")
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
 
 
-def test_nothing_of_ours_is_left_but_the_record(folded: Any, tmp_path: Path) -> None:
-    export(folded("llama-gqa", GROUPED), tmp_path / "out")
+def test_nothing_of_ours_is_left_but_the_record(folded_output: Any, tmp_path: Path) -> None:
+    export(folded_output("llama-gqa", GROUPED), tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert not names & {"kv_plan.json", "kv_maps.safetensors", "report.json"}
     assert {"tokenizer.json", "README.md", "kvcompress_export.json", "generation_config.json"} <= names
@@ -153,22 +134,22 @@ class TestRefusals:
         ids=["ragged", "width"],
     )
     def test_plans(
-        self, folded: Any, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any], reason: str
+        self, folded_output: Any, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any], reason: str
     ) -> None:
-        directory = folded("llama-mha", options, **changes)
+        directory = folded_output("llama-mha", options, **changes)
         for to in ("hf", "gguf", "vllm-decilm"):
             with pytest.raises(UnsupportedModelError, match=reason) as error:
                 export(directory, tmp_path / "out", to=to)
             assert "\n" not in str(error.value) and "--key-basis grouped" in str(error.value)
         assert not (tmp_path / "out").exists()
 
-    def test_layers_without_rope(self, folded: Any, tmp_path: Path) -> None:
+    def test_layers_without_rope(self, folded_output: Any, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModelError, match="layer 1 has no RoPE"):
-            export(folded("smollm3", GROUPED), tmp_path / "out")
+            export(folded_output("smollm3", GROUPED), tmp_path / "out")
 
-    def test_sliding_windows_in_gguf(self, folded: Any, tmp_path: Path) -> None:
+    def test_sliding_windows_in_gguf(self, folded_output: Any, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModelError, match="sliding window"):
-            export(folded("mistral-sliding", GROUPED), tmp_path / "out.gguf", to="gguf")
+            export(folded_output("mistral-sliding", GROUPED), tmp_path / "out.gguf", to="gguf")
 
     @pytest.mark.parametrize(("family", "reason"), [("qwen3", "key norm"), ("phi3", "fused projection")])
     def test_models_that_cannot_be_folded(self, tiny_checkpoint: Any, tmp_path: Path, family: str, reason: str) -> None:
@@ -181,7 +162,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="multi-head latent attention"):
             export(tmp_path / "mla", tmp_path / "out")
 
-    def test_a_model_and_a_coded_output(self, tiny_checkpoint: Any, folded: Any, tmp_path: Path) -> None:
+    def test_a_model_and_a_coded_output(self, tiny_checkpoint: Any, folded_output: Any, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match=r"is a model\. Fold it first"):
             export(tiny_checkpoint("llama-gqa"), tmp_path / "out")
         compress(tiny_checkpoint("llama-gqa"), tmp_path / "coded", CompressOptions(metric="weights"))
@@ -192,12 +173,12 @@ class TestRefusals:
         ("options", "reason"),
         [({"to": "onnx"}, "hf, gguf, vllm-decilm"), ({"dtype": "int4"}, "bfloat16"), ({"dtype": "q8_0"}, "--to hf")],
     )
-    def test_options(self, folded: Any, tmp_path: Path, options: dict[str, str], reason: str) -> None:
+    def test_options(self, folded_output: Any, tmp_path: Path, options: dict[str, str], reason: str) -> None:
         with pytest.raises(OptionError, match=reason):
-            export(folded("llama-gqa", GROUPED), tmp_path / "out", **options)
+            export(folded_output("llama-gqa", GROUPED), tmp_path / "out", **options)
 
-    def test_targets(self, folded: Any, tmp_path: Path) -> None:
-        directory = folded("llama-gqa", GROUPED)
+    def test_targets(self, folded_output: Any, tmp_path: Path) -> None:
+        directory = folded_output("llama-gqa", GROUPED)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "x").write_text("")
         for output, to in ((tmp_path / "full", "hf"), (tmp_path / "full", "gguf"), (directory / "in", "hf")):
@@ -207,9 +188,9 @@ class TestRefusals:
             export(directory, directory, force=True)
 
 
-def test_decoders_commute_with_the_layout(folded: Any) -> None:
+def test_decoders_commute_with_the_layout(folded_output: Any) -> None:
     """Every query head's decoder, in the stock head's layout, mixes the two numbers of a RoPE pair as one complex."""
-    directory = folded("llama-mha", FREQUENCY, **WIDE)
+    directory = folded_output("llama-mha", FREQUENCY, **WIDE)
     _, maps = read_output(directory)
     layer = stock_layers(open_folded(directory).spec, maps)[0]
     for head in range(4):
