@@ -69,7 +69,15 @@ class CompressOptions:
             raise OptionError(f"group must be a whole number of at least 1, found {self.group!r}.")
         if not isinstance(self.calibration, tuple) or not all(isinstance(s, str) for s in self.calibration):
             raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
-        for name, least in (("tokens", 1), ("per_group", 1), ("seq_len", 16), ("sinks", 0), ("recent", 0), ("band", 2), ("seed", 0)):
+        for name, least in (
+            ("tokens", 1),
+            ("per_group", 1),
+            ("seq_len", 16),
+            ("sinks", 0),
+            ("recent", 0),
+            ("band", 2),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
