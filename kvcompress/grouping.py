@@ -128,7 +128,7 @@ def choose_groups(
     if not all(kept):
         least = sum(int(c.numbers[0]) for c in curves) / spec.cache_numbers_per_token
         raise BudgetError(
-            f"keep {options.keep} leaves a layer without a cached head; groups of heads need at least {least:.3g} in all. "
+            f"keep {options.keep} leaves a layer without a cached head; these groups need at least {least:.3g} in all. "
             "Raise --keep."
         )
     fitted: dict[Site, FittedSite] = {}
