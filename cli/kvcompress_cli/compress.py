@@ -216,3 +216,5 @@ def _print(result: CompressionResult) -> None:
     out = shlex.quote(str(result.output))
     typer.echo(f"\nkvcompress report {out}\nkvcompress eval {out} --text FILE")
     typer.echo(f'kvcompress generate {out} --prompt "Once upon a time"')
+    if result.plan.form == "folded":
+        typer.echo(f"kvcompress export {out} --to hf -o DIR")
