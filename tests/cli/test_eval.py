@@ -24,7 +24,7 @@ def run(kvcompress, output, text, *flags):
 
 def test_json_is_the_promised_object(kvcompress, any_form, text):
     document = run(kvcompress, any_form, text)
-    assert set(document) == {"perplexity", "kl_nats", "top1_agreement", "keep", "protocol"}
+    assert set(document) == {"perplexity", "ratio_standard_error", "kl_nats", "top1_agreement", "keep", "protocol"}
     assert set(document["perplexity"]) == {"original", "compressed", "ratio"}
     fields = {"text", "text_sha256", "seq_len", "windows", "sinks", "recent", "dtype"}
     assert set(document["protocol"]) == fields
