@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvcompress.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
-from kvcompress.evaluate.perplexity import Original, evaluate_attached, evaluation_windows
+from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.options import FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan
@@ -46,7 +46,7 @@ class Bench:
     def original(self, text: str) -> Original:
         """Return the uncompressed model on the windows of a text, run over each of them once."""
         if text not in self.originals:
-            windows = evaluation_windows(self.tokenizer, text, self.args.seq_len, self.args.max_windows)
+            windows = Windows.of(self.tokenizer, text, self.args.seq_len, self.args.max_windows)
             self.originals[text] = Original(self.model, windows, remember=True)
         return self.originals[text]
 

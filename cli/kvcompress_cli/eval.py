@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvcompress_cli import flags, terminal
+from kvcompress_cli.peers import NAMES, show_peer
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
@@ -26,6 +27,10 @@ def evaluate(
     sinks: Annotated[
         int | None, typer.Option(min=0, help="First tokens that stay exact.", show_default="as compressed")
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Measure this cache on an uncompressed model instead: {NAMES}."),
+    ] = None,
     base: flags.Base = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -36,9 +41,16 @@ def evaluate(
     Every token attends to the compressed form of all tokens older than the window, as in generation. The figures are
     kept in OUT (evaluations.json and its model card), for kvcompress report.
     """
+    from kvcompress.errors import OptionError
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.recording import record
 
+    if cache is not None:
+        if sinks is not None or base is not None:
+            raise OptionError("--cache measures an uncompressed model: leave out --sinks and --base.")
+        window = {"seq_len": seq_len, "max_windows": max_windows, "residual": recent}
+        show_peer(str(output), cache, text, **window, device=device, dtype=dtype, json=json)
+        return
     loaded = load_compressed(output, base=base, device=device, dtype=dtype, with_original=True)
     evaluation = measure(loaded, text, seq_len=seq_len, max_windows=max_windows, recent=recent, sinks=sinks)
     if json:

@@ -51,6 +51,12 @@ class Windows:
     source: str
     sha256: str
 
+    @classmethod
+    def of(cls, tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> Windows:
+        """Return the first max_windows windows of a text source. Raises CalibrationError for less than one."""
+        ids, sha256 = evaluation_windows(tokenizer, text, seq_len, max_windows)
+        return cls(ids, text, sha256)
+
     def protocol(self, model: Any) -> dict[str, Any]:
         """Return what must be said of the text and the arithmetic with every figure."""
         return {
@@ -105,7 +111,7 @@ def evaluate(
     """
     if attachment_of(model).plan.form == "folded" and original is None:
         raise OptionError("a folded model is compared with its original: name that with --base.")
-    windows = evaluation_windows(tokenizer, text, seq_len, max_windows)
+    windows = Windows.of(tokenizer, text, seq_len, max_windows)
     reference = Original(model if original is None else original, windows)
     return evaluate_attached(model, reference, sinks=sinks, recent=recent, progress=progress)
 
@@ -174,8 +180,8 @@ def compare_states(
     )
 
 
-def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> Windows:
-    """Return the first max_windows windows of seq_len tokens of a text. Raises CalibrationError for less than one."""
+def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> tuple[Tensor, str]:
+    """Return (the first max_windows windows [n, seq_len] of a text, SHA-256 of the text)."""
     ids: list[int] = []
     digest = hashlib.sha256()
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -190,7 +196,7 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
             f"too little text: {text} has {len(ids)} tokens, a window needs {seq_len}. "
             "Lower --seq-len or give more text."
         )
-    return Windows(torch.tensor(ids[: n_windows * seq_len]).reshape(n_windows, seq_len), text, digest.hexdigest())
+    return torch.tensor(ids[: n_windows * seq_len]).reshape(n_windows, seq_len), digest.hexdigest()
 
 
 def _compare(model: Any, original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:

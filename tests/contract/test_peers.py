@@ -15,7 +15,7 @@ from kvcompress.architectures import read_model_spec
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.peer_caches import AXIS, GROUP, KiviLayer, PeerCache, hqq_layer, quanto_layer
 from kvcompress.evaluate.peers import PEERS, Peer, decoded_states, evaluate_peer, find_peer
-from kvcompress.evaluate.perplexity import Original, evaluation_windows
+from kvcompress.evaluate.perplexity import Original, Windows
 from tests.tiny_models import random_ids
 
 needs_hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed (extra `peers`)")
@@ -177,7 +177,7 @@ def test_evaluation(tiny_checkpoint: Any, tiny_model: Any, text_file: Path) -> N
     model = tiny_model("llama-gqa")
     spec = read_model_spec(model.config.to_dict())
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("llama-gqa"))
-    original = Original(model, evaluation_windows(tokenizer, str(text_file), 128, 2), remember=True)
+    original = Original(model, Windows.of(tokenizer, str(text_file), 128, 2), remember=True)
     ratios, kl = {}, {}
     for name in ("hqq-4bit", "hqq-2bit"):
         peer = find_peer(name, residual=RESIDUAL)
