@@ -46,7 +46,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def resolve_dtype(dtype: str, device: str, own: str) -> torch.dtype:
-    """Return the dtype to run in: for auto, float32 on a CPU and the checkpoint's `own` elsewhere. Raises OptionError."""
+    """Return the dtype to run in: for auto, float32 on a CPU and `own` (the checkpoint's) elsewhere."""
     check_dtype(dtype)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else own

@@ -9,7 +9,11 @@ from kvcompress_cli import terminal
 if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
 
-NAMES = "hqq-4bit, hqq-2bit, quanto-4bit, quanto-2bit, kivi-4bit, kivi-2bit, fp8, fp8-unscaled"
+#: All of PEERS, named here so that --help need not import torch.
+NAMES = (
+    "hqq-4bit, hqq-2bit, hqq-4bit-once, hqq-2bit-once, quanto-4bit, quanto-2bit, quanto-4bit-once, quanto-2bit-once, "
+    "kivi-4bit, kivi-2bit, fp8, fp8-unscaled"
+)
 
 
 def measure_peer(

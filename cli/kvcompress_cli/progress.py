@@ -16,6 +16,7 @@ _STAGES = {
     "fit": ("fitting bases", "sites"),
     "write": ("writing", ""),
     "eval": ("evaluating", "windows"),
+    "compare": ("comparing", "windows of all cells"),
 }
 
 

@@ -105,6 +105,40 @@ def _dequantize_quanto(quantized: Any) -> Tensor:
     return values if quantized.axis is None else ungroup(values, axis=quantized.axis, orig_shape=quantized.shape)
 
 
+class QuantisedOnce(DynamicLayer):
+    """The quantiser of a transformers layer, used on every token once, when the residual window is full.
+
+    transformers quantises all tokens anew each time, which adds an error each time; this is what its quantisers
+    can do at their best, and what a prompt sees that is followed by a short answer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.old_keys: list[Any] = []
+        self.old_values: list[Any] = []
+        self.n_old = 0
+
+    def get_seq_length(self) -> int:
+        return self.n_old + super().get_seq_length()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.layer.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        keys = torch.cat([*map(self.layer._dequantize, self.old_keys), self.keys], dim=-2)
+        values = torch.cat([*map(self.layer._dequantize, self.old_values), self.values], dim=-2)
+        if self.keys.shape[2] >= self.layer.residual_length:
+            self.old_keys.append(self.layer._quantize(self.keys.contiguous(), axis=self.layer.axis_key))
+            self.old_values.append(self.layer._quantize(self.values.contiguous(), axis=self.layer.axis_value))
+            self.n_old += self.keys.shape[2]
+            self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        return keys, values
+
+
 @contextmanager
 def without_emptying() -> Iterator[None]:
     """Within the block torch.cuda.empty_cache does nothing: hqq calls it twice for every tensor it quantises."""

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import OptionError
-from kvcompress.evaluate.peer_caches import GROUP, Fp8Layer, KiviLayer, PeerCache, hqq_layer, quanto_layer
-from kvcompress.evaluate.peer_caches import without_emptying as _without_emptying
+from kvcompress.evaluate.peer_caches import (
+    GROUP,
+    Fp8Layer,
+    KiviLayer,
+    PeerCache,
+    QuantisedOnce,
+    hqq_layer,
+    quanto_layer,
+    without_emptying,
+)
 from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
 from kvcompress.model_spec import DTYPE_BYTES, ModelSpec
 
@@ -28,15 +36,19 @@ _KIVI_SCALES = 4
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A quantised cache: its family (hqq, quanto, kivi, fp8, fp8-unscaled), bits a number, and exact window."""
+    """A quantised cache: its family (hqq, quanto, kivi, fp8, fp8-unscaled), bits a number, and exact window.
+
+    once: hqq and quanto quantise each token once, where transformers quantises all anew when the window is full.
+    """
 
     family: str
     bits: int
     residual: int = 128
+    once: bool = False
 
     @property
     def name(self) -> str:
-        return self.family if self.family.startswith("fp8") else f"{self.family}-{self.bits}bit"
+        return self.family if self.family.startswith("fp8") else f"{self.family}-{self.bits}bit{'-once' * self.once}"
 
     def new_cache(self, n_layers: int, stored: torch.dtype) -> PeerCache:
         """Return an empty cache that stores in the dtype `stored`. Raises OptionError if its package is missing."""
@@ -47,7 +59,8 @@ class Peer:
             "fp8": lambda: Fp8Layer(scaled=True),
             "fp8-unscaled": lambda: Fp8Layer(scaled=False),
         }[self.family]
-        return PeerCache([make() for _ in range(n_layers)], stored)
+        layers = [QuantisedOnce(make()) if self.once else make() for _ in range(n_layers)]
+        return PeerCache(layers, stored)
 
     def chunks(self, n_tokens: int) -> list[slice]:
         """Return the forwards that are equal to decoding: the first fills the window, each later one overflows it once.
@@ -77,6 +90,17 @@ class Peer:
         exact = self.n_exact(n_tokens)
         scales = 2 * 4 * len(spec.layers) if self.family == "fp8" else 0
         return round((n_tokens - exact) * self.bytes_per_token(spec)) + exact * spec.cache_bytes_per_token + scales
+
+    def measured_bytes_per_token(self, spec: ModelSpec) -> float:
+        """Return the same from the storages of real caches: one layer filled with 1024 and with 2048 tokens."""
+        sizes = []
+        for n_tokens in (1024, 2048):
+            cache = self.new_cache(1, getattr(torch, spec.dtype))
+            attention = spec.layers[0]
+            states = torch.ones(1, attention.n_kv_heads, n_tokens, attention.head_dim)
+            cache.update(states, states, 0)
+            sizes.append(cache.nbytes())
+        return len(spec.layers) * (sizes[1] - sizes[0]) / 1024
 
     def _bytes_per_number(self, dtype_bytes: int) -> float:
         if self.family.startswith("fp8"):
@@ -110,8 +134,12 @@ PEERS = {
     for p in (
         Peer("hqq", 4),
         Peer("hqq", 2),
+        Peer("hqq", 4, once=True),
+        Peer("hqq", 2, once=True),
         Peer("quanto", 4),
         Peer("quanto", 2),
+        Peer("quanto", 4, once=True),
+        Peer("quanto", 2, once=True),
         Peer("kivi", 4),
         Peer("kivi", 2),
         Peer("fp8", 8, residual=0),
@@ -147,14 +175,15 @@ def evaluate_peer(
         measured = cache.nbytes()
         return states
 
-    keep = peer.bytes_per_token(spec) / spec.cache_bytes_per_token
+    per_token = peer.measured_bytes_per_token(spec)
+    keep = per_token / spec.cache_bytes_per_token
     result = compare_states(model, original, decoded, keep=keep, protocol={"sinks": 0}, progress=progress)
     result.protocol.update(
         recent=peer.residual,
         cache={
             "name": peer.name,
             "stored_dtype": spec.dtype,
-            "bytes_per_token": peer.bytes_per_token(spec),
+            "bytes_per_token": per_token,
             "bytes_at_seq_len": measured,
         },
     )
@@ -165,7 +194,7 @@ def decoded_states(model: Any, ids: Tensor, peer: Peer, cache: PeerCache) -> Ten
     """Return the final hidden states [1, n_tokens, d_model] that decoding ids [1, n_tokens] with the cache gives."""
     states = []
     on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
-    with torch.no_grad(), _without_emptying() if on_gpu else nullcontext():
+    with torch.no_grad(), without_emptying() if on_gpu else nullcontext():
         for chunk in peer.chunks(ids.shape[1]):
             positions = torch.arange(chunk.start, chunk.stop, device=ids.device)[None]
             output = model.get_decoder()(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Evaluation:
     """Means over all predicted tokens; KL(original || compressed) in nats; `protocol` says how it was measured.
 
     ratio_standard_error: of the ratio of perplexities, from its spread over the windows; None with one window.
+    log_ratios: the log of each window's ratio, for paired comparisons; not part of the JSON.
     """
 
     perplexity: dict[str, float]
@@ -38,9 +39,12 @@ class Evaluation:
     top1_agreement: float
     keep: float
     protocol: dict[str, Any]
+    log_ratios: tuple[float, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        document = asdict(self)
+        del document["log_ratios"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ class Windows:
         ids, sha256 = evaluation_windows(tokenizer, text, seq_len, max_windows)
         return cls(ids, text, sha256)
 
-    def protocol(self, model: Any) -> dict[str, Any]:
+    def protocol(self, dtype: str) -> dict[str, Any]:
         """Return what must be said of the text and the arithmetic with every figure."""
         return {
             "text": self.source if ":" in self.source else Path(self.source).name,
             "text_sha256": self.sha256,
             "seq_len": self.ids.shape[1],
             "windows": self.ids.shape[0],
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype,
         }
 
 
@@ -167,16 +171,18 @@ def compare_states(
             progress(i + 1, n_windows)
     nll, coded_nll, kl, agree = (sums.sum(0) / (n_windows * (seq_len - 1))).tolist()
     ratio = _exp(coded_nll - nll)
+    log_ratios = (sums[:, 1] - sums[:, 0]) / (seq_len - 1)
     error = None
-    if n_windows > 1:  # of the mean log ratio; the ratio itself is near 1, so its error is that times the ratio
-        error = ratio * float((sums[:, 1] - sums[:, 0]).std() / (seq_len - 1) / n_windows**0.5)
+    if n_windows > 1:  # the ratio is the exponential of the mean log ratio
+        error = ratio * float(log_ratios.std() / n_windows**0.5)
     return Evaluation(
         perplexity={"original": _exp(nll), "compressed": _exp(coded_nll), "ratio": ratio},
         ratio_standard_error=error,
         kl_nats=kl,
         top1_agreement=agree,
         keep=keep,
-        protocol=original.windows.protocol(model) | protocol,
+        protocol=original.windows.protocol(str(next(model.parameters()).dtype).removeprefix("torch.")) | protocol,
+        log_ratios=tuple(log_ratios.tolist()),
     )
 
 

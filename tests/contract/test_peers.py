@@ -27,13 +27,17 @@ MARKS = {"hqq": needs_hqq, "quanto": needs_quanto}
 RESIDUAL, N_TOKENS = 32, 150
 
 
-def every_peer(*, only: tuple[str, ...] = ("hqq", "quanto", "kivi", "fp8", "fp8-unscaled")) -> Any:
+def every_peer(
+    *,
+    only: tuple[str, ...] = ("hqq", "quanto", "kivi", "fp8", "fp8-unscaled"),
+    once: tuple[bool, ...] = (False, True),
+) -> Any:
     return pytest.mark.parametrize(
         "peer",
         [
             pytest.param(find_peer(p.name, residual=RESIDUAL), marks=MARKS.get(p.family, ()), id=p.name)
             for p in PEERS.values()
-            if p.family in only
+            if p.family in only and p.once in once
         ],
     )
 
@@ -49,7 +53,7 @@ def one_by_one(model: Any, ids: torch.Tensor, cache: Any, n_first: int) -> torch
     return torch.cat(states, 1)
 
 
-@every_peer(only=("hqq", "quanto"))
+@every_peer(only=("hqq", "quanto"), once=(False,))
 def test_chunks_equal_generation_with_transformers_own_cache(tiny_model: Any, peer: Peer) -> None:
     model, ids = tiny_model("llama-mha"), random_ids(1, N_TOKENS, seed=3)
     own = QuantizedCache(
@@ -76,6 +80,23 @@ def unpack_in_torch(cache: Any) -> None:
         layer._dequantize = quanto_layer(4, RESIDUAL)._dequantize
 
 
+@every_peer(only=("hqq", "quanto"), once=(True,))
+def test_quantised_once_every_token_is_a_prompts(peer: Peer) -> None:
+    """Each block of the window is what transformers' layer makes of it as a prompt, however long the text goes on."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 4, 5 * RESIDUAL, 8, generator=generator) for _ in range(2))
+    cache = peer.new_cache(1, torch.float32)
+    for chunk in peer.chunks(5 * RESIDUAL):
+        seen = cache.update(keys[:, :, chunk], values[:, :, chunk], 0)
+    for start in range(0, 4 * RESIDUAL, RESIDUAL):
+        block = slice(start, start + RESIDUAL)
+        fresh = {"hqq": hqq_layer, "quanto": quanto_layer}[peer.family](peer.bits, RESIDUAL)
+        fresh.update(keys[:, :, block], values[:, :, block])
+        assert torch.equal(seen[0][:, :, block], fresh._dequantize(fresh._quantized_keys))
+        assert torch.equal(seen[1][:, :, block], fresh._dequantize(fresh._quantized_values))
+    assert torch.equal(seen[0][:, :, 4 * RESIDUAL :], keys[:, :, 4 * RESIDUAL :])
+
+
 @every_peer(only=("kivi", "fp8-unscaled"))
 def test_chunks_equal_generation_with_our_own_layers(tiny_model: Any, peer: Peer) -> None:
     model, ids = tiny_model("llama-mha"), random_ids(1, N_TOKENS, seed=3)
@@ -94,6 +115,7 @@ def test_stated_bytes_are_those_of_the_storages(tiny_model: Any, peer: Peer, n_t
     decoded_states(model, random_ids(1, n_tokens), peer, cache)
     assert cache.get_seq_length() == n_tokens
     assert cache.nbytes() == peer.cache_bytes(spec, n_tokens)
+    assert peer.measured_bytes_per_token(spec) == peer.bytes_per_token(spec)
     original = spec.cache_bytes_per_token
     assert peer.bytes_per_token(spec) < original
     exact = peer.n_exact(n_tokens)
