@@ -28,7 +28,7 @@ def rows(document: dict[str, Any]) -> list[Row]:
     found = []
     for cell in document["cells"]:
         if "impossible" in cell:
-            found.append(Row(name_of(cell), "", "", "not possible", "", "", ""))
+            found.append(Row(name_of(cell), "", "", "", "", "", "not possible"))
             continue
         error = cell["ratio_standard_error"]
         found.append(
@@ -76,8 +76,9 @@ def protocol_lines(document: dict[str, Any]) -> list[str]:
         f"{protocol['seq_len']} tokens, each by itself.",
         "Decode-faithful: every token attends to the compressed form of all tokens that are older than the exact "
         f"window. Ours: {protocol['sinks']} sinks and {protocol['recent']} recent tokens exact. hqq and quanto: "
-        "transformers' own layers, groups of 64, residual window 128; all tokens are quantised anew whenever it is full, "
-        "as transformers does, or (once) each token a single time. kivi: after arXiv 2402.02750, groups of 32, 128 to 159 tokens exact. fp8: e4m3 with a scale a tensor, or unscaled.",
+        "transformers' own layers, groups of 64, residual window 128; all tokens are quantised anew whenever that is "
+        "full, as transformers does, or (once) each token a single time. kivi: after arXiv 2402.02750, groups of 32, "
+        "128 to 159 tokens exact. fp8: e4m3 with a scale for each tensor, or unscaled.",
         "Bytes a token are those beyond the window, from the storages of a filled cache, scales and zeros included. "
         "Peers store in the checkpoint's dtype.",
         f"Our methods and the published ones were calibrated on {sources}.",
