@@ -114,6 +114,7 @@ def run(
     from kvcompress.evaluate.compare import Request
     from kvcompress.evaluate.compare import compare as compare_methods
     from kvcompress.report.comparison import comparison_table
+    from kvcompress.report.comparison_page import comparison_page
     from kvcompress_cli.loading import check_dtype, resolve_device
     from kvcompress_cli.progress import stage_progress
 
@@ -123,7 +124,7 @@ def run(
     request = Request(methods, keeps, text, options, options.seq_len, max_windows)
     with stage_progress() as progress:
         document = compare_methods(model, out, request, device=resolve_device(device), dtype=dtype, progress=progress)
-    for name, written in (("compare.md", comparison_table(document)),):
+    for name, written in (("compare.md", comparison_table(document)), ("compare.html", comparison_page(document))):
         with atomic_file(out / name) as scratch:
             scratch.write_text(written, encoding="utf-8")
     return document

@@ -28,7 +28,7 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.errors import BudgetError, OptionError, OutputError
-from kvcompress.evaluate.front import verdicts
+from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import Cell, cells_of
 from kvcompress.evaluate.peers import evaluate_peer
 from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
@@ -279,6 +279,7 @@ def _document(bench: _Bench, request: Request, rows: list[dict[str, Any]], n_cel
         "complete": len(rows) == n_cells,
         "cells": rows,
         "verdicts": {figure: verdicts(rows, figure) for figure in ("ratio", "kl_nats")},
+        "front": {figure: pareto(rows, figure) for figure in ("ratio", "kl_nats")},
     }
 
 

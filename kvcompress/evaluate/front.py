@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean, stdev
 from typing import Any, Literal
 
+from kvcompress.report.comparison import name_of
+
 Verdict = Literal["behind", "ahead", "between"]
 
 
@@ -44,10 +46,10 @@ def _is_clear(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return abs(mean(differences)) > 2 * stdev(differences) / len(differences) ** 0.5
 
 
-def pareto(cells: list[dict[str, Any]], figure: str = "ratio") -> list[dict[str, Any]]:
-    """Return the cells that no other cell beats in both bytes and figure, from the fewest bytes on."""
+def pareto(cells: list[dict[str, Any]], figure: str = "ratio") -> list[str]:
+    """Return the names of the cells that no other beats in both bytes and figure, from the fewest bytes on."""
     front: list[dict[str, Any]] = []
     for cell in sorted((c for c in cells if figure in c), key=lambda c: (c["bytes_per_token"], c[figure])):
         if not front or cell[figure] < front[-1][figure]:
             front.append(cell)
-    return front
+    return [name_of(cell) for cell in front]

@@ -267,4 +267,4 @@ def test_a_difference_within_the_noise_is_said() -> None:
 
 def test_the_front_is_what_nothing_beats() -> None:
     rows = [*OURS, cell("a", 30, 1.02), cell("b", 20, 1.5), cell("c", 40, 1.0005), cell("d", 25, 1.02)]
-    assert [c["method"] for c in pareto(rows)] == ["b", "default", "c"]
+    assert pareto(rows) == ["b", "default at 0.25", "c"]
