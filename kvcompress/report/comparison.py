@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from kvcompress.report.source import without_local_paths
+
 
 class Row(NamedTuple):
     """A cell of a comparison, worded."""
@@ -91,6 +93,7 @@ def protocol_lines(document: dict[str, Any]) -> list[str]:
 
 def comparison_table(document: dict[str, Any]) -> str:
     """Return the comparison as Markdown: headline, table, protocol."""
+    document = without_local_paths(document)
     names = ("method", "bytes a token", "left", "ratio", "s.e.", "KL", "against ours")
     lines = [f"{headline(document)}", "", f"| {' | '.join(names)} |", "|---|" + "---:|" * 5 + "---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(document)]
