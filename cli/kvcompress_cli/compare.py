@@ -17,10 +17,16 @@ _TEXT = "Calibration of our methods"
 
 
 def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.", show_default=False),
+    ] = None,
     text: Annotated[
-        str, typer.Option(metavar="TEXT", help="Text to compare on: a file, JSONL, directory or datasets id.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Text to compare on: a file, JSONL, directory or datasets id.", show_default=False
+        ),
+    ] = None,
     keep: Annotated[str, typer.Option(metavar="K,K,...", help="Shares of the cache's bytes that remain.")] = _KEEPS,
     methods: Annotated[
         str,
@@ -32,7 +38,9 @@ def compare(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where compare.json, compare.md and compare.html are written.")
     ] = Path("comparison"),
-    seq_len: Annotated[int, typer.Option(min=16, help="Tokens in a window; each window stands alone.")] = 2048,
+    seq_len: Annotated[
+        int, typer.Option(min=16, help="Tokens in a window, of this text and of the calibration's.")
+    ] = 2048,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many windows.", show_default="the whole text")
     ] = None,
@@ -57,34 +65,49 @@ def compare(
     dtype: Annotated[
         str, typer.Option(help="float32 (peers store in the checkpoint's dtype all the same), bfloat16 or float16.")
     ] = "float32",
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Measure nothing: write the table and the page of DIR/compare.json anew.")
+    ] = False,
     json: flags.Json = False,
 ) -> None:
     """Compare methods at several budgets, and quantised caches that people use today, decode-faithful.
 
     Calibrates once. Finished cells are kept in DIR: the same command goes on where it was stopped.
     """
-    options = {
-        "calibration": tuple(calibration or ()),
-        "tokens": tokens,
-        "sinks": sinks,
-        "recent": recent,
-        "seed": seed,
-    }
-    document = run(
-        model,
-        out,
-        text,
-        keeps=_numbers(keep),
-        methods=tuple(m.strip() for m in methods.split(",") if m.strip()),
-        options=CompressOptions(**options, seq_len=seq_len),
-        max_windows=max_windows,
-        device=device,
-        dtype=dtype,
-    )
+    if redraw:
+        document = _read(out)
+    else:
+        shared = {"tokens": tokens, "seq_len": seq_len, "sinks": sinks, "recent": recent, "seed": seed}
+        document = run(
+            *_required(model, text),
+            out,
+            keeps=_numbers(keep),
+            methods=tuple(m.strip() for m in methods.split(",") if m.strip()),
+            options=CompressOptions(calibration=tuple(calibration or ()), **shared),
+            max_windows=max_windows,
+            device=device,
+            dtype=dtype,
+        )
+    written = ["compare.json", *_write(document, out)]
     if json:
         terminal.print_json(document)
     else:
-        _print(document, out)
+        _print(document)
+        typer.echo(f"\nwrote {', '.join(str(out / name) for name in written)}")
+
+
+def _required(model: str | None, text: str | None) -> tuple[str, str]:
+    from kvcompress.errors import OptionError
+
+    if model is None or text is None:
+        raise OptionError("a comparison needs a MODEL and a --text (or --redraw, for one that was measured before).")
+    return model, text
+
+
+def _read(out: Path) -> dict[str, Any]:
+    from kvcompress.evaluate.compare import COMPARISON_FILE, read_comparison
+
+    return read_comparison(out / COMPARISON_FILE)
 
 
 def _numbers(keep: str) -> tuple[float, ...]:
@@ -98,8 +121,8 @@ def _numbers(keep: str) -> tuple[float, ...]:
 
 def run(
     model: str,
-    out: Path,
     text: str,
+    out: Path,
     *,
     keeps: tuple[float, ...],
     methods: tuple[str, ...],
@@ -108,13 +131,10 @@ def run(
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return the library's comparison, with progress on stderr; write its table and its page beside it."""
-    from kvcompress.checkpoint.writer import atomic_file
+    """Return the library's comparison, with progress on stderr."""
     from kvcompress.errors import OptionError
     from kvcompress.evaluate.compare import Request
     from kvcompress.evaluate.compare import compare as compare_methods
-    from kvcompress.report.comparison import comparison_table
-    from kvcompress.report.comparison_page import comparison_page
     from kvcompress_cli.loading import check_dtype, resolve_device
     from kvcompress_cli.progress import stage_progress
 
@@ -123,19 +143,33 @@ def run(
         raise OptionError("compare runs every method in one dtype: name float32, bfloat16 or float16.")
     request = Request(methods, keeps, text, options, options.seq_len, max_windows)
     with stage_progress() as progress:
-        document = compare_methods(model, out, request, device=resolve_device(device), dtype=dtype, progress=progress)
-    for name, written in (("compare.md", comparison_table(document)), ("compare.html", comparison_page(document))):
+        return compare_methods(model, out, request, device=resolve_device(device), dtype=dtype, progress=progress)
+
+
+def _write(document: dict[str, Any], out: Path) -> list[str]:
+    """Write the table and the page, and return their names. Without the charting library there is no page."""
+    from kvcompress.checkpoint.writer import atomic_file
+    from kvcompress.errors import OptionError
+    from kvcompress.report.comparison import comparison_table
+    from kvcompress.report.comparison_page import comparison_page
+
+    files = {"compare.md": comparison_table(document)}
+    try:
+        files["compare.html"] = comparison_page(document)
+    except OptionError as error:
+        typer.echo(f"note: no page: {error} Then: kvcompress compare --redraw --out {out}", err=True)
+    for name, content in files.items():
         with atomic_file(out / name) as scratch:
-            scratch.write_text(written, encoding="utf-8")
-    return document
+            scratch.write_text(content, encoding="utf-8")
+    return list(files)
 
 
-def _print(document: dict[str, Any], out: Path) -> None:
-    from kvcompress.report.comparison import rows
+def _print(document: dict[str, Any]) -> None:
+    from kvcompress.report.comparison import headline, rows
 
     table = terminal.table("method", ">bytes", ">left", ">ratio", ">s.e.", ">KL", "against ours")
     table.columns[-1].no_wrap = False
     for row in rows(document):
         table.add_row(*row)
     terminal.stdout().print(table)
-    typer.echo(f"\nwrote {out / 'compare.html'}, compare.md and compare.json")
+    typer.echo(headline(document))

@@ -114,14 +114,21 @@ def _check_window(request: Request) -> None:
 
 
 def _finished(file: Path) -> dict[str, dict[str, Any]]:
-    """Return {key: row} of an earlier call's cells. Raises OutputError for a file that is no comparison."""
-    if not file.is_file():
-        return {}
+    """Return {key: row} of an earlier call's cells."""
+    return {row["key"]: row for row in read_comparison(file)["cells"]} if file.is_file() else {}
+
+
+def read_comparison(file: Path) -> dict[str, Any]:
+    """Return a parsed compare.json. Raises OutputError for a file that is missing or is no comparison."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        return {row["key"]: row for row in document["cells"] if document["format_version"] == FORMAT_VERSION}
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION or not all("key" in row for row in document["cells"]):
+            raise ValueError(f"format version {document['format_version']}, this kvcompress has {FORMAT_VERSION}")
+    except FileNotFoundError as error:
+        raise OutputError(f"{file} does not exist: nothing was compared there.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{file} is damaged ({error}). Remove it, or choose another --out.") from error
+    return document
 
 
 class _Bench:

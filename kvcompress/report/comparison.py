@@ -51,15 +51,19 @@ def verdict_in_words(verdict: dict[str, Any]) -> str:
     """Return how a peer or published method stands against our points."""
     ours = ", ".join(name_of(o) for o in verdict["ours"])
     if verdict["verdict"] == "ahead":
-        return f"AHEAD of {ours}" + ("" if verdict["clear"] else " (within the noise)")
+        return f"AHEAD of {ours}{_doubt(verdict)}"
     return f"behind {ours}" if verdict["verdict"] == "behind" else "neither"
+
+
+def _doubt(verdict: dict[str, Any]) -> str:
+    return " (within the noise)" if verdict["clear"] is False else ""
 
 
 def headline(document: dict[str, Any]) -> str:
     """Return the one sentence that the comparison comes to."""
     ahead = [v for v in document["verdicts"]["ratio"] if v["verdict"] == "ahead"]
     if ahead:
-        found = "; ".join(f"{name_of(v)} against {', '.join(name_of(o) for o in v['ours'])}" for v in ahead)
+        found = "; ".join(f"{name_of(v)} against {', '.join(name_of(o) for o in v['ours'])}{_doubt(v)}" for v in ahead)
         return f"Not everywhere on the front: fewer bytes and a lower ratio than ours has {found}."
     if not document["verdicts"]["ratio"]:
         return "Nothing to compare with: only our own method was measured."
