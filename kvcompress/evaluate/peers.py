@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -63,15 +63,23 @@ class Peer:
         return PeerCache(layers, stored)
 
     def chunks(self, n_tokens: int) -> list[slice]:
-        """Return the forwards that are equal to decoding: the first fills the window, each later one overflows it once.
+        """Return the forwards that equal decoding: the first fills the window, the later ones end where it is full.
 
         For fp8 one chunk: its scale is that of the whole text, which is the best it can have.
         """
         if self.family.startswith("fp8"):
             return [slice(0, n_tokens)]
-        step = GROUP["kivi"] if self.family == "kivi" else max(1, self.residual)
-        bounds = [0, *range(self.residual or step, n_tokens, step), n_tokens]
-        return [slice(a, b) for a, b in pairwise(bounds)]
+        if self.family == "kivi":
+            step = [GROUP["kivi"]]
+        else:
+            # The last token of a window comes alone: transformers before 5.2x looks only then whether it is full.
+            step = [self.residual - 1, 1] if self.residual > 1 else [1]
+        bounds = [0, self.residual or step[0]]
+        for length in cycle(step):
+            if bounds[-1] >= n_tokens:
+                break
+            bounds.append(bounds[-1] + length)
+        return [slice(a, min(b, n_tokens)) for a, b in pairwise(bounds)]
 
     def n_exact(self, n_tokens: int) -> int:
         """Return how many of n_tokens are stored exactly, decoded after a first chunk as `chunks` gives it."""
