@@ -69,9 +69,8 @@ class Peer:
         """
         if self.family.startswith("fp8"):
             return [slice(0, n_tokens)]
-        if self.family == "kivi":
-            step = [GROUP["kivi"]]
-        else:
+        step = [GROUP["kivi"]]
+        if self.family != "kivi":
             # The last token of a window comes alone: transformers before 5.2x looks only then whether it is full.
             step = [self.residual - 1, 1] if self.residual > 1 else [1]
         bounds = [0, self.residual or step[0]]
