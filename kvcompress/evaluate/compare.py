@@ -59,6 +59,18 @@ class Request:
     def cells(self) -> list[Cell]:
         return cells_of(self.methods, self.keeps, self.options)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what was asked for, so that it can be asked for again."""
+        chosen = {name: getattr(self.options, name) for name in ("tokens", "seq_len", "sinks", "recent", "seed")}
+        return {
+            "methods": list(self.methods),
+            "keeps": list(self.keeps),
+            "text": self.text,
+            "max_windows": self.max_windows,
+            "calibration": list(self.options.calibration),
+            **chosen,
+        }
+
 
 def compare(
     source: str | Path,
@@ -281,7 +293,7 @@ def _document(bench: _Bench, request: Request, rows: list[dict[str, Any]], n_cel
             "perplexity": measured[0]["original_perplexity"] if measured else None,
         },
         "protocol": bench.protocol | {"sinks": request.options.sinks, "recent": request.options.recent},
-        "calibration": request.options.to_json()["calibration"],
+        "request": request.to_json(),
         "machine": _machine(bench.device),
         "complete": len(rows) == n_cells,
         "cells": rows,

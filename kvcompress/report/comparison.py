@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, NamedTuple
 
 from kvcompress.report.source import without_local_paths
@@ -73,7 +74,7 @@ def headline(document: dict[str, Any]) -> str:
 def protocol_lines(document: dict[str, Any]) -> list[str]:
     """Return how the figures were measured, a sentence each."""
     protocol, machine, original = document["protocol"], document["machine"], document["original"]
-    sources = ", ".join(document["calibration"]) or "self, builtin:prose, builtin:code (the default)"
+    sources = ", ".join(document["request"]["calibration"]) or "self, builtin:prose, builtin:code (the default)"
     return [
         f"Model {document['model']} ({document['architecture']}, {original['dtype']}, {original['bytes_per_token']:,} "
         f"bytes of cache a token), run in {protocol['dtype']} on {machine['device']}, torch {machine['torch']}, "
@@ -95,6 +96,19 @@ def protocol_lines(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def command(document: dict[str, Any]) -> str:
+    """Return the command that makes this comparison."""
+    asked, dtype = document["request"], document["protocol"]["dtype"]
+    words = ["kvcompress", "compare", str(document["model"]), "--keep", ",".join(f"{k:g}" for k in asked["keeps"])]
+    words += ["--methods", ",".join(asked["methods"]), "--text", asked["text"]]
+    for text in asked["calibration"]:
+        words += ["--calibration", text]
+    for name in ("tokens", "seq_len", "max_windows", "sinks", "recent", "seed"):
+        if asked[name] is not None:
+            words += [f"--{name.replace('_', '-')}", str(asked[name])]
+    return shlex.join([*words, "--dtype", dtype])
+
+
 def comparison_table(document: dict[str, Any]) -> str:
     """Return the comparison as Markdown: headline, table, protocol."""
     document = without_local_paths(document)
@@ -104,4 +118,7 @@ def comparison_table(document: dict[str, Any]) -> str:
     perplexity = document["original"]["perplexity"]
     if perplexity is not None:
         lines += ["", f"Uncompressed: {document['original']['bytes_per_token']:,} bytes, perplexity {perplexity:.4f}."]
-    return "\n".join([*lines, "", *(f"- {line}" for line in protocol_lines(document))]) + "\n"
+    return (
+        "\n".join([*lines, "", *(f"- {line}" for line in protocol_lines(document)), "", f"    {command(document)}"])
+        + "\n"
+    )

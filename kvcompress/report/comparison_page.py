@@ -8,8 +8,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from kvcompress.report.comparison import headline, name_of, protocol_lines, verdict_in_words
-from kvcompress.report.markup import Figures, table
+from kvcompress.report.comparison import command, headline, name_of, protocol_lines, verdict_in_words
+from kvcompress.report.markup import Figures, code, table
 from kvcompress.report.page import whole_page
 from kvcompress.report.source import without_local_paths
 from kvcompress.report.wording import percent, size, tokens
@@ -109,5 +109,6 @@ def _totals(figures: Figures) -> str:
 
 
 def _protocol(figures: Figures) -> str:
-    lines = "".join(f"<li>{escape(line)}</li>\n" for line in protocol_lines(figures.value("comparison")))
-    return f"<h2>How it was measured</h2>\n<ul>\n{lines}</ul>\n"
+    comparison = figures.value("comparison")
+    lines = "".join(f"<li>{escape(line)}</li>\n" for line in protocol_lines(comparison))
+    return f"<h2>How it was measured</h2>\n<ul>\n{lines}</ul>\n{code(command(comparison))}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_every_cell_is_in_every_file(finished, document):
         "compare.md",
         "compare.html",
     }
+
+
+def test_the_command_is_told(kvcompress, arguments, finished, document, model, text):
+    """The command in the table, with the places of the files put back, asks for the same comparison."""
+    line = (finished / "compare.md").read_text().splitlines()[-1]
+    words = shlex.split(line)
+    assert words[:3] == ["kvcompress", "compare", model.name]
+    words = [str(text) if w == text.name else w for w in words[3:]]
+    outcome = kvcompress("compare", model, *words, "--out", finished, "--json")
+    assert json.loads(outcome.stdout)["cells"] == document["cells"]
 
 
 def test_again_measures_nothing(kvcompress, arguments, finished, document, monkeypatch):
