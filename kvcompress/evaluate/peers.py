@@ -156,11 +156,14 @@ PEERS = {
 
 
 def find_peer(name: str, *, residual: int | None = None) -> Peer:
-    """Return a peer by name, with another exact window if given. Raises OptionError for an unknown name."""
+    """Return a peer by name, with another exact window if given. Raises OptionError for what does not exist."""
     if name not in PEERS:
         raise OptionError(f"cache '{name}' is unknown. Choose from {', '.join(PEERS)}.")
-    peer = PEERS[name]
-    return peer if residual is None or peer.family.startswith("fp8") else replace(peer, residual=residual)
+    if residual is None:
+        return PEERS[name]
+    if PEERS[name].family.startswith("fp8"):
+        raise OptionError(f"cache {name} keeps no token exactly: leave out --recent.")
+    return replace(PEERS[name], residual=residual)
 
 
 def evaluate_peer(
