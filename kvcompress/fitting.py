@@ -47,13 +47,16 @@ class FittedSite:
     """A fitted basis, its blocks [n_blocks, width], and the moments it was fitted to.
 
     energy: [n_items], what leaving each item out costs the whole site, correlations between blocks included.
-    `covariance` and `fisher` are those of the widest stored blocks, `outer` [n_outer, outer width].
+    `rotated`: keys that are encoded after RoPE, or have none. `covariance` and `fisher` are those of the widest
+    stored blocks, `outer` [n_outer, outer width].
     """
 
+    name: str
     basis: FittedBasis
     blocks: Tensor
     energy: Tensor
     centred: bool
+    rotated: bool
     outer: Tensor
     covariance: Tensor
     fisher: Tensor
@@ -68,23 +71,18 @@ def fit_site(
 ) -> FittedSite:
     """Return the basis fitted to a site, under the metric that the options choose."""
     blocks = basis.blocks(attention)
-    centred = is_centred(basis, part, attention, options)
+    centred = not options.folded  # a fold must be linear
     covariance = moments.covariance(blocks, centred=centred)
     fisher = moments.fisher_information(blocks)
     by_activation = options.metric == "activation"
     fitted = basis.fit(covariance, _identity_like(fisher) if by_activation else fisher)
     outer = moments.partition_with(blocks)
     wide = moments.covariance(outer, centred=centred), moments.fisher_information(outer)
-    site = FittedSite(fitted, blocks, fitted.energy, centred, outer, *wide)
+    rotated = part == "key" and (basis.commutes_with_rope or attention.rotary_dim == 0)
+    site = FittedSite(basis.name, fitted, blocks, fitted.energy, centred, rotated, outer, *wide)
     if by_activation or outer.shape == blocks.shape:
         return site
     return replace(site, energy=true_energy(site))
-
-
-def is_centred(basis: Basis, part: Part, attention: AttentionSpec, options: CompressOptions) -> bool:
-    """Whether the mean is subtracted: not from keys that are cached rotated, and not where a fold must be linear."""
-    rotated = part == "key" and (basis.commutes_with_rope or attention.rotary_dim == 0)
-    return not (rotated or options.folded)
 
 
 def true_energy(site: FittedSite) -> Tensor:

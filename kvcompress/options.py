@@ -12,6 +12,13 @@ from kvcompress.errors import OptionError
 
 KEY_BASES = ("head", "share", "frequency", "band", "per_head", "latent")
 VALUE_BASES = ("head", "per_head", "latent")
+#: Bits that a component may have beside none and all. Steps of one bit between them were not better on real models
+#: (docs/measurements.md), and these never straddle a byte.
+LEVELS = (1, 2, 4, 8)
+#: Bits of the code of a token's gain, where any component of its site is quantised.
+GAIN_BITS = 4
+#: Bases whose components are single numbers (or complex ones), so that each can have bits of its own.
+BIT_BASES = ("frequency", "band", "per_head", "latent")
 #: Key bases that commute with RoPE and so can be folded into the projections.
 FOLDABLE_KEY_BASES = ("head", "share", "frequency")
 POLICY_NAMES = ("uniform", "middle", "energy", "loss")
@@ -22,7 +29,7 @@ METRICS = ("fisher", "activation", "weights")
 class CompressOptions:
     """Everything that decides what a compressed checkpoint holds. Field names are those of a recipe's TOML keys."""
 
-    keep: float = 0.5
+    keep: float = 0.25
     key_basis: str = "latent"
     value_basis: str = "latent"
     #: KV heads per block of `latent`; None chooses the most that keeps all maps within 3% of the weights.
@@ -34,6 +41,8 @@ class CompressOptions:
     layers: str = "half"
     #: fisher: C and F (nats); activation: C only; weights: the projections alone, no text.
     metric: str = "fisher"
+    #: 16-bit components (32-bit in float32 checkpoints) instead of bits shared out by the policy.
+    ranks_only: bool = False
     calibration: tuple[str, ...] = field(default=())
     tokens: int = 65536
     seq_len: int = 2048
@@ -60,13 +69,20 @@ class CompressOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
-        for name in ("folded", "maps_only"):
+        for name in ("folded", "maps_only", "ranks_only"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if not isinstance(self.layers, str) or not re.fullmatch(r"half|deep|\d+:\d+", self.layers):
             raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")
         if self.seq_len <= self.sinks:
             raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
+        if self.quantised:
+            for name in ("key_basis", "value_basis"):
+                if getattr(self, name) not in BIT_BASES:
+                    raise OptionError(
+                        f"{name.replace('_', ' ')} '{getattr(self, name)}' keeps or drops whole heads, so it has no "
+                        f"bits to share out. Add --ranks-only, or choose from {', '.join(BIT_BASES)}."
+                    )
         if self.folded and self.key_basis not in FOLDABLE_KEY_BASES:
             raise OptionError(
                 f"key basis '{self.key_basis}' does not commute with RoPE, so it cannot be folded. "
@@ -76,6 +92,11 @@ class CompressOptions:
             raise OptionError("value basis 'per_head' makes no whole virtual heads. Use latent or head with --folded.")
         if self.folded and self.maps_only:
             raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether components get bits; a fold is linear, so it cannot."""
+        return not (self.ranks_only or self.folded)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"calibration": list(self.calibration)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvcompress.bases import Basis, Components
+from kvcompress.allocation import Choice, choose_bits, choose_ranks, make_policy
 from kvcompress.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments, SiteMoments
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
@@ -19,10 +19,9 @@ from kvcompress.errors import BudgetError, OutputError, UnsupportedModelError
 from kvcompress.fitting import FittedSite, fit_site, key_basis, value_basis
 from kvcompress.folding import write_folded_weights
 from kvcompress.map_budget import MAPS_SHARE
-from kvcompress.model_spec import DTYPE_BYTES, ModelSpec, Site
+from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.plan import REPORT_FILE, Plan, SitePlan
-from kvcompress.policies import POLICIES, Policy, SiteCurve
+from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
 
@@ -85,17 +84,14 @@ def make_plan(
         fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.layers[site.layer], site.part, options)
         if progress:
             progress("fit", i + 1, len(spec.sites))
-    curves = [SiteCurve(site, f.energy, f.basis.numbers) for site, f in fitted.items()]
-    budget = int(options.keep * spec.cache_numbers_per_token + 1e-9)
-    kept = make_policy(options).allocate(curves, budget)
-    if not any(kept):
+    chosen = choose_bits(spec, moments, options, fitted) if options.quantised else choose_ranks(spec, options, fitted)
+    if not any(len(c.bits) for c in chosen.values()):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     sites, maps = [], {}
-    for (site, fit), n_items in zip(fitted.items(), kept, strict=True):
-        components = fit.basis.components(n_items)
-        sites.append(_site_plan(site, fit, components, bases[site.part], spec))
+    for site, choice in chosen.items():
+        sites.append(_site_plan(site, choice, fitted[site]))
         if not sites[-1].exact:
-            maps[site] = _site_maps(fit, components, moments.sites[site], sites[-1].bits)
+            maps[site] = _site_maps(fitted[site], choice, moments.sites[site])
     plan = Plan(
         form="folded" if options.folded else "coded",
         source=source_name(checkpoint.source),
@@ -114,31 +110,31 @@ def make_plan(
     return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
 
 
-def _site_plan(site: Site, fit: FittedSite, components: Components, basis: Basis, spec: ModelSpec) -> SitePlan:
-    rank, width = len(components.block), spec.width(site)
+def _site_plan(site: Site, choice: Choice, fit: FittedSite) -> SitePlan:
     return SitePlan(
         layer=site.layer,
         part=site.part,
-        basis=basis.name,
-        rank=rank,
-        width=width,
-        bits=8 * DTYPE_BYTES[spec.dtype],
-        predicted_loss=0.0 if rank == width else fit.loss(components),
+        basis=fit.name,
+        width=fit.blocks.numel(),
+        bits=tuple((bits, last - first) for bits, first, last in runs(choice.bits.tolist())),
+        predicted_loss=choice.predicted_loss,
         block_width=fit.blocks.shape[1],
-        rotated=site.part == "key" and (basis.commutes_with_rope or spec.layers[site.layer].rotary_dim == 0),
+        rotated=fit.rotated,
     )
 
 
-def _site_maps(fit: FittedSite, components: Components, moments: SiteMoments, bits: int) -> SiteMaps:
+def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMaps:
     """Return the maps in their storage dtype; rows too large for float16 move their scale into the decoder."""
-    dtype = torch.float32 if bits == 32 else torch.float16
+    components, bits = choice.components, choice.bits
+    dtype = torch.float32 if bool((bits == 32).any()) else torch.float16
     scale = (components.encoder.abs().amax(1, keepdim=True) / (torch.finfo(torch.float16).max / 2)).clamp_min(1.0)
     return SiteMaps(
         blocks=fit.blocks.int(),
         encoder=(components.encoder / scale).to(dtype),
         decoder=(components.decoder * scale).to(dtype),
         block=components.block.int(),
-        bits=torch.full((len(components.block),), bits, dtype=torch.uint8),
+        bits=bits,
+        step=torch.where(bits < 16, choice.step / scale[:, 0].float(), 1.0),
         mean=moments.mean.float() if fit.centred else None,
     )
 
@@ -146,10 +142,6 @@ def _site_maps(fit: FittedSite, components: Components, moments: SiteMoments, bi
 def source_name(source: str) -> str:
     """Return a hub id as it is and a local path made absolute, so that it is found from anywhere."""
     return str(Path(source).absolute()) if Path(source).exists() else source
-
-
-def make_policy(options: CompressOptions) -> Policy:
-    return POLICIES["middle"](options.layers) if options.policy == "middle" else POLICIES[options.policy]()  # type: ignore[call-arg]
 
 
 def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOptions) -> None:

@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kvcompress.errors import CheckpointError
 from kvcompress.model_spec import DTYPE_BYTES, Part, Site
+from kvcompress.options import GAIN_BITS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
 
-#: Tokens leave the recent window in blocks of this size (fewer where the window is smaller).
-ENCODE_BLOCK = 32
+#: Tokens leave the recent window and are packed in blocks of this size.
+BLOCK_TOKENS = 32
 
 Form = Literal["coded", "folded"]
 
 
-def n_encoded(n_tokens: int, recent: int, encode_block: int) -> int:
+def n_encoded(n_tokens: int, recent: int) -> int:
     """Return how many of n_tokens are encoded: whole blocks of those older than the recent window."""
-    return max(0, n_tokens - recent) // encode_block * encode_block
+    return max(0, n_tokens - recent) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def runs(bits: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (bits, first component, one past the last) of each run of components of equal bits."""
+    found: list[tuple[int, int, int]] = []
+    for i, b in enumerate(bits):
+        if found and found[-1][0] == b:
+            found[-1] = (b, found[-1][1], i + 1)
+        else:
+            found.append((b, i, i + 1))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """What one site keeps. `bits` are those of each kept number; an exact site has no maps and keeps everything."""
+    """What one site keeps. An exact site has no maps and keeps everything in the model's own dtype."""
 
     layer: int
     part: Part
     basis: str
-    rank: int
     width: int
-    bits: int
+    #: (bits, components) with bits falling: the bits of every component, in the order in which they are stored.
+    bits: tuple[tuple[int, int], ...]
     predicted_loss: float
     #: Numbers that are mixed together; a component's maps are two vectors of this width.
     block_width: int
-    #: Cached after RoPE, because the basis commutes with it; otherwise keys are un-rotated, encoded and rebuilt.
+    #: Keys only: encoded after RoPE, because the basis commutes with it, or never rotated; other keys are un-rotated,
+    #: encoded and rebuilt.
     rotated: bool
 
     @property
@@ -46,12 +60,26 @@ class SitePlan:
         return Site(self.layer, self.part)
 
     @property
+    def rank(self) -> int:
+        """Components that are kept."""
+        return sum(n for _, n in self.bits)
+
+    @property
+    def component_bits(self) -> tuple[int, ...]:
+        return tuple(b for b, n in self.bits for _ in range(n))
+
+    @property
     def exact(self) -> bool:
-        return self.rank == self.width
+        return self.rank == self.width and not self.quantised
+
+    @property
+    def quantised(self) -> bool:
+        return any(b < 16 for b, _ in self.bits)
 
     @property
     def bits_per_token(self) -> int:
-        return self.rank * self.bits
+        """Bits stored for a token: its components, and its gain where any of them is quantised."""
+        return sum(b * n for b, n in self.bits) + (GAIN_BITS if self.quantised else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +123,16 @@ class Plan:
         return sum(s.predicted_loss for s in self.sites)
 
     @property
-    def encode_block(self) -> int:
-        return max(1, min(ENCODE_BLOCK, self.recent))
-
-    @property
-    def rebuilds_keys(self) -> bool:
-        """Whether token positions must be kept, to rotate rebuilt keys."""
-        return self.form == "coded" and any(s.part == "key" and not s.rotated and not s.exact for s in self.sites)
+    def needs_positions(self) -> bool:
+        """Whether token positions must be kept: to rotate rebuilt keys, or the mean of keys that are cached rotated."""
+        return self.form == "coded" and any(s.part == "key" and not s.exact for s in self.sites)
 
     def n_encoded(self, n_tokens: int) -> int:
         """Return how many of a sequence's tokens are stored encoded."""
-        return n_encoded(n_tokens, self.recent, self.encode_block)
+        return n_encoded(n_tokens, self.recent)
 
     def cache_bytes(self, n_tokens: int, *, exact_number_bytes: int | None = None) -> int:
-        """Return the bytes that the cache of one sequence of n_tokens takes: latents, sinks, window and positions.
+        """Return the bytes that the cache of one sequence of n_tokens takes: packed codes, sinks, window, positions.
 
         exact_number_bytes: bytes of one number of the sinks and the window; that of the model's dtype by default
         (a bf16 checkpoint run in float32 keeps them in 4 bytes). Positions take 4 bytes a token, once for all layers.
@@ -118,14 +142,14 @@ class Plan:
             return n_tokens * sum(s.rank for s in self.sites) * size
         encoded = self.n_encoded(n_tokens)
         whole_layers = {s.layer for s in self.sites} - {s.layer for s in self.sites if not s.exact}
-        total = 4 * n_tokens if self.rebuilds_keys else 0
+        total = 4 * n_tokens if self.needs_positions else 0
         for s in self.sites:
             if s.layer in whole_layers:
                 total += n_tokens * s.width * size
                 continue
             n_exact = n_tokens - encoded + (self.sinks if encoded else 0)
-            encoded_bytes = s.width * size if s.exact else s.bits_per_token / 8
-            total += int(encoded * encoded_bytes) + n_exact * s.width * size
+            encoded_bits = 8 * s.width * size if s.exact else s.bits_per_token
+            total += encoded * encoded_bits // 8 + n_exact * s.width * size
         return total
 
     def save(self, directory: Path) -> None:
@@ -154,9 +178,14 @@ class Plan:
                 )
             for derived in ("bytes_per_token", "keep", "predicted_loss"):
                 document.pop(derived)
-            document["sites"] = tuple(SitePlan(**s) for s in document["sites"])
+            document["sites"] = tuple(_site_plan(s) for s in document["sites"])
             plan = cls(**document)
             _ = plan.keep, plan.n_layers, plan.cache_bytes(plan.recent + 1)  # raises where a field is no such thing
             return plan
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
+
+
+def _site_plan(record: dict[str, Any]) -> SitePlan:
+    bits = tuple((int(b), int(n)) for b, n in record["bits"])
+    return SitePlan(**(record | {"bits": bits}))

@@ -116,5 +116,6 @@ def site_maps(case: Case, n_items: int, mean: Tensor | None = None) -> SiteMaps:
         decoder=components.decoder.float(),
         block=components.block.int(),
         bits=torch.full(components.block.shape, 32, dtype=torch.uint8),
+        step=torch.ones(components.block.shape),
         mean=mean,
     )

@@ -10,7 +10,6 @@ from kvcompress.bases import BASES, Basis
 from kvcompress.calibration.moments import Moments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.fitting import is_centred
 from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import Plan, SitePlan
@@ -33,7 +32,9 @@ def coded_plan(
     With share 1 every site is coded at full rank; the fixture `never_exact` makes the run time use those maps.
     """
     spec = checkpoint.spec
-    options = CompressOptions(key_basis=key_basis, value_basis=value_basis, sinks=sinks, recent=recent, folded=folded)
+    options = CompressOptions(
+        key_basis=key_basis, value_basis=value_basis, sinks=sinks, recent=recent, folded=folded, ranks_only=True
+    )
     arguments = basis_arguments or {}
     bases: dict[str, Basis] = {
         "key": BASES[key_basis](**arguments.get("key", {})),
@@ -45,7 +46,7 @@ def coded_plan(
     for site in spec.sites:
         attention, basis = spec.layers[site.layer], bases[site.part]
         blocks = basis.blocks(attention)
-        centred = is_centred(basis, site.part, attention, options)
+        centred = not folded
         covariance = moments.sites[site].covariance(blocks, centred=centred)
         fitted = basis.fit(covariance, moments.sites[site].fisher_information(blocks))
         components = fitted.components(round(share * len(fitted.energy)))
@@ -56,9 +57,8 @@ def coded_plan(
                 layer=site.layer,
                 part=site.part,
                 basis=basis.name,
-                rank=rank,
                 width=attention.width,
-                bits=bits,
+                bits=((bits, rank),) if rank else (),
                 predicted_loss=0.0,
                 block_width=blocks.shape[1],
                 rotated=rotated,
@@ -70,6 +70,7 @@ def coded_plan(
             decoder=components.decoder.to(map_dtype),
             block=components.block.int(),
             bits=torch.full((rank,), bits, dtype=torch.uint8),
+            step=torch.ones(rank),
             mean=moments.sites[site].mean.float() if centred else None,
         )
     plan = Plan(

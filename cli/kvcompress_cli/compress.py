@@ -61,11 +61,8 @@ def compress(
         _option("metric", f"What an error costs. {_one_of(METRICS)} Predicted losses are nats with fisher.", _CACHE),
     ] = None,
     ranks_only: Annotated[
-        bool,
-        typer.Option(
-            "--ranks-only", help="16-bit components only: what this version always does.", rich_help_panel=_CACHE
-        ),
-    ] = False,
+        bool | None, _option("ranks_only", "16-bit components, instead of bits shared out by the policy.", _CACHE)
+    ] = None,
     sinks: Annotated[int | None, _option("sinks", "First tokens that stay exact.", _CACHE)] = None,
     recent: Annotated[int | None, _option("recent", "Latest tokens that stay exact.", _CACHE)] = None,
     calibration: Annotated[

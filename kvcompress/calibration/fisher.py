@@ -24,6 +24,8 @@ from kvcompress.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
 _LOGIT_ROWS = 256
+#: Tokens of each site that are kept as they are, over all windows: 4 * n bytes each.
+_N_SAMPLES = 2048
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
@@ -56,7 +58,10 @@ def collect_moments(
     with split_attention(model, recent) as taps:
         for index in range(done, len(windows)):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-            _add_window(model, spec, windows[index : index + 1].to(device), moments, sinks, generator, taps)
+            # evenly over windows, so that an unbroken pass and a resumed one keep the same tokens
+            n_samples = (index + 1) * _N_SAMPLES // len(windows) - index * _N_SAMPLES // len(windows)
+            window = windows[index : index + 1].to(device)
+            _add_window(model, spec, window, moments, sinks, generator, taps, n_samples)
             moments.n_windows = index + 1
             if progress:
                 progress((index + 1) * windows.shape[1], windows.numel())
@@ -77,6 +82,7 @@ def _add_window(
     sinks: int,
     generator: torch.Generator,
     taps: FarTaps,
+    n_samples: int,
 ) -> None:
     decoder = model.get_decoder()
     rotary = Rotary.of(model)
@@ -102,7 +108,7 @@ def _add_window(
             projection = attention.projection(part)  # type: ignore[arg-type]
             x = outputs[projection.module].detach().flatten(2)[0, sinks:, projection.start : projection.stop]
             g = g.transpose(1, 2).flatten(2)[0, sinks:].double() / _scale(gradient.dtype)
-            moments.sites[Site(attention.layer, part)].add(x, g)  # type: ignore[arg-type]
+            moments.sites[Site(attention.layer, part)].add(x, g, n_samples=n_samples)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -22,13 +22,16 @@ class SiteMoments:
     """Sums over tokens at one site.
 
     `partitions` are the stored blocks ([n_blocks, width] each); `outer` holds sum x x^T and `fisher` sum g g^T
-    for each of them ([n_blocks, width, width], float64); `total` is sum x ([n], float64).
+    for each of them ([n_blocks, width, width], float64); `total` is sum x ([n], float64). `samples` are some of the
+    tokens themselves ([n_samples, n], float32), for what moments cannot tell: the shape of each component's
+    distribution, to which its quantiser is fitted.
     """
 
     partitions: list[Tensor]
     total: Tensor
     outer: list[Tensor]
     fisher: list[Tensor]
+    samples: Tensor
     n_tokens: int = 0
 
     @classmethod
@@ -37,10 +40,14 @@ class SiteMoments:
             torch.zeros(p.shape[0], p.shape[1], p.shape[1], dtype=torch.float64, device=device) for p in partitions
         ]
         total = torch.zeros(width, dtype=torch.float64, device=device)
-        return cls([p.to(device) for p in partitions], total, zeros, [torch.zeros_like(z) for z in zeros])
+        samples = torch.zeros(0, width, device=device)
+        return cls([p.to(device) for p in partitions], total, zeros, [torch.zeros_like(z) for z in zeros], samples)
 
-    def add(self, x: Tensor, g: Tensor) -> None:
-        """Add tokens: x, g [n_tokens, n], any dtype."""
+    def add(self, x: Tensor, g: Tensor, *, n_samples: int = 0) -> None:
+        """Add tokens: x, g [n_tokens, n], any dtype; `n_samples` of them, evenly spread, are kept as samples."""
+        if n_samples:
+            chosen = torch.linspace(0, len(x) - 1, min(n_samples, len(x)), device=x.device).round().long()
+            self.samples = torch.cat([self.samples, x[chosen].float()])
         x, g = x.double(), g.double()
         self.total += x.sum(0)
         for partition, outer, fisher in zip(self.partitions, self.outer, self.fisher, strict=True):
@@ -91,7 +98,12 @@ class SiteMoments:
     def to(self, device: str) -> SiteMoments:
         move = lambda tensors: [t.to(device) for t in tensors]  # noqa: E731
         return SiteMoments(
-            move(self.partitions), self.total.to(device), move(self.outer), move(self.fisher), self.n_tokens
+            move(self.partitions),
+            self.total.to(device),
+            move(self.outer),
+            move(self.fisher),
+            self.samples.to(device),
+            self.n_tokens,
         )
 
 
@@ -115,6 +127,7 @@ class Moments:
         tensors = {}
         for site, moments in self.sites.items():
             tensors[f"{site}.total"] = moments.total.cpu()
+            tensors[f"{site}.samples"] = moments.samples.cpu()
             for i, partition in enumerate(moments.partitions):
                 tensors[f"{site}.partition.{i}"] = partition.to("cpu", torch.int32)
                 tensors[f"{site}.outer.{i}"] = moments.outer[i].cpu()
@@ -144,6 +157,7 @@ class Moments:
                         tensors[name],
                         [tensors[f"{site}.outer.{i}"] for i in range(count)],
                         [tensors[f"{site}.fisher.{i}"] for i in range(count)],
+                        tensors[f"{site}.samples"],
                         int(header["n_tokens"]),
                     )
             return cls(dict(sorted(sites.items())), json.loads(header["protocol"]), int(header["n_windows"]))

@@ -6,8 +6,9 @@ A site `layers.I.key` or `layers.I.value` has these tensors (n numbers a token, 
     .encoder  f16/f32 [R, w] z_i = encoder[i] . (x - mean)[blocks[block[i]]]
     .decoder  f16/f32 [R, w] x^[blocks[block[i]]] += z_i * decoder[i]
     .block    int32 [R]      the block of each component
-    .bits     uint8 [R]      how many bits a component is stored with
-    .mean     f32 [n]        subtracted before encoding; left out where the basis commutes with RoPE
+    .bits     uint8 [R]      how many bits a component is stored with, falling
+    .step     f32 [R]        z_i is stored in units of it; 1 where bits is 16 or 32
+    .mean     f32 [n]        subtracted before encoding, before RoPE; left out in folded checkpoints
 
 Maps are float16 for 16-bit checkpoints (components are scaled to variance 1, so it holds them with three more
 bits than bfloat16) and float32 for float32 ones. Sites that keep everything have no tensors.
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from kvcompress.errors import CheckpointError
 from kvcompress.model_spec import Site
+from kvcompress.options import LEVELS
 
 MAPS_FILE = "kv_maps.safetensors"
-_TENSOR_NAME = re.compile(r"layers\.(\d+)\.(key|value)\.(blocks|encoder|decoder|block|bits|mean)")
+_TENSOR_NAME = re.compile(r"layers\.(\d+)\.(key|value)\.(blocks|encoder|decoder|block|bits|step|mean)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class SiteMaps:
     decoder: Tensor
     block: Tensor
     bits: Tensor
+    step: Tensor
     mean: Tensor | None
 
     @property
@@ -45,7 +48,9 @@ class SiteMaps:
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("blocks", "encoder", "decoder", "block", "bits", "mean")}
+        named = {
+            name: getattr(self, name) for name in ("blocks", "encoder", "decoder", "block", "bits", "step", "mean")
+        }
         return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
@@ -83,14 +88,14 @@ def load_maps(directory: Path) -> dict[Site, SiteMaps]:
 
 def _checked(site: Site, found: dict[str, Tensor]) -> SiteMaps:
     """Return the maps of a site. Raises ValueError if its tensors do not fit together."""
-    missing = sorted({"blocks", "encoder", "decoder", "block", "bits"} - set(found))
+    missing = sorted({"blocks", "encoder", "decoder", "block", "bits", "step"} - set(found))
     if missing:
         raise ValueError(f"the maps of {site} have no {missing[0]}")
     blocks, block, encoder = found["blocks"].long(), found["block"].long(), found["encoder"]
     if blocks.dim() != 2 or not torch.equal(blocks.flatten().sort()[0], torch.arange(blocks.numel())):
         raise ValueError(f"the blocks of {site} are no partition")
-    shapes = {"encoder": (len(block), blocks.shape[1]), "bits": (len(block),), "mean": (blocks.numel(),)}
-    shapes["decoder"] = shapes["encoder"]
+    shapes: dict[str, tuple[int, ...]] = {"encoder": (len(block), blocks.shape[1]), "mean": (blocks.numel(),)}
+    shapes |= {"decoder": shapes["encoder"], "bits": (len(block),), "step": (len(block),)}
     for name, shape in shapes.items():
         if name in found and (found[name].shape != shape or not found[name].isfinite().all()):
             raise ValueError(
@@ -98,4 +103,7 @@ def _checked(site: Site, found: dict[str, Tensor]) -> SiteMaps:
             )
     if len(block) and not 0 <= int(block.min()) <= int(block.max()) < len(blocks):
         raise ValueError(f"a component of {site} names a block that does not exist")
-    return SiteMaps(blocks, encoder, found["decoder"], block, found["bits"], found.get("mean"))
+    bits = found["bits"].tolist()
+    if not set(bits) <= {*LEVELS, 16, 32} or sorted(bits, reverse=True) != bits or not bool((found["step"] > 0).all()):
+        raise ValueError(f"the bits of {site} are not among {LEVELS}, 16 and 32 and falling, or a step is not positive")
+    return SiteMaps(blocks, encoder, found["decoder"], block, found["bits"], found["step"], found.get("mean"))

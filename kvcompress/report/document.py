@@ -72,6 +72,7 @@ def _site_row(site: SitePlan) -> dict[str, Any]:
         "width": site.width,
         "basis": "exact" if site.exact else site.basis,
         "block_width": site.block_width,
+        "bits_histogram": {str(bits): n for bits, n in site.bits},
         "bits_per_token": site.bits_per_token,
         "predicted_loss": site.predicted_loss,
     }

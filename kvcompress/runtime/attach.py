@@ -51,14 +51,17 @@ class Attachment:
     def new_cache(self) -> CompressedCache:
         """Return an empty compressed cache for this model, to be passed as past_key_values."""
         plan = self.plan
-        return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent, encode_block=plan.encode_block)
+        return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent)
 
     @contextmanager
-    def simulated(self, *, sinks: int, recent: int) -> Iterator[None]:
-        """Within the block, forwards without a cache are decode-faithful: old tokens are seen compressed."""
+    def simulated(self, *, sinks: int, recent: int, block: int = 1) -> Iterator[None]:
+        """Within the block, forwards without a cache are decode-faithful: old tokens are seen compressed.
+
+        block: tokens that are encoded together; generation encodes plan.BLOCK_TOKENS, 1 is the strictest.
+        """
         states = self._states() if self.plan.form == "coded" else []
         for state in states:
-            state.simulation = Simulation(sinks, recent)
+            state.simulation = Simulation(sinks, recent, block)
         try:
             yield
         finally:
@@ -141,10 +144,11 @@ def read_output(directory: Path) -> tuple[Plan, dict[Site, SiteMaps]]:
     for site in plan.sites:
         found = maps.get(site.site)
         size = (0, 0) if found is None else (len(found.block), found.blocks.numel())
-        if not site.exact and size != (site.rank, site.width):
+        same_bits = found is None or tuple(found.bits.tolist()) == site.component_bits
+        if not site.exact and (size != (site.rank, site.width) or not same_bits):
             raise CheckpointError(
                 f"{directory}: the maps of {site.site} keep {size[0]} of {size[1]} numbers, the plan says {site.rank} "
-                f"of {site.width}. The files are of different outputs: compress again."
+                f"of {site.width}, or their bits differ. The files are of different outputs: compress again."
             )
     return plan, maps
 
@@ -223,20 +227,21 @@ def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> n
 
 def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]) -> list[LayerCodecs]:
     device = next(model.parameters()).device
-    latent_dtype = torch.float32 if plan.dtype == "float32" else torch.float16
     plans = {s.site: s for s in plan.sites}
     layers = []
     for attention in spec.layers:
         codecs: dict[str, SiteCodec | None] = {}
         for part in ("key", "value"):
             site = Site(attention.layer, part)
-            if plans[site].exact:
-                codecs[part] = None
-                continue
-            codecs[part] = SiteCodec(maps[site], device, latent_dtype)
-        rotated = plans[Site(attention.layer, "key")].rotated or codecs["key"] is None
-        rotary = None if rotated else Rotary.of(model)
-        layers.append(LayerCodecs(codecs["key"], codecs["value"], rotary, attention.n_kv_heads, attention.head_dim))
+            codecs[part] = None if plans[site].exact else SiteCodec(maps[site], device)
+        key, rotated = codecs["key"], plans[Site(attention.layer, "key")].rotated
+        rotary = Rotary.of(model) if key is not None and attention.rotary_dim else None
+        rotated_mean = None
+        if key is not None and rotated and rotary is not None:
+            rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
+        layers.append(
+            LayerCodecs(key, codecs["value"], rotary, attention.n_kv_heads, attention.head_dim, rotated, rotated_mean)
+        )
     return layers
 
 

@@ -1,8 +1,8 @@
 """Attention over a compressed cache: a readable torch reference for CPU and GPU.
 
 Three cases. A cache that holds no latents yet: the model's own scaled-dot-product attention on exact keys and
-values. Latents: tile by tile with an online softmax, so that never more than one tile is decoded. No cache, with
-`simulation` set: the decode-faithful evaluation, all queries of a text at once.
+values. Packed codes: tile by tile with an online softmax, so that never more than one tile is unpacked. No cache,
+with `simulation` set: the decode-faithful evaluation, all queries of a text at once.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs
 
-#: Latent tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
-TILE_TOKENS = 2048
+#: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
+TILE_BLOCKS = 64
 #: Queries scored at once in a simulation.
 _SIMULATED_QUERIES = 256
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Decode-faithful evaluation: which keys a query sees exactly (the first `sinks`, and `recent` tokens back)."""
+    """Decode-faithful evaluation: which keys a query sees exactly (the first `sinks`, and `recent` tokens back).
+
+    Generation encodes whole blocks, so that a query sees up to a block more exactly; `block` of 1 never flatters.
+    """
 
     sinks: int
     recent: int
+    block: int = 1
 
 
 @dataclass
@@ -112,19 +117,17 @@ class OnlineSoftmax:
     """Softmax-weighted sums over keys that arrive tile by tile (Milakov and Gimelshein, arXiv 1805.02867)."""
 
     def __init__(self, query: Tensor) -> None:
-        """query: [batch, kv heads, rows, head_dim], scaled, float32."""
-        self.query = query
+        """query: [batch, kv heads, rows, head_dim], float32; only its shape and device are used."""
         self.top = query.new_full(query.shape[:3], float("-inf"))
         self.total = query.new_zeros(query.shape[:3])
         self.sums: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def add(self, keys: Tensor, bias: Tensor, values: Tensor, into: str) -> None:
-        """Add a tile. keys: [batch, kv heads, t, head_dim]; bias: [batch, 1, rows, t], -inf where masked.
+    def add(self, scores: Tensor, values: Tensor, into: str) -> None:
+        """Add a tile. scores: [batch, kv heads, rows, t], -inf where masked.
 
         values: [batch, kv heads or 1, t, any width]; sums of different widths go into different names.
         """
-        scores = self.query @ keys.transpose(-1, -2) + bias
         top = torch.maximum(self.top, scores.amax(-1))
         safe = top.masked_fill(top == float("-inf"), 0.0)  # a row that has seen no key yet
         shrink = (self.top - safe).exp()
@@ -151,12 +154,14 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     bias = _additive(mask, batch, n_queries, n_tokens, query.device)
     softmax = OnlineSoftmax(rows)
 
-    def tile_bias(part: Tensor) -> Tensor:
-        return part.repeat(1, 1, groups, 1)
+    def exact_scores(keys: Tensor, part: Tensor) -> Tensor:
+        return rows @ keys.float().transpose(-1, -2) + part.repeat(1, 1, groups, 1)
 
-    # Decoding a tile's values costs n_tokens * n * R, summing in the latent heads * n_queries * R: take the cheaper.
-    in_latent = codecs.value is not None and n_heads * n_queries <= codecs.n_kv_heads * head_dim
-    assert layer.key_latents is not None and layer.value_latents is not None  # n_encoded > 0
+    # Decoding a tile costs n_tokens * n * R, working in the latent heads * n_queries * R: take the cheaper.
+    few_queries = n_heads * n_queries <= codecs.n_kv_heads * head_dim
+    in_latent = codecs.value is not None and few_queries
+    absorbed = _absorbed(codecs, rows) if few_queries else None
+    assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
     sink_slots = layer.tokens.sink_slots()
     old_bias = bias[..., :n_encoded].clone()
     in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, 1, n_queries, -1)
@@ -164,15 +169,24 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     if sink_slots.numel():
         sink_bias = old_bias.gather(-1, in_cache).masked_fill(~is_encoded, float("-inf"))
         old_bias = _mask_slots(old_bias, in_cache, is_encoded)
-        softmax.add(layer.sink_keys.float(), tile_bias(sink_bias), layer.sink_values.float(), "exact")  # type: ignore[union-attr]
-    for start in range(0, n_encoded, TILE_TOKENS):
-        stop = min(start + TILE_TOKENS, n_encoded)
-        keys = codecs.decode_keys(layer.key_latents[:, start:stop], layer.tokens.positions[:, start:stop])
-        latents = layer.value_latents[:, start:stop]
-        values = latents.float().unsqueeze(1) if in_latent else codecs.decode_values(latents)
-        softmax.add(keys, tile_bias(old_bias[..., start:stop]), values, "latent" if in_latent else "exact")
+        softmax.add(exact_scores(layer.sink_keys, sink_bias), layer.sink_values.float(), "exact")  # type: ignore[arg-type, union-attr]
+    for block in range(0, layer.packed_keys.shape[1], TILE_BLOCKS):
+        tile = slice(block, block + TILE_BLOCKS)
+        tokens = slice(block * BLOCK_TOKENS, min((block + TILE_BLOCKS) * BLOCK_TOKENS, n_encoded))
+        positions = layer.tokens.positions[:, tokens]
+        key_latents = codecs.unpack_keys(layer.packed_keys[:, tile])
+        if absorbed is None:
+            scores = exact_scores(codecs.decode_keys(key_latents, positions), old_bias[..., tokens])
+        else:
+            scores = absorbed @ key_latents.unsqueeze(1).transpose(-1, -2)
+            if codecs.rotated_mean is not None:
+                scores = scores + rows @ codecs.mean_keys(positions).transpose(-1, -2)
+            scores = scores + old_bias[..., tokens].repeat(1, 1, groups, 1)
+        latents = codecs.unpack_values(layer.packed_values[:, tile])
+        values = latents.unsqueeze(1) if in_latent else codecs.decode_values(latents)
+        softmax.add(scores, values, "latent" if in_latent else "exact")
     if layer.keys.shape[2]:
-        softmax.add(layer.keys.float(), tile_bias(bias[..., n_encoded:]), layer.values.float(), "exact")
+        softmax.add(exact_scores(layer.keys, bias[..., n_encoded:]), layer.values.float(), "exact")
     output = softmax.sums.get("exact", torch.zeros_like(rows))
     if in_latent:
         output = output + _decode_sums(codecs, softmax.sums["latent"], softmax.weights["latent"])
@@ -180,10 +194,22 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     return output.reshape(batch, n_heads, n_queries, head_dim).transpose(1, 2).to(query.dtype)
 
 
+def _absorbed(codecs: LayerCodecs, rows: Tensor) -> Tensor | None:
+    """Return queries that score key latents directly, [batch, kv heads, rows, R], where the basis allows it.
+
+    It does where keys are encoded after RoPE, or in a layer without it. rows: [batch, kv heads, rows, head_dim].
+    """
+    if codecs.key is None or codecs.key.mean is not None or (codecs.rotary is not None and not codecs.cached_rotated):
+        return None
+    # each query sees its own KV head only: [batch, kv heads, rows, kv heads, head_dim]
+    own = torch.eye(codecs.n_kv_heads, device=rows.device)[:, None, :, None] * rows.unsqueeze(3)
+    return codecs.key.absorb(own.flatten(3))
+
+
 def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
     """Return sum_i w_i x^_i [batch, kv heads, rows, head_dim] from sum_i w_i z_i [..., R] and sum_i w_i."""
     assert codecs.value is not None
-    decoded = codecs.value.decode_linear(sums)
+    decoded = codecs.value.decode(sums)
     if codecs.value.mean is not None:
         decoded = decoded + weights.unsqueeze(-1) * codecs.value.mean
     # [batch, kv heads, rows, kv heads, head_dim]: of each head's rows only its own head is wanted
@@ -213,23 +239,24 @@ def simulated_attention(
 ) -> Tensor:
     """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
 
-    Query t sees key s exactly if s is a sink or t - s <= recent, and decoded from its latent otherwise.
+    Query t sees key s exactly if s is a sink or not yet encoded (with blocks of 1: t - s <= recent), decoded otherwise.
     """
     assert state.simulation is not None and state.positions is not None
     codecs, (batch, n_kv_heads, n_tokens, _) = state.codecs, key.shape
-    recent, sinks = state.simulation.recent, state.simulation.sinks
-    coded_key = codecs.decode_keys(codecs.encode_keys(key, state.positions), state.positions).transpose(-1, -2)
-    coded_value = codecs.decode_values(codecs.encode_values(value))
+    recent, sinks, block = state.simulation.recent, state.simulation.sinks, state.simulation.block
+    coded_key = codecs.roundtrip_keys(key, state.positions).transpose(-1, -2)
+    coded_value = codecs.roundtrip_values(value)
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
     by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
     place = torch.arange(n_tokens, device=query.device)
+    encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
     outputs = []
     for start in range(0, n_tokens, _SIMULATED_QUERIES):
         stop = min(start + _SIMULATED_QUERIES, n_tokens)
         rows = by_group[:, :, :, start:stop].flatten(2, 3)
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
-        near = torch.cat([place[:stop][:sinks], place[max(sinks, start - recent) : stop]])
-        exact = (near < sinks) | (place[start:stop, None] - near <= recent)
+        near = torch.cat([place[:stop][:sinks], place[max(sinks, int(encoded[start])) : stop]])
+        exact = (near < sinks) | (near >= encoded[start:stop, None])
         exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
         scores = rows @ coded_key[..., :stop]
         scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])

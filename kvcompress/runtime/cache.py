@@ -1,4 +1,4 @@
-"""The compressed cache: latents of old tokens, exact sinks and an exact recent window, as a transformers Cache."""
+"""The compressed cache: packed codes of old tokens, exact sinks and an exact recent window, as a transformers Cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcompress.plan import n_encoded
+from kvcompress.plan import BLOCK_TOKENS, n_encoded
 from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
 
@@ -18,7 +18,9 @@ from kvcompress.runtime.codec import SiteCodec
 class LayerCodecs:
     """How one layer's keys and values are stored. A codec of None stores that part exactly.
 
-    `rotary` is None where keys are cached as they come (a basis that commutes with RoPE, or a layer without RoPE).
+    `rotary` is None where nothing is rotated: a layer without RoPE, or keys that are stored exactly. `cached_rotated`
+    says that keys are encoded after RoPE (a basis that commutes with it); `rotated_mean` [n] is then their mean
+    before RoPE, which turns with the position.
     """
 
     key: SiteCodec | None
@@ -26,41 +28,95 @@ class LayerCodecs:
     rotary: Rotary | None
     n_kv_heads: int
     head_dim: int
+    cached_rotated: bool = False
+    rotated_mean: Tensor | None = None
 
     @property
     def exact(self) -> bool:
         return self.key is None and self.value is None
 
-    def encode_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """keys: [batch, heads, n_tokens, head_dim] after RoPE -> latents [batch, n_tokens, n_components]."""
-        if self.rotary is not None:
-            keys = self.rotary.unrotate(keys, positions)
-        return _encode(self.key, keys)
+    def pack_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """keys: [batch, heads, n_blocks * 32, head_dim] after RoPE -> [batch, n_blocks, size of a block]."""
+        return _pack(self.key, self._centred_keys(keys, positions))
 
-    def encode_values(self, values: Tensor) -> Tensor:
-        return _encode(self.value, values)
+    def pack_values(self, values: Tensor) -> Tensor:
+        return _pack(self.value, self._centred_values(values))
+
+    def unpack_keys(self, packed: Tensor) -> Tensor:
+        """Return latents [batch, n_tokens, R], float32; the numbers themselves where keys are stored exactly."""
+        return _unpack(self.key, packed)
+
+    def unpack_values(self, packed: Tensor) -> Tensor:
+        return _unpack(self.value, packed)
 
     def decode_keys(self, latents: Tensor, positions: Tensor) -> Tensor:
-        """latents: [batch, n_tokens, n_components] -> rotated keys [batch, heads, n_tokens, head_dim], float32."""
-        keys = self._decode(self.key, latents)
-        return keys if self.rotary is None else self.rotary.rotate(keys, positions)
+        """latents: [batch, n_tokens, R] -> rotated keys [batch, heads, n_tokens, head_dim], float32."""
+        if self.key is None:
+            return self._heads(latents)
+        keys = self.key.decode(latents)
+        if self.key.mean is not None:
+            keys = keys + self.key.mean
+        keys = self._heads(keys)
+        if self.rotary is None:
+            return keys
+        if not self.cached_rotated:
+            return self.rotary.rotate(keys, positions)
+        return keys + self.mean_keys(positions)
 
     def decode_values(self, latents: Tensor) -> Tensor:
-        return self._decode(self.value, latents)
+        if self.value is None:
+            return self._heads(latents)
+        values = self.value.decode(latents)
+        return self._heads(values if self.value.mean is None else values + self.value.mean)
 
-    def _decode(self, codec: SiteCodec | None, latents: Tensor) -> Tensor:
-        x = latents.float() if codec is None else codec.decode(latents)
+    def roundtrip_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Return what attention sees of keys once they are encoded: [batch, heads, n_tokens, head_dim], float32."""
+        if self.key is None:
+            return keys.float()
+        latents = self.key.latents(self.key.encode(self._centred_keys(keys, positions)))
+        return self.decode_keys(latents, positions)
+
+    def roundtrip_values(self, values: Tensor) -> Tensor:
+        if self.value is None:
+            return values.float()
+        return self.decode_values(self.value.latents(self.value.encode(self._centred_values(values))))
+
+    def mean_keys(self, positions: Tensor) -> Tensor:
+        """Return the mean of keys cached rotated, at each position: [batch, heads, n_tokens, head_dim], or 0."""
+        if self.rotated_mean is None or self.rotary is None:
+            return torch.zeros((), device=positions.device)
+        mean = self.rotated_mean.view(1, self.n_kv_heads, 1, self.head_dim)
+        return self.rotary.rotate(mean.expand(len(positions), -1, positions.shape[1], -1), positions)
+
+    def _centred_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        if self.key is not None and self.rotary is not None:
+            keys = keys - self.mean_keys(positions) if self.cached_rotated else self.rotary.unrotate(keys, positions)
+        flat = keys.transpose(1, 2).flatten(2)
+        return flat if self.key is None or self.key.mean is None else flat.float() - self.key.mean
+
+    def _centred_values(self, values: Tensor) -> Tensor:
+        flat = values.transpose(1, 2).flatten(2)
+        return flat if self.value is None or self.value.mean is None else flat.float() - self.value.mean
+
+    def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
 
 
-def _encode(codec: SiteCodec | None, x: Tensor) -> Tensor:
-    """x: [batch, heads, n_tokens, head_dim] -> [batch, n_tokens, n_components]."""
-    flat = x.transpose(1, 2).flatten(2)
-    return flat.contiguous() if codec is None else codec.encode(flat)
+def _pack(codec: SiteCodec | None, x: Tensor) -> Tensor:
+    """x: [batch, n_blocks * 32, n] -> [batch, n_blocks, size of a block]; an exact part keeps its dtype."""
+    if codec is not None:
+        return codec.pack(x)
+    return x.reshape(x.shape[0], x.shape[1] // BLOCK_TOKENS, -1).contiguous()
+
+
+def _unpack(codec: SiteCodec | None, packed: Tensor) -> Tensor:
+    if codec is not None:
+        return codec.unpack(packed)
+    return packed.reshape(packed.shape[0], packed.shape[1] * BLOCK_TOKENS, -1).float()
 
 
 class CompressedLayer(CacheLayerMixin):
-    """One layer's cache. Tokens lie in order: `n_encoded` as latents, then the recent ones exactly.
+    """One layer's cache. Tokens lie in order: `n_encoded` packed in blocks of 32, then the recent ones exactly.
 
     The sinks of a sequence (its first real tokens, so that left padding does not use them up) are encoded as well
     but kept exactly beside, and attention uses the exact copy.
@@ -73,8 +129,8 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, codecs: LayerCodecs, tokens: TokenLine) -> None:
         super().__init__()
         self.codecs, self.tokens = codecs, tokens
-        self.key_latents: Tensor | None = None  # [batch, n_encoded, key components]
-        self.value_latents: Tensor | None = None
+        self.packed_keys: Tensor | None = None  # [batch, n_encoded / 32, size of a block]
+        self.packed_values: Tensor | None = None
         self.sink_keys: Tensor | None = None  # [batch, heads, sinks, head_dim]
         self.sink_values: Tensor | None = None
 
@@ -86,7 +142,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def n_encoded(self) -> int:
-        return 0 if self.key_latents is None else self.key_latents.shape[1]
+        return 0 if self.packed_keys is None else self.packed_keys.shape[1] * BLOCK_TOKENS
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens exactly and return all exact ones; attention encodes the old ones when it is done."""
@@ -104,12 +160,12 @@ class CompressedLayer(CacheLayerMixin):
         keys, values = self.keys[:, :, :n_leaving], self.values[:, :, :n_leaving]
         positions = self.tokens.positions[:, self.n_encoded : self.n_encoded + n_leaving]
         self._keep_sinks(keys, values)
-        new = self.codecs.encode_keys(keys, positions), self.codecs.encode_values(values)
-        if self.key_latents is None or self.value_latents is None:
-            self.key_latents, self.value_latents = new
+        new = self.codecs.pack_keys(keys, positions), self.codecs.pack_values(values)
+        if self.packed_keys is None or self.packed_values is None:
+            self.packed_keys, self.packed_values = new
         else:
-            self.key_latents = torch.cat([self.key_latents, new[0]], 1)
-            self.value_latents = torch.cat([self.value_latents, new[1]], 1)
+            self.packed_keys = torch.cat([self.packed_keys, new[0]], 1)
+            self.packed_values = torch.cat([self.packed_values, new[1]], 1)
         # clone, so that the storage of the encoded tokens is freed
         self.keys, self.values = self.keys[:, :, n_leaving:].clone(), self.values[:, :, n_leaving:].clone()
 
@@ -145,17 +201,41 @@ class CompressedLayer(CacheLayerMixin):
             return
         length = self.get_seq_length()
         keep = min(length, length + tokens if tokens < 0 else tokens)
-        n_encoded = min(self.n_encoded, keep)
-        self.keys = self.keys[:, :, : keep - n_encoded].clone()
-        self.values = self.values[:, :, : keep - n_encoded].clone()
-        if self.key_latents is not None and self.value_latents is not None and n_encoded < self.n_encoded:
-            self.key_latents = self.key_latents[:, :n_encoded].clone()
-            self.value_latents = self.value_latents[:, :n_encoded].clone()
+        if keep >= self.n_encoded:
+            self.keys = self.keys[:, :, : keep - self.n_encoded].clone()
+            self.values = self.values[:, :, : keep - self.n_encoded].clone()
+        elif self.packed_keys is not None and self.packed_values is not None:
+            whole = keep // BLOCK_TOKENS
+            self.keys, self.values = self._decoded(whole, keep - whole * BLOCK_TOKENS)
+            self.packed_keys = self.packed_keys[:, :whole].clone()
+            self.packed_values = self.packed_values[:, :whole].clone()
+
+    def _decoded(self, block: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a packed block's first tokens, sinks exact: [batch, heads, n_tokens, head_dim].
+
+        Encoding them again gives the same codes, up to rounding.
+        """
+        assert self.packed_keys is not None and self.packed_values is not None
+        first = block * BLOCK_TOKENS
+        positions = self.tokens.positions[:, first : first + n_tokens]
+        latents = self.codecs.unpack_keys(self.packed_keys[:, block : block + 1])[:, :n_tokens]
+        keys = self.codecs.decode_keys(latents, positions).to(self.dtype)
+        latents = self.codecs.unpack_values(self.packed_values[:, block : block + 1])[:, :n_tokens]
+        values = self.codecs.decode_values(latents).to(self.dtype)
+        if self.sink_keys is not None and self.sink_values is not None and n_tokens:
+            place = torch.arange(first, first + n_tokens, device=keys.device)
+            sink = self.tokens.sink_slots().to(keys.device)[:, None, :] == place[None, :, None]  # [batch, token, sink]
+            exact = sink.any(-1)[:, None, :, None]
+            choose = sink.int().argmax(-1)[:, None, :, None].expand_as(keys) if sink.shape[-1] else None
+            if choose is not None:
+                keys = torch.where(exact, self.sink_keys.gather(2, choose), keys)
+                values = torch.where(exact, self.sink_values.gather(2, choose), values)
+        return keys.contiguous(), values.contiguous()
 
     def reset(self) -> None:
         self.is_initialized = False
         self.keys = self.values = None  # type: ignore[assignment]
-        self.key_latents = self.value_latents = self.sink_keys = self.sink_values = None
+        self.packed_keys = self.packed_values = self.sink_keys = self.sink_values = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -171,7 +251,7 @@ class CompressedLayer(CacheLayerMixin):
             setattr(self, name, change(tensor))
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "values", "key_latents", "value_latents", "sink_keys", "sink_values")
+        names = ("keys", "values", "packed_keys", "packed_values", "sink_keys", "sink_values")
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def nbytes(self) -> int:
@@ -182,8 +262,8 @@ class CompressedLayer(CacheLayerMixin):
 class TokenLine:
     """What all layers share: every token's position, and which tokens are sinks or old enough to be encoded."""
 
-    def __init__(self, sinks: int, recent: int, encode_block: int, *, counts_bytes: bool) -> None:
-        self.sinks, self.recent, self.encode_block, self.counts_bytes = sinks, recent, encode_block, counts_bytes
+    def __init__(self, sinks: int, recent: int, *, counts_bytes: bool) -> None:
+        self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
         self._positions: Tensor | None = None  # [batch, n_tokens], int32
         self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
 
@@ -205,7 +285,7 @@ class TokenLine:
             self._positions = torch.cat([self._positions, new], 1)
 
     def n_encoded(self, n_tokens: int) -> int:
-        return n_encoded(n_tokens, self.recent, self.encode_block)
+        return n_encoded(n_tokens, self.recent)
 
     def sink_slots(self) -> Tensor:
         """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""
@@ -227,15 +307,15 @@ class TokenLine:
 
 
 class CompressedCache(Cache):
-    """A transformers Cache whose layers store latents. Made by `attach`; `generate` uses it by itself."""
+    """A transformers Cache whose layers store packed codes. Made by `attach`; `generate` uses it by itself."""
 
-    def __init__(self, codecs: list[LayerCodecs], *, sinks: int, recent: int, encode_block: int) -> None:
-        rebuilds_keys = any(c.rotary is not None and c.key is not None for c in codecs)
-        self.tokens = TokenLine(sinks, recent, encode_block, counts_bytes=rebuilds_keys)
+    def __init__(self, codecs: list[LayerCodecs], *, sinks: int, recent: int) -> None:
+        needs_positions = any(c.key is not None for c in codecs)
+        self.tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
         super().__init__(layers=[CompressedLayer(c, self.tokens) for c in codecs])
 
     def nbytes(self) -> int:
-        """Bytes of all storages: latents, sinks, window, and the positions where rebuilt keys need them."""
+        """Bytes of all storages: packed codes, sinks, window, and the positions where keys are encoded."""
         return sum(layer.nbytes() for layer in self.layers) + self.tokens.nbytes()
 
     def crop(self, *args: int, **kwargs: int) -> None:

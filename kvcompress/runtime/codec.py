@@ -1,21 +1,38 @@
-"""Encode and decode the tokens of one site; the reference implementation in torch."""
+"""Encode, quantise, pack and decode the tokens of one site; the reference implementation in torch."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.options import GAIN_BITS
+from kvcompress.plan import BLOCK_TOKENS, runs
+from kvcompress.quantise import best_gain, dequantise, gain, quantise
+from kvcompress.runtime.packing import pack_codes, unpack_codes
+
+#: Tokens encoded at once, which bounds the memory that encoding a long prompt takes.
+_ENCODED_TOKENS = 2048
+
+
+class Codes(NamedTuple):
+    """What is stored of tokens. components: [..., R], codes of quantised ones, the numbers of 16- and 32-bit ones;
+    gain: [...], codes of the gains, None where nothing is quantised."""
+
+    components: Tensor
+    gain: Tensor | None
 
 
 class SiteCodec:
-    """z = E (x - m) and x^ = m + D z for one site, block by block, computed in float32.
+    """z = E (x - m) and x^ = m + g D z for one site, block by block, computed in float32.
 
-    Components keep the order of the maps file; `n_components` of them are stored for each token in
-    `latent_dtype`. Blocks with fewer components than the fullest one are padded with zeros inside the maps.
+    Components keep the order of the maps file (bits falling); steps are folded into `encoder` and `decoder`, so z is
+    in units of the step. Blocks with fewer components than the fullest one are padded with zeros inside the maps.
     """
 
-    def __init__(self, maps: SiteMaps, device: torch.device, latent_dtype: torch.dtype) -> None:
+    def __init__(self, maps: SiteMaps, device: torch.device) -> None:
         n_blocks, width = maps.blocks.shape
         block = maps.block.long().cpu()
         counts = torch.bincount(block, minlength=n_blocks)
@@ -24,39 +41,89 @@ class SiteCodec:
         order = torch.argsort(block, stable=True)
         slot = torch.empty_like(block)
         slot[order] = torch.arange(len(block)) - (counts.cumsum(0) - counts)[block[order]]
+        step = maps.step.float().cpu().unsqueeze(1)
         encoder = torch.zeros(n_blocks, slots, width)
         decoder = torch.zeros(n_blocks, slots, width)
-        encoder[block, slot] = maps.encoder.float().cpu()
-        decoder[block, slot] = maps.decoder.float().cpu()
+        encoder[block, slot] = maps.encoder.float().cpu() / step
+        decoder[block, slot] = maps.decoder.float().cpu() * step
         place = torch.empty(n_blocks * width, dtype=torch.long)
         place[maps.blocks.flatten().long().cpu()] = torch.arange(n_blocks * width)
         self.n_components = len(block)
-        self.latent_dtype = latent_dtype
         self.encoder, self.decoder = encoder.to(device), decoder.to(device)
         self._gather = maps.blocks.flatten().long().to(device)  # blocks' order -> numbers of x
         self._place = place.to(device)  # number of x -> its place in the blocks' order
         self._component = (block * slots + slot).to(device)
         self._shape = (n_blocks, slots, width)
         self.mean = None if maps.mean is None else maps.mean.float().to(device)
+        self.classes = runs(maps.bits.tolist())
+        quantised = [c for c in self.classes if c[0] <= 8]
+        self._first = quantised[0][1] if quantised else self.n_components  # components before it are not quantised
+        self.has_gain = bool(quantised)
+        self._half = 2.0 ** (maps.bits[self._first :].float().to(device) - 1)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """x: [..., n] -> [..., n_components] in the latent dtype."""
-        x = x.float() if self.mean is None else x.float() - self.mean
+    def encode(self, x: Tensor) -> Codes:
+        """x: [..., n], the mean already subtracted -> what is stored of it."""
         n_blocks, _, width = self._shape
-        blocked = x[..., self._gather].unflatten(-1, (n_blocks, width))
-        z = torch.einsum("...bw,bsw->...bs", blocked, self.encoder)
-        limit = torch.finfo(self.latent_dtype).max  # a token far outside the calibration must not become inf or NaN
-        return z.flatten(-2)[..., self._component].clamp(-limit, limit).to(self.latent_dtype)
+        blocked = x.float()[..., self._gather].unflatten(-1, (n_blocks, width))
+        z = torch.einsum("...bw,bsw->...bs", blocked, self.encoder).flatten(-2)[..., self._component]
+        if not self.has_gain:
+            return Codes(self._rounded(z), None)
+        code = best_gain(z[..., self._first :], self._half)
+        z = z / gain(code).unsqueeze(-1)
+        numbers, quantised = self._rounded(z[..., : self._first]), quantise(z[..., self._first :], self._half)
+        return Codes(torch.cat([numbers, quantised], -1), code)
 
-    def decode_linear(self, z: Tensor) -> Tensor:
-        """z: [..., n_components] -> D z [..., n], float32, without the mean."""
+    def latents(self, codes: Codes) -> Tensor:
+        """Return z^ [..., R], float32, in units of the steps, gains applied."""
+        components, code = codes
+        if code is None:
+            return components
+        quantised = dequantise(components[..., self._first :], self._half)
+        return torch.cat([components[..., : self._first], quantised], -1) * gain(code).unsqueeze(-1)
+
+    def roundtrip(self, x: Tensor) -> Tensor:
+        """x: [..., n], the mean already subtracted -> D z^ [..., n], float32: what attention will see of it."""
+        return self.decode(self.latents(self.encode(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z: [..., R] in units of the steps -> D z [..., n], float32, without the mean."""
         n_blocks, slots, _ = self._shape
         padded = torch.zeros(*z.shape[:-1], n_blocks * slots, device=z.device)
         padded[..., self._component] = z.float()
         x = torch.einsum("...bs,bsw->...bw", padded.unflatten(-1, (n_blocks, slots)), self.decoder)
         return x.flatten(-2)[..., self._place]
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z: [..., n_components] -> x^ [..., n], float32."""
-        x = self.decode_linear(z)
-        return x if self.mean is None else x + self.mean
+    def absorb(self, query: Tensor) -> Tensor:
+        """Return D^T q [..., R], so that q . (D z) = (D^T q) . z; query: [..., n]."""
+        n_blocks, _, width = self._shape
+        blocked = query.float()[..., self._gather].unflatten(-1, (n_blocks, width))
+        return torch.einsum("...bw,bsw->...bs", blocked, self.decoder).flatten(-2)[..., self._component]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x: [batch, n_blocks * 32, n], the mean already subtracted -> uint8 [batch, n_blocks, bytes of a block]."""
+        return torch.cat([self._packed(self.encode(part)) for part in x.split(_ENCODED_TOKENS, 1)], 1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """packed: uint8 [batch, n_blocks, bytes of a block] -> z^ [batch, n_blocks * 32, R], float32."""
+        parts, start = [packed.new_zeros(packed.shape[0], packed.shape[1] * BLOCK_TOKENS, 0).float()], 0
+        for bits, first, last in self.classes:
+            stop = start + (last - first) * bits * BLOCK_TOKENS // 8
+            parts.append(unpack_codes(packed[..., start:stop], bits))
+            start = stop
+        code = unpack_codes(packed[..., start:], GAIN_BITS)[..., 0] if self.has_gain else None
+        return self.latents(Codes(torch.cat(parts, -1), code))
+
+    def _packed(self, codes: Codes) -> Tensor:
+        batch, n_tokens, _ = codes.components.shape
+        parts = [torch.zeros(batch, n_tokens // BLOCK_TOKENS, 0, dtype=torch.uint8, device=codes.components.device)]
+        parts += [pack_codes(codes.components[..., first:last], bits) for bits, first, last in self.classes]
+        if codes.gain is not None:
+            parts.append(pack_codes(codes.gain.unsqueeze(-1), GAIN_BITS))
+        return torch.cat(parts, -1)
+
+    def _rounded(self, z: Tensor) -> Tensor:
+        """Return components that are not quantised as their storage rounds them."""
+        if any(bits == 32 for bits, *_ in self.classes):
+            return z
+        limit = torch.finfo(torch.float16).max  # a token far outside the calibration must not become inf or NaN
+        return z.clamp(-limit, limit).half().float()

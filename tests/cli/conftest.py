@@ -105,7 +105,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path
     def make(**choices: Any) -> Path:
         key = repr(sorted(choices.items()))
         if key not in made:
-            small = {"tokens": 512, "seq_len": 64, "sinks": 2, "recent": 8, "calibration": (str(text),)}
+            small = {"keep": 0.5, "tokens": 512, "seq_len": 64, "sinks": 2, "recent": 8, "calibration": (str(text),)}
             output = directory / str(len(made))
             compress(model, output, CompressOptions(**(small | choices)))
             made[key] = output

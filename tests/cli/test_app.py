@@ -47,7 +47,7 @@ def test_help_has_an_example(kvcompress, command):
 def test_help_shows_the_defaults_that_the_library_has(kvcompress, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = kvcompress("compress", "--help").stdout
-    for default in ("(0.5)", "(latent)", "(loss)", "(65536)", "(2048)", "(fisher)", "(0)"):
+    for default in ("(0.25)", "(latent)", "(loss)", "(65536)", "(2048)", "(fisher)", "(0)"):
         assert f"[default: {default}]" in text
 
 

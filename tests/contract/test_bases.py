@@ -106,10 +106,11 @@ def test_virtual_heads_turn_like_real_ones(name: str, attention_name: str) -> No
     keys = torch.randn(2, spec.n_kv_heads, 5, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 5, 30, 100], [3, 4, 5, 6, 7]])
     for n_items in range(1, case.n_items + 1):
-        codec = SiteCodec(site_maps(case, n_items), torch.device("cpu"), torch.float32)
+        codec = SiteCodec(site_maps(case, n_items), torch.device("cpu"))
 
         def encode(x: Tensor, codec: SiteCodec = codec) -> Tensor:
-            return codec.encode(x.transpose(1, 2).flatten(2)).unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)
+            latents = codec.encode(x.transpose(1, 2).flatten(2)).components
+            return latents.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)
 
         turned = rotary.rotate(encode(keys), positions)
         torch.testing.assert_close(encode(rotary.rotate(keys, positions)), turned, rtol=1e-4, atol=1e-4)
@@ -124,12 +125,15 @@ def test_codec_computes_the_projection(name: str, attention_name: str) -> None:
     x = torch.randn(2, 5, case.attention.width, generator=generator)
     mean = torch.randn(case.attention.width, generator=generator)
     for n_items in range(case.n_items + 1):
-        codec = SiteCodec(site_maps(case, n_items, mean), torch.device("cpu"), torch.float32)
-        latents = codec.encode(x)
+        codec = SiteCodec(site_maps(case, n_items, mean), torch.device("cpu"))
+        latents = codec.encode(x - mean).components
         assert latents.shape == (2, 5, int(case.fitted.numbers[:n_items].sum()))
-        expected = (x - mean).double() @ projector(case, n_items).T + mean
+        expected = (x - mean).double() @ projector(case, n_items).T
         torch.testing.assert_close(codec.decode(latents), expected.float(), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(codec.decode(latents), x, rtol=1e-3, atol=1e-3)
+        query = torch.randn(2, 5, case.attention.width, generator=generator)
+        scores = (codec.absorb(query) * latents).sum(-1)
+        torch.testing.assert_close(scores, (query * expected).sum(-1).float(), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(codec.decode(latents) + mean, x, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("attention_name", ATTENTIONS)

@@ -67,7 +67,7 @@ def folded(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> Any:
             "seq_len": 64,
             "folded": True,
         } | options
-        compress(tmp_path / "original", tmp_path / "out", CompressOptions(**options), device="cpu")
+        compress(tmp_path / "original", tmp_path / "out", CompressOptions(**({"keep": 0.5} | options)), device="cpu")
         return tmp_path / "out"
 
     return make

@@ -172,7 +172,7 @@ def test_the_output_loads_in_plain_transformers(tiny_model: Any, coded_directory
 
 
 def test_a_folded_checkpoint_cannot_be_attached(tiny_model: Any, tiny_checkpoint: Any, tmp_path: Path) -> None:
-    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", folded=True)
+    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", keep=0.5, folded=True)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options)
     with pytest.raises(OptionError, match=r"kvcompress\.load"):
         kvcompress.attach(tiny_model("llama-gqa"), tmp_path / "out")

@@ -41,7 +41,7 @@ def refused(tmp_path: Path, text_file: Path) -> Callable[..., str]:
     def check(expected: type[KVCompressError], model: Any, output: Path | None = None, **options: Any) -> str:
         before = listing(tmp_path)
         with pytest.raises(KVCompressError) as error:
-            values = {"calibration": (str(text_file),), "tokens": 128, "seq_len": 32} | options
+            values = {"keep": 0.5, "calibration": (str(text_file),), "tokens": 128, "seq_len": 32} | options
             compress(model, output or tmp_path / "out", CompressOptions(**values), device="cpu")
         assert error.type is expected
         assert "\n" not in str(error.value)

@@ -25,8 +25,8 @@ KEY = "layers.1.key"
 def pristine(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A coded and a folded output."""
     directory = tmp_path_factory.mktemp("pristine")
-    coded = CompressOptions(metric="weights", policy="uniform", recent=4)
-    folded = CompressOptions(metric="weights", policy="uniform", key_basis="frequency", folded=True)
+    coded = CompressOptions(metric="weights", policy="uniform", recent=4, keep=0.5)
+    folded = CompressOptions(metric="weights", policy="uniform", keep=0.5, key_basis="frequency", folded=True)
     compress(tiny_checkpoint("llama-gqa"), directory / "coded", coded)
     compress(tiny_checkpoint("llama-gqa"), directory / "folded", folded)
     return {"coded": directory / "coded", "folded": directory / "folded"}

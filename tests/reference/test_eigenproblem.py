@@ -90,7 +90,9 @@ def test_data_free_head_is_the_svd_of_the_projections(tiny_checkpoint: Any, fami
 
 def test_data_free_plan_uses_the_same_heads(tiny_checkpoint: Any) -> None:
     """End to end: the encoders that make_plan stores for the paper's recipe span the leading singular vectors."""
-    options = CompressOptions(keep=0.5, key_basis="head", value_basis="head", policy="uniform", metric="weights")
+    options = CompressOptions(
+        keep=0.5, key_basis="head", value_basis="head", policy="uniform", metric="weights", ranks_only=True
+    )
     with open_checkpoint(tiny_checkpoint("llama-mha")) as checkpoint:
         _, maps, _ = make_plan(
             checkpoint, weight_moments(checkpoint, group=checkpoint.spec.layers[0].n_kv_heads), options

@@ -28,7 +28,7 @@ def site(tiny_checkpoint: Any, tiny_moments: Any) -> tuple[AttentionSpec, SiteMo
 def fit(site: tuple[AttentionSpec, SiteMoments], name: str, **options: Any) -> FittedSite:
     attention, moments = site
     basis = BASES[name](4) if name == "band" else BASES[name]()
-    return fit_site(basis, moments, attention, "key", CompressOptions(**options))
+    return fit_site(basis, moments, attention, "key", CompressOptions(ranks_only=True, **options))
 
 
 def whole_site_loss(site: tuple[AttentionSpec, SiteMoments], fitted: FittedSite, n_items: int) -> float:
@@ -95,8 +95,8 @@ def test_activation_metric_ignores_fisher(site: Any) -> None:
         ("latent", "key", False, True),
         ("latent", "value", False, True),
         ("head", "value", False, True),
-        ("frequency", "key", False, False),
-        ("head", "key", False, False),
+        ("frequency", "key", False, True),
+        ("head", "key", False, True),
         ("latent", "value", True, False),
     ],
 )
@@ -106,10 +106,10 @@ def test_the_mean_is_subtracted_where_it_can_be(site: Any, name: str, part: Any,
     assert fit_site(BASES[name](), moments, attention, part, options).centred == centred
 
 
-def test_keys_of_layers_without_rope_keep_their_mean(tiny_checkpoint: Any, tiny_moments: Any) -> None:
-    """They are cached as they come, next to those of rotated bases."""
+def test_keys_of_layers_without_rope_count_as_rotated(tiny_checkpoint: Any, tiny_moments: Any) -> None:
+    """They are cached as they come, and scored by absorbed queries, next to those of bases that commute with RoPE."""
     with open_checkpoint(tiny_checkpoint("smollm3")) as checkpoint:
         attention = checkpoint.spec.layers[1]
     assert attention.rotary_dim == 0
     moments = next(m for s, m in tiny_moments("smollm3").sites.items() if s == (1, "key"))
-    assert not fit_site(BASES["latent"](), moments, attention, "key", CompressOptions()).centred
+    assert fit_site(BASES["latent"](), moments, attention, "key", CompressOptions()).rotated

@@ -129,9 +129,9 @@ class TestReuse:
             {"policy": "energy"},
             {"key_basis": "band", "band": 4},
             {"group": 1},
-            {"key_basis": "head", "value_basis": "head"},
+            {"key_basis": "head", "value_basis": "head", "ranks_only": True},
             {"metric": "activation"},
-            {"key_basis": "frequency", "policy": "uniform", "folded": True},
+            {"key_basis": "frequency", "policy": "uniform", "folded": True, "keep": 0.5},
             {"maps_only": True},
         ]
         for i, change in enumerate(changes):

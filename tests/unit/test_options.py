@@ -14,7 +14,7 @@ from kvcompress.options import CompressOptions, load_recipe, with_overrides
 
 def test_defaults_are_those_of_the_design() -> None:
     options = CompressOptions()
-    assert (options.keep, options.key_basis, options.value_basis, options.policy) == (0.5, "latent", "latent", "loss")
+    assert (options.keep, options.key_basis, options.value_basis, options.policy) == (0.25, "latent", "latent", "loss")
     assert (options.sinks, options.recent, options.tokens, options.seq_len) == (4, 64, 65536, 2048)
 
 

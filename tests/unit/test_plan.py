@@ -20,9 +20,8 @@ def site(layer: int, part: Any, rank: int, *, width: int = 16, rotated: bool = F
         layer=layer,
         part=part,
         basis="latent",
-        rank=rank,
         width=width,
-        bits=16,
+        bits=((16, rank),),
         predicted_loss=0.25 * (width - rank),
         block_width=width,
         rotated=rotated,
@@ -59,14 +58,20 @@ def test_bytes_per_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recent", "block", "n_tokens", "n_encoded"),
+    ("recent", "n_tokens", "n_encoded"),
     [
-        (64, 32, 64, 0), (64, 32, 95, 0), (64, 32, 96, 32), (64, 32, 200, 128),
-        (10, 10, 19, 0), (10, 10, 20, 10), (10, 10, 35, 20), (1, 1, 5, 4), (0, 1, 5, 5), (0, 1, 0, 0),
+        (64, 64, 0),
+        (64, 95, 0),
+        (64, 96, 32),
+        (64, 200, 128),
+        (10, 41, 0),
+        (10, 42, 32),
+        (0, 31, 0),
+        (0, 32, 32),
+        (0, 0, 0),
     ],
-)  # fmt: skip
-def test_encoded_tokens(recent: int, block: int, n_tokens: int, n_encoded: int) -> None:
-    assert plan(recent=recent).encode_block == block
+)
+def test_encoded_tokens(recent: int, n_tokens: int, n_encoded: int) -> None:
     assert plan(recent=recent).n_encoded(n_tokens) == n_encoded
 
 
@@ -87,10 +92,18 @@ def test_cache_bytes_in_another_dtype() -> None:
     assert plan().cache_bytes(200, exact_number_bytes=4) == expected
 
 
-def test_cache_bytes_without_rebuilt_keys() -> None:
-    """Keys of a basis that commutes with RoPE need no positions."""
-    rotated = tuple(dataclasses.replace(s, rotated=s.part == "key") for s in plan().sites)
-    assert plan(sites=rotated).cache_bytes(200) == plan().cache_bytes(200) - 800
+def test_bits_and_gains_are_counted() -> None:
+    """Components of a site take their own bits, and a token of a quantised site 4 more for its gain."""
+    key = dataclasses.replace(site(0, "key", 0), bits=((8, 2), (2, 3), (1, 5)))
+    assert (key.rank, key.bits_per_token, key.quantised) == (10, 16 + 6 + 5 + 4, True)
+    assert key.component_bits == (8, 8, 2, 2, 2, 1, 1, 1, 1, 1)
+    quantised = plan(sites=(key, site(0, "value", 8)))
+    assert quantised.cache_bytes(200) == 128 * 31 // 8 + 128 * 8 * 2 + (4 + 72) * 32 * 2 + 200 * 4
+
+
+def test_no_positions_where_keys_are_exact() -> None:
+    exact_keys = (site(0, "key", 16), site(0, "value", 8))
+    assert plan(sites=exact_keys).cache_bytes(200) == 128 * (16 + 8) * 2 + 76 * 32 * 2
 
 
 def test_cache_bytes_of_a_folded_model() -> None:
@@ -99,7 +112,7 @@ def test_cache_bytes_of_a_folded_model() -> None:
 
 def test_a_layer_with_one_exact_part_keeps_it_in_the_models_dtype() -> None:
     mixed = plan(sites=(site(0, "key", 16), site(0, "value", 8)), dtype="float32")
-    mixed = dataclasses.replace(mixed, sites=tuple(dataclasses.replace(s, bits=32) for s in mixed.sites))
+    mixed = dataclasses.replace(mixed, sites=tuple(dataclasses.replace(s, bits=((32, s.rank),)) for s in mixed.sites))
     assert mixed.cache_bytes(200) == 128 * (16 + 8) * 4 + 76 * 32 * 4
 
 
@@ -107,7 +120,7 @@ def test_round_trip(tmp_path: Path) -> None:
     plan().save(tmp_path)
     assert Plan.load(tmp_path) == plan()
     document = json.loads((tmp_path / PLAN_FILE).read_text())
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["bytes_per_token"] == {"original": 128, "compressed": 88}
     assert document["keep"] == plan().keep and document["predicted_loss"] == plan().predicted_loss
 
@@ -139,11 +152,11 @@ DAMAGES = {
     "sites of a wrong kind": damaged(lambda d: d | {"sites": 7}),
     "a site of a wrong kind": damaged(lambda d: d | {"sites": ["x"]}),
     "no sites at all": damaged(lambda d: d | {"sites": []}),
-    "a site without rank": damaged(lambda d: d | {"sites": [{k: v for k, v in d["sites"][0].items() if k != "rank"}]}),
-    "a rank that is no number": damaged(lambda d: d | {"sites": [d["sites"][0] | {"rank": "four"}]}),
+    "a site without bits": damaged(lambda d: d | {"sites": [{k: v for k, v in d["sites"][0].items() if k != "bits"}]}),
+    "bits that are no numbers": damaged(lambda d: d | {"sites": [d["sites"][0] | {"bits": [["four", 1]]}]}),
     "an unknown dtype": damaged(lambda d: d | {"dtype": "int3"}),
     "an unknown field": damaged(lambda d: d | {"surprise": 1}),
-    "a later version": damaged(lambda d: d | {"format_version": 2}),
+    "a later version": damaged(lambda d: d | {"format_version": 3}),
 }
 
 
@@ -151,7 +164,7 @@ DAMAGES = {
 def test_damaged_files(tmp_path: Path, damage: str) -> None:
     plan().save(tmp_path)
     DAMAGES[damage](tmp_path / PLAN_FILE)
-    with pytest.raises(CheckpointError, match="version 2" if "later" in damage else "damaged") as error:
+    with pytest.raises(CheckpointError, match="version 3" if "later" in damage else "damaged") as error:
         Plan.load(tmp_path)
     assert "\n" not in str(error.value) and PLAN_FILE in str(error.value)
 
