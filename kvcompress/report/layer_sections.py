@@ -49,8 +49,8 @@ def spectra(figures: Figures) -> str:
     unit = "nats a token" if figures.value("report.predicted_loss_nats") is not None else "relative numbers"
     return f"""<h2>Spectra</h2>
 <p>Each layer's keys and values are rotated into components; drawn is what it is predicted to cost to drop each one. A \
-steep line compresses well. It is solid for as many components as are kept and dotted for the rest; with several levels \
-of bits, those that are kept are nearly, not always, the first.</p>
+steep line compresses well. It is solid for as many components as are kept and dotted for the rest; with several \
+levels of bits, those that are kept are nearly, not always, the first.</p>
 <div class="chosen" id="chosen"><select aria-label="show another layer"><option>show a layer…</option></select></div>
 <figure>
 <div class="pair">
