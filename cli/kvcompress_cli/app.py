@@ -57,6 +57,7 @@ def main() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     app()

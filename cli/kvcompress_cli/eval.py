@@ -1,8 +1,12 @@
-"""`kvcompress eval`: what the compressed cache costs on a text, decode-faithful."""
+"""`kvcompress eval`: what the compressed cache costs, on a text, on tasks or in long contexts; decode-faithful."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,11 +16,71 @@ if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
     from kvcompress_cli.loading import Loaded
 
+_TASKS, _LONG, _HOW = "Tasks", "Long context", "How it runs"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is evaluated and how; None where an option was not given."""
+
+    text: str | None
+    seq_len: int | None
+    max_windows: int | None
+    recent: int | None
+    sinks: int | None
+    tasks: str | None
+    limit: int | None
+    fewshot: int | None
+    lengths: str | None
+    depths: str | None
+    prompts: int | None
+    prompt_tokens: int | None
+    new_tokens: int | None
+    batch_size: int | None
+    answers: Path | None
+
+
+#: The evaluations that each option belongs to.
+_BELONGS: dict[str, tuple[str, ...]] = {
+    "text": ("--text", "--retrieval", "--by-position", "--generation"),
+    "seq_len": ("--text", "--by-position"),
+    "max_windows": ("--text", "--by-position"),
+    "recent": ("--text", "--tasks", "--retrieval", "--by-position"),
+    "sinks": ("--text", "--tasks", "--retrieval", "--by-position"),
+    "tasks": ("--tasks",),
+    "limit": ("--tasks",),
+    "fewshot": ("--tasks",),
+    "lengths": ("--retrieval",),
+    "depths": ("--retrieval",),
+    "prompts": ("--retrieval", "--generation"),
+    "prompt_tokens": ("--generation",),
+    "new_tokens": ("--generation",),
+    "batch_size": ("--tasks", "--retrieval", "--generation"),
+    "answers": ("--tasks", "--retrieval"),
+}
+
+
+#: What the records of each evaluation are called (evaluations.json).
+_KINDS = {
+    "--text": "perplexity",
+    "--tasks": "tasks",
+    "--retrieval": "retrieval",
+    "--by-position": "positions",
+    "--generation": "generation",
+}
+
 
 def evaluate(
     output: flags.CompressedDirectory,
-    text: Annotated[str, typer.Option(metavar="TEXT", help="Text file, JSONL, directory or datasets id.")],
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window; each window stands alone.")] = 2048,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Perplexity on this text file, JSONL, directory or datasets id.")
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens in a window; each window stands alone.", show_default="2048; by position up to 8192"
+        ),
+    ] = None,
     max_windows: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many windows.", show_default="the whole text")
     ] = None,
@@ -26,26 +90,148 @@ def evaluate(
     sinks: Annotated[
         int | None, typer.Option(min=0, help="First tokens that stay exact.", show_default="as compressed")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="lm-eval tasks, .jsonl files or directories, with commas.", rich_help_panel=_TASKS
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first documents of each task.", rich_help_panel=_TASKS)
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Examples before each question.", show_default="the task's own", rich_help_panel=_TASKS
+        ),
+    ] = None,
+    retrieval: Annotated[
+        bool, typer.Option("--retrieval", help="Find keys hidden in a text (--text).", rich_help_panel=_LONG)
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the prompts, with commas.", show_default="1024,2048,4096", rich_help_panel=_LONG),
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the key is: 0 first, 1 last.", show_default="0,0.25,0.5,0.75,0.9", rich_help_panel=_LONG
+        ),
+    ] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Perplexity on --text by position.", rich_help_panel=_LONG)
+    ] = False,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Compare greedy continuations.", rich_help_panel=_LONG)
+    ] = False,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prompts: of each kind, length and depth, or to continue.",
+            show_default="10 or 8",
+            rich_help_panel=_LONG,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt to continue.", show_default="512", rich_help_panel=_LONG),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to continue it with.", show_default="128", rich_help_panel=_LONG),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most inputs in a batch.", show_default="by their length", rich_help_panel=_HOW),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keep each answer here; a killed run continues from it.", rich_help_panel=_HOW
+        ),
+    ] = None,
     base: flags.Base = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     json: flags.Json = False,
 ) -> None:
-    """Compare the perplexity with the uncompressed model on a text that was not used for calibration.
+    """Compare with the uncompressed model: perplexity (--text), --tasks, --retrieval, --by-position or --generation.
 
     Every token attends to the compressed form of all tokens older than the window, as in generation. The figures are
     kept in OUT (evaluations.json and its model card), for kvcompress report.
     """
+    options = EvalOptions(
+        text=text,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        recent=recent,
+        sinks=sinks,
+        tasks=tasks,
+        limit=limit,
+        fewshot=fewshot,
+        lengths=lengths,
+        depths=depths,
+        prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        answers=answers,
+    )
+    mode = _mode(options, retrieval=retrieval, by_position=by_position, generation=generation)
+    run, show = _runner(mode, options)
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.recording import record
 
     loaded = load_compressed(output, base=base, device=device, dtype=dtype, with_original=True)
-    evaluation = measure(loaded, text, seq_len=seq_len, max_windows=max_windows, recent=recent, sinks=sinks)
+    result = run(loaded)
     if json:
-        terminal.print_json(evaluation.to_json())
+        terminal.print_json(result.to_json())
     else:
-        print_evaluation(evaluation)
-    record(output, "perplexity", evaluation.to_json())
+        show(result)
+    record(output, _KINDS[mode], result.to_json())
+
+
+def _mode(options: EvalOptions, *, retrieval: bool, by_position: bool, generation: bool) -> str:
+    """Return which evaluation is asked for. Raises OptionError for none, for two, and for options of another."""
+    from kvcompress.errors import OptionError
+
+    asked = {"--tasks": options.tasks is not None, "--retrieval": retrieval, "--by-position": by_position}
+    chosen = [name for name, on in (asked | {"--generation": generation}).items() if on]
+    if len(chosen) > 1:
+        raise OptionError(f"{chosen[0]} and {chosen[1]} are two evaluations. Run them one after the other.")
+    mode = chosen[0] if chosen else "--text"
+    if mode in ("--text", "--by-position") and options.text is None:
+        raise OptionError("nothing to evaluate on. Name a text with --text, or choose --tasks or --retrieval.")
+    for name, modes in _BELONGS.items():
+        if getattr(options, name) is not None and mode not in modes:
+            with_mode = "perplexity (--text alone)" if mode == "--text" else mode
+            raise OptionError(f"--{name.replace('_', '-')} does nothing with {with_mode}. Leave it out.")
+    return mode
+
+
+def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], Callable[[Any], None]]:
+    """Return (what turns a loaded model into a result, what prints that). Raises OptionError for a bad list."""
+    if mode == "--tasks":
+        from kvcompress_cli import eval_tasks
+
+        return partial(eval_tasks.run, options=options), eval_tasks.show
+    if mode == "--text":
+        return partial(_measure, options=options), print_evaluation
+    from kvcompress_cli import eval_context
+
+    return eval_context.runner(mode, options)
+
+
+def _measure(loaded: Loaded, options: EvalOptions) -> Evaluation:
+    return measure(
+        loaded,
+        str(options.text),
+        seq_len=options.seq_len or 2048,
+        max_windows=options.max_windows,
+        recent=options.recent,
+        sinks=options.sinks,
+    )
 
 
 def measure(

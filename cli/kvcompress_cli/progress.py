@@ -16,6 +16,9 @@ _STAGES = {
     "fit": ("fitting bases", "sites"),
     "write": ("writing", ""),
     "eval": ("evaluating", "windows"),
+    "original": ("original model", "questions"),
+    "compressed": ("compressed model", "questions"),
+    "generate": ("generating", "prompts"),
 }
 
 

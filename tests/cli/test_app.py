@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,9 +31,10 @@ def run_process(*args):
 def test_help_is_quick_and_imports_nothing_heavy(command):
     args = ["--help"] if command is None else [command, "--help"]
     run_process(*args)  # bytecode is compiled once
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = run_process(*args)
-    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of work: a busy machine is no fault
     assert process.returncode == 0
     assert process.stderr == "imported: []\n"
     assert seconds < 1.0

@@ -1,0 +1,115 @@
+"""Answers already given, on disk: a killed evaluation continues, and several outputs share the original's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from kvcompress.errors import OptionError, OutputError
+from kvcompress.evaluate.scoring import Pair, Score, score_pairs
+from kvcompress.evaluate.sides import Side
+
+_HEADER = {"format": "kvcompress answers", "version": 1}
+
+
+class Answers:
+    """Answers by (side, request), appended to a JSONL file as they come; without a file they are only remembered.
+
+    To be used in a `with` block. The first line of the file is a header; every other one is [side, request, answer].
+    A last line that a killed run left unfinished is dropped. Raises OptionError for a file of another kind,
+    OutputError if it cannot be written.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._known: dict[tuple[str, str], Any] = {}
+        self._file: TextIO | None = None
+        if file is not None:
+            self._open(file)
+
+    def get(self, side: Side, request: str) -> Any | None:
+        return self._known.get((side.fingerprint, request))
+
+    def put(self, side: Side, request: str, answer: Any) -> None:
+        """Remember an answer (anything that JSON holds) and append it to the file."""
+        self._known[side.fingerprint, request] = answer
+        if self._file:
+            self._file.write(json.dumps([side.fingerprint, request, answer]) + "\n")
+
+    def flush(self) -> None:
+        if self._file:
+            self._file.flush()
+
+    def scores(
+        self,
+        side: Side,
+        pairs: Sequence[Pair],
+        *,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """Return the score of each pair, computing only those that are not known yet."""
+        keys = [request_key(pair) for pair in pairs]
+        new = {key: i for i, key in enumerate(keys) if self.get(side, key) is None}
+        missing = list(new)
+
+        def keep(index: int, score: Score) -> None:
+            self.put(side, missing[index], [score.logprob, score.is_greedy])
+
+        def report(done: int, total: int) -> None:
+            self.flush()
+            if progress:
+                progress(len(keys) - total + done, len(keys))
+
+        score_pairs(side, [pairs[i] for i in new.values()], batch_size=batch_size, on_score=keep, progress=report)
+        return [Score(*self.get(side, key)) for key in keys]  # type: ignore[misc]
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _open(self, file: Path) -> None:
+        try:
+            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            whole = text[: text.rfind("\n") + 1]
+            if text and not whole:
+                raise ValueError
+            self._read(whole)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if whole != text:
+                file.write_text(whole, encoding="utf-8")
+            self._file = file.open("a", encoding="utf-8")
+            if not whole:
+                self._file.write(json.dumps(_HEADER) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write the answers to {file}: {error.strerror}.") from error
+        except (ValueError, TypeError) as error:  # JSON and UTF-8 errors are ValueErrors
+            raise OptionError(f"{file} is no file of answers, or it is damaged. Name a new file.") from error
+
+    def _read(self, text: str) -> None:
+        for number, line in enumerate(text.splitlines()):
+            record = json.loads(line)
+            if number == 0:
+                if record != _HEADER:
+                    raise ValueError
+                continue
+            side, request, answer = record
+            self._known[str(side), str(request)] = answer
+
+
+def request_key(pair: Pair) -> str:
+    """Return what names a pair in a file of answers: a hash of its token ids and of where the continuation begins."""
+    digest = hashlib.sha256(array("q", [len(pair.context), *pair.context, *pair.continuation]).tobytes())
+    return digest.hexdigest()[:20]
+
+
+def text_key(*parts: str) -> str:
+    """Return what names a request that is made of texts."""
+    return "text-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -1,0 +1,111 @@
+"""The two sides of every comparison: the original model and the compressed one, behind one small interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from kvcompress.errors import OptionError
+from kvcompress.runtime.attach import Attachment, attachment_of
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A model as one side of a comparison sees it.
+
+    name: "original" or "compressed". attachment: None for the original. sinks, recent: what a query sees exactly.
+    fingerprint: names the side in stored answers; two runs with the same one give the same answers up to rounding.
+    """
+
+    name: str
+    model: Any
+    attachment: Attachment | None
+    sinks: int
+    recent: int
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input that the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        """ids: [batch, n_tokens], padded on the right if at all -> final hidden states [batch, n_tokens, d_model].
+
+        Decode-faithful: each token attends to the compressed form of all tokens older than the window. No mask is
+        needed, since a causal model's padding on the right is seen by padding alone.
+        """
+        with torch.no_grad(), self._simulated():
+            return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache: the real compressed one, or the model's ordinary one."""
+        if self.attachment is None or self.attachment.plan.form == "folded":
+            return DynamicCache(config=self.model.config)
+        return self.attachment.new_cache()
+
+    def n_compressed(self, position: int) -> int:
+        """Return how many of the tokens up to `position`, itself included, its query sees compressed."""
+        if self.attachment is None:
+            return 0
+        return max(0, position - self.recent - self.sinks)
+
+    @contextmanager
+    def _simulated(self) -> Iterator[None]:
+        if self.attachment is None:
+            yield
+        else:
+            with self.attachment.simulated(sinks=self.sinks, recent=self.recent):
+                yield
+
+
+def both_sides(
+    model: Any, *, original: Any | None = None, sinks: int | None = None, recent: int | None = None
+) -> tuple[Side, Side]:
+    """Return (the original's side, the compressed side) of an attached model; sinks and recent: the plan's by default.
+
+    original: the uncompressed model, needed for a folded one only. Raises OptionError if nothing is attached, or
+    if a folded model comes without its original.
+    """
+    attachment = attachment_of(model)
+    plan = attachment.plan
+    if plan.form == "folded":
+        if original is None:
+            raise OptionError("a folded model is compared with its original: name that with --base.")
+        sinks = recent = 0
+    sinks = plan.sinks if sinks is None else sinks
+    recent = plan.recent if recent is None else recent
+    dtype = dtype_name(model)
+    plan_hash = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    exact = Side(
+        "original",
+        model if original is None else original,
+        None,
+        0,
+        0,
+        f"original-{plan.source_fingerprint[:16]}-{dtype}",
+    )
+    coded = Side("compressed", model, attachment, sinks, recent, f"compressed-{plan_hash}-{sinks}-{recent}-{dtype}")
+    return exact, coded
+
+
+def dtype_name(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def check_length(side: Side, n_tokens: int) -> None:
+    """Raise OptionError if the model was not made for inputs of n_tokens."""
+    if n_tokens > side.max_tokens:
+        raise OptionError(f"the model reads at most {side.max_tokens} tokens; {n_tokens} were asked for. Ask for less.")
