@@ -76,11 +76,11 @@ def levels(site: dict[str, Any]) -> str:
         return "all exact"
     histogram = site.get("bits_histogram") or {str(site["bits_per_token"] // max(1, site["rank"])): site["rank"]}
     some = [(int(bits), n) for bits, n in histogram.items() if n and int(bits)]
-    return ", ".join(f"{n} with {bits}" for bits, n in sorted(some, reverse=True)) or "none"
+    return ", ".join(f"{n}@{bits}" for bits, n in sorted(some, reverse=True)) or "none"
 
 
 def _layer_table(figures: Figures) -> str:
-    columns = [name for _ in _PARTS for name in ("rank", "bits a token", "<components, bits", "predicted loss")]
+    columns = [name for _ in _PARTS for name in ("rank", "bits a token", "<components @ bits", "predicted loss")]
     groups = '<tr><th></th><th colspan="4">keys</th><th colspan="4">values</th></tr>'
     rows = (
         [figures(f"report.layers.{i}.layer"), *(cell for part in _PARTS for cell in _site_cells(figures, i, part))]
