@@ -14,7 +14,7 @@ from kvcompress.calibration.moments import SiteMoments
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.map_budget import default_group
 from kvcompress.model_spec import AttentionSpec, Part
-from kvcompress.options import CompressOptions
+from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.policies.base import tail_energy
 
 #: Ranks at which a restricted basis's predicted loss is compared with that of the whole site.
@@ -28,8 +28,8 @@ def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
         return BASES[name](options.group or default_group(checkpoint, options.keep))  # type: ignore[call-arg]
     if name == "band":
         return BASES[name](options.band)  # type: ignore[call-arg]
-    if name == "frequency":
-        return BASES[name](whole_heads=options.folded)  # type: ignore[call-arg]
+    if name in ("frequency", GROUPED):  # a group's keys are mixed as `frequency` mixes all heads
+        return BASES["frequency"](whole_heads=options.folded)  # type: ignore[call-arg]
     return BASES[name]()
 
 

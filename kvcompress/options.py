@@ -21,6 +21,8 @@ GAIN_BITS = 4
 BIT_BASES = ("frequency", "band", "per_head", "latent")
 #: Key bases that commute with RoPE and so can be folded into the projections.
 FOLDABLE_KEY_BASES = ("head", "share", "frequency")
+#: Heads in groups that share virtual heads, keys and values alike: for folding only (grouping.py).
+GROUPED = "grouped"
 POLICY_NAMES = ("uniform", "middle", "energy", "loss")
 METRICS = ("fisher", "activation", "weights")
 
@@ -34,6 +36,8 @@ class CompressOptions:
     value_basis: str = "latent"
     #: KV heads per block of `latent`; None chooses the most that keeps all maps within 3% of the weights.
     group: int | None = None
+    #: Virtual heads that each group of KV heads keeps; for `grouped`.
+    per_group: int = 1
     #: Channels of each head in a block of `band`.
     band: int = 16
     policy: str = "loss"
@@ -53,7 +57,7 @@ class CompressOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("key_basis", self.key_basis, KEY_BASES)
+        _check_choice("key_basis", self.key_basis, (*KEY_BASES, GROUPED))
         _check_choice("value_basis", self.value_basis, VALUE_BASES)
         _check_choice("policy", self.policy, POLICY_NAMES)
         _check_choice("metric", self.metric, METRICS)
@@ -65,7 +69,15 @@ class CompressOptions:
             raise OptionError(f"group must be a whole number of at least 1, found {self.group!r}.")
         if not isinstance(self.calibration, tuple) or not all(isinstance(s, str) for s in self.calibration):
             raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
-        for name, least in (("tokens", 1), ("seq_len", 16), ("sinks", 0), ("recent", 0), ("band", 2), ("seed", 0)):
+        for name, least in (
+            ("tokens", 1),
+            ("per_group", 1),
+            ("seq_len", 16),
+            ("sinks", 0),
+            ("recent", 0),
+            ("band", 2),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
@@ -76,6 +88,10 @@ class CompressOptions:
             raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")
         if self.seq_len <= self.sinks:
             raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
+        if self.key_basis == GROUPED and (not self.folded or self.value_basis != "latent"):
+            raise OptionError(
+                "key basis 'grouped' is for --folded, with --value-basis latent (values share its groups)."
+            )
         if self.quantised:
             for name in ("key_basis", "value_basis"):
                 if getattr(self, name) not in BIT_BASES:
@@ -83,10 +99,10 @@ class CompressOptions:
                         f"{name.replace('_', ' ')} '{getattr(self, name)}' keeps or drops whole heads, so it has no "
                         f"bits to share out. Add --ranks-only, or choose from {', '.join(BIT_BASES)}."
                     )
-        if self.folded and self.key_basis not in FOLDABLE_KEY_BASES:
+        if self.folded and self.key_basis not in (GROUPED, *FOLDABLE_KEY_BASES):
             raise OptionError(
                 f"key basis '{self.key_basis}' does not commute with RoPE, so it cannot be folded. "
-                f"Choose --key-basis from {', '.join(FOLDABLE_KEY_BASES)}, or leave out --folded."
+                f"Choose --key-basis from {', '.join((GROUPED, *FOLDABLE_KEY_BASES))}, or leave out --folded."
             )
         if self.folded and self.value_basis == "per_head":
             raise OptionError("value basis 'per_head' makes no whole virtual heads. Use latent or head with --folded.")

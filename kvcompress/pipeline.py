@@ -18,9 +18,10 @@ from kvcompress.checkpoint.writer import atomic_directory, check_space, check_ta
 from kvcompress.errors import BudgetError, OutputError, UnsupportedModelError
 from kvcompress.fitting import FittedSite, fit_site, key_basis, value_basis
 from kvcompress.folding import write_folded_weights
+from kvcompress.grouping import choose_groups, group_sizes
 from kvcompress.map_budget import MAPS_SHARE
 from kvcompress.model_spec import Site
-from kvcompress.options import CompressOptions
+from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
@@ -78,13 +79,12 @@ def make_plan(
 ) -> tuple[Plan, dict[Site, SiteMaps], dict[Site, list[float]]]:
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone."""
     spec = checkpoint.spec
-    bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
-    fitted: dict[Site, FittedSite] = {}
-    for i, site in enumerate(spec.sites):
-        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.layers[site.layer], site.part, options)
-        if progress:
-            progress("fit", i + 1, len(spec.sites))
-    chosen = choose_bits(spec, moments, options, fitted) if options.quantised else choose_ranks(spec, options, fitted)
+    if options.key_basis == GROUPED:
+        fitted, chosen = choose_groups(spec, moments, options, progress)
+    else:
+        fitted = _fit_sites(checkpoint, moments, options, progress)
+        bits = options.quantised
+        chosen = choose_bits(spec, moments, options, fitted) if bits else choose_ranks(spec, options, fitted)
     if not any(len(c.bits) for c in chosen.values()):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     sites, maps = [], {}
@@ -108,6 +108,20 @@ def make_plan(
         weight_bytes=checkpoint.weight_bytes,
     )
     return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
+
+
+def _fit_sites(
+    checkpoint: Checkpoint, moments: Moments, options: CompressOptions, progress: Progress | None
+) -> dict[Site, FittedSite]:
+    """Return every site's basis, fitted to its moments."""
+    spec = checkpoint.spec
+    bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
+    fitted: dict[Site, FittedSite] = {}
+    for i, site in enumerate(spec.sites):
+        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.layers[site.layer], site.part, options)
+        if progress:
+            progress("fit", i + 1, len(spec.sites))
+    return fitted
 
 
 def _site_plan(site: Site, choice: Choice, fit: FittedSite) -> SitePlan:
@@ -151,6 +165,8 @@ def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOption
             f"{output} overlaps the source {checkpoint.source}, which is never written to. Choose another."
         )
     make_policy(options)
+    if options.key_basis == GROUPED:
+        group_sizes(checkpoint.spec.layers[0].n_kv_heads, options.per_group)  # raises where heads cannot be split so
     for basis in (key_basis(checkpoint, options), value_basis(checkpoint, options)):
         basis.blocks(checkpoint.spec.layers[0])  # raises for a group or a band that does not divide
     if options.folded and checkpoint.spec.foldable_obstacle:

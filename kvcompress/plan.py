@@ -111,12 +111,13 @@ class Plan:
 
     @property
     def compressed_bytes_per_token(self) -> int:
-        return sum(s.bits_per_token for s in self.sites) // 8
+        """A last half byte, where gains come to one, is rounded up."""
+        return -(-sum(s.bits_per_token for s in self.sites) // 8)
 
     @property
     def keep(self) -> float:
         """The share of the cache's bytes that remains for tokens beyond the window."""
-        return self.compressed_bytes_per_token / self.original_bytes_per_token
+        return sum(s.bits_per_token for s in self.sites) / 8 / self.original_bytes_per_token
 
     @property
     def predicted_loss(self) -> float:

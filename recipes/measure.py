@@ -22,29 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvcompress.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
-from kvcompress.evaluate.perplexity import evaluate
+from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.options import FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan
 
 KEEPS = (0.75, 0.5)
 WINDOWS = (0, 64)
-
-
-class Remembered:
-    """The uncompressed model's final hidden states, computed once for each window of text."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.states = model, {}
-
-    def get_decoder(self) -> Remembered:
-        return self
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        key = hash(input_ids.cpu().numpy().tobytes())
-        if key not in self.states:
-            self.states[key] = self.model.get_decoder()(input_ids=input_ids, use_cache=use_cache)
-        return self.states[key]
 
 
 class Bench:
@@ -56,23 +40,22 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
         self.model: Any = model.to(self.device).eval()
-        self.original = Remembered(self.model)
+        self.originals: dict[str, Original] = {}
         self.rows: list[dict[str, Any]] = []
+
+    def original(self, text: str) -> Original:
+        """Return the uncompressed model on the windows of a text, run over each of them once."""
+        if text not in self.originals:
+            windows = Windows.of(self.tokenizer, text, self.args.seq_len, self.args.max_windows)
+            self.originals[text] = Original(self.model, windows, remember=True)
+        return self.originals[text]
 
     def ratio(self, options: CompressOptions, text: str, recent: int) -> dict[str, float]:
         started = time.monotonic()
         moments = obtain_moments(self.checkpoint, Path(self.args.work) / "x", options, dtype="float32")
         plan, maps, _ = make_plan(self.checkpoint, moments, options)
         attach_plan(self.model, plan, maps)
-        result = evaluate(
-            self.model,
-            self.tokenizer,
-            text,
-            original=self.original,
-            seq_len=options.seq_len,
-            max_windows=self.args.max_windows,
-            recent=recent,
-        )
+        result = evaluate_attached(self.model, self.original(text), recent=recent)
         return {
             "ratio": result.perplexity["ratio"],
             "original": result.perplexity["original"],

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from kvcompress_cli.compare import compare
 from kvcompress_cli.compress import compress
 from kvcompress_cli.demo import demo
 from kvcompress_cli.eval import evaluate
+from kvcompress_cli.export import export
 from kvcompress_cli.failures import OneLineFailures
 from kvcompress_cli.generate import generate
 from kvcompress_cli.inspect import inspect
@@ -32,8 +34,10 @@ app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
 app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.5 --calibration notes.txt")(compress)
 app.command(epilog="Example: kvcompress report ./small --html report.html")(report)
 app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
+app.command(epilog="Example: kvcompress compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")(compare)
 app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a time" --max-new-tokens 100')(generate)
 app.command(epilog="Example: kvcompress push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")(push)
+app.command(epilog="Example: kvcompress export ./small --to gguf -o small.gguf --verify")(export)
 app.command(epilog="Example: kvcompress demo --keep 0.25")(demo)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress.options import (
+    GROUPED,
     KEY_BASES,
     METRICS,
     POLICY_NAMES,
@@ -43,11 +44,17 @@ def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist yet.")],
     keep: Annotated[float | None, _option("keep", "Share of the cache's bytes that remains.", _CACHE)] = None,
-    key_basis: Annotated[str | None, _option("key_basis", _one_of(KEY_BASES), _CACHE)] = None,
+    key_basis: Annotated[
+        str | None,
+        _option("key_basis", _one_of((*KEY_BASES, GROUPED)), _CACHE, show_default="latent; grouped with --folded"),
+    ] = None,
     value_basis: Annotated[str | None, _option("value_basis", _one_of(VALUE_BASES), _CACHE)] = None,
     group: Annotated[
         int | None,
         _option("group", "KV heads in a block of latent.", _CACHE, show_default="maps within 3% of the weights"),
+    ] = None,
+    per_group: Annotated[
+        int | None, _option("per_group", "Virtual heads that a group of KV heads keeps, with grouped.", _CACHE)
     ] = None,
     band: Annotated[int | None, _option("band", "Channels of each head in a block of band.", _CACHE)] = None,
     policy: Annotated[
@@ -91,7 +98,7 @@ def compress(
     ] = None,
     folded: Annotated[
         bool | None,
-        _option("folded", "Fold the encoders into k_proj and v_proj (head, share or frequency keys).", _FORM),
+        _option("folded", "Fold the encoders into k_proj and v_proj (grouped, head, share or frequency keys).", _FORM),
     ] = None,
     maps_only: Annotated[
         bool | None, _option("maps_only", "Write only the maps, to be attached to the original.", _FORM)
@@ -133,6 +140,11 @@ def choose_options(
 
     if no_calibration and metric not in (None, "weights"):
         raise OptionError(f"--no-calibration cannot measure the metric {metric}. Leave out one of the two.")
+    if chosen.get("folded") and recipe is None and chosen.get("key_basis") is None:
+        chosen["key_basis"] = GROUPED  # keeps head_dim, so that every engine takes the export
+        chosen["policy"] = chosen.get("policy") or "uniform"
+    if chosen.get("folded") and recipe is None and chosen.get("recent") is None:
+        chosen["recent"] = 0  # a fold has no exact window: every query sees every token compressed
     overrides = chosen | {"calibration": calibration, "metric": "weights" if no_calibration else metric}
     options = load_recipe(recipe, **overrides) if recipe else with_overrides(CompressOptions(), **overrides)
     if calibration and options.metric == "weights":

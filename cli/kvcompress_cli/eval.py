@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress_cli import flags, terminal
+from kvcompress_cli.peers import NAMES, show_peer
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
@@ -38,14 +39,15 @@ class EvalOptions:
     new_tokens: int | None
     batch_size: int | None
     answers: Path | None
+    cache: str | None
 
 
 #: The evaluations that each option belongs to.
 _BELONGS: dict[str, tuple[str, ...]] = {
-    "text": ("--text", "--retrieval", "--by-position", "--generation"),
-    "seq_len": ("--text", "--by-position"),
-    "max_windows": ("--text", "--by-position"),
-    "recent": ("--text", "--tasks", "--retrieval", "--by-position"),
+    "text": ("--text", "--cache", "--retrieval", "--by-position", "--generation"),
+    "seq_len": ("--text", "--cache", "--by-position"),
+    "max_windows": ("--text", "--cache", "--by-position"),
+    "recent": ("--text", "--cache", "--tasks", "--retrieval", "--by-position"),
     "sinks": ("--text", "--tasks", "--retrieval", "--by-position"),
     "tasks": ("--tasks",),
     "limit": ("--tasks",),
@@ -151,6 +153,14 @@ def evaluate(
             metavar="FILE", help="Keep each answer here; a killed run continues from it.", rich_help_panel=_HOW
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Measure this cache on an uncompressed MODEL instead, on --text: {NAMES}.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     base: flags.Base = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -177,8 +187,15 @@ def evaluate(
         new_tokens=new_tokens,
         batch_size=batch_size,
         answers=answers,
+        cache=cache,
     )
     mode = _mode(options, retrieval=retrieval, by_position=by_position, generation=generation)
+    if mode == "--cache":
+        if base is not None:
+            raise typer.BadParameter("--cache measures MODEL itself: leave out --base.")
+        window = {"seq_len": seq_len or 2048, "max_windows": max_windows, "residual": recent}
+        show_peer(str(output), str(cache), str(text), **window, device=device, dtype=dtype, json=json)
+        return
     run, show = _runner(mode, options)
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.recording import record
@@ -196,12 +213,17 @@ def _mode(options: EvalOptions, *, retrieval: bool, by_position: bool, generatio
     """Return which evaluation is asked for. Raises OptionError for none, for two, and for options of another."""
     from kvcompress.errors import OptionError
 
-    asked = {"--tasks": options.tasks is not None, "--retrieval": retrieval, "--by-position": by_position}
+    asked = {
+        "--cache": options.cache is not None,
+        "--tasks": options.tasks is not None,
+        "--retrieval": retrieval,
+        "--by-position": by_position,
+    }
     chosen = [name for name, on in (asked | {"--generation": generation}).items() if on]
     if len(chosen) > 1:
         raise OptionError(f"{chosen[0]} and {chosen[1]} are two evaluations. Run them one after the other.")
     mode = chosen[0] if chosen else "--text"
-    if mode in ("--text", "--by-position") and options.text is None:
+    if mode in ("--text", "--cache", "--by-position") and options.text is None:
         raise OptionError("nothing to evaluate on. Name a text with --text, or choose --tasks or --retrieval.")
     for name, modes in _BELONGS.items():
         if getattr(options, name) is not None and mode not in modes:

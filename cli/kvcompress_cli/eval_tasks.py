@@ -72,5 +72,5 @@ def _cells(metric: MetricResult) -> list[str]:
 
 
 def _with_error(value: float, stderr: float | None, scale: float, *, sign: str = "") -> str:
-    digits = ".2f" if scale != 1 or sign else ".4g"
+    digits = ".2f" if scale != 1 or sign else ",.0f" if abs(value) >= 10_000 else ".4g"
     return f"{scale * value:{sign}{digits}}" + (f" ±{scale * stderr:{digits}}" if stderr is not None else "")

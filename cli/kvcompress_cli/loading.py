@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
 from kvcompress.model_spec import DTYPE_BYTES
@@ -45,11 +45,11 @@ def check_dtype(dtype: str) -> None:
         raise OptionError(f"dtype '{dtype}' is unknown. Choose from auto, {', '.join(DTYPE_BYTES)}.")
 
 
-def resolve_dtype(dtype: str, device: str, plan: Plan) -> torch.dtype:
-    """Return the dtype to run in: for auto, float32 on a CPU and the checkpoint's own on a GPU. Raises OptionError."""
+def resolve_dtype(dtype: str, device: str, own: str) -> torch.dtype:
+    """Return the dtype to run in: for auto, float32 on a CPU and `own` (the checkpoint's) elsewhere."""
     check_dtype(dtype)
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else plan.dtype
+        dtype = "float32" if device == "cpu" else own
     return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
@@ -62,7 +62,7 @@ def load_compressed(
     """
     plan = Plan.load(directory)
     device = resolve_device(device)
-    run_dtype = resolve_dtype(dtype, device, plan)
+    run_dtype = resolve_dtype(dtype, device, plan.dtype)
     whole = (directory / "config.json").is_file()
     needs_original = with_original and plan.form == "folded"
     with ExitStack() as stack:
@@ -74,6 +74,19 @@ def load_compressed(
             if needs_original:
                 original = AutoModelForCausalLM.from_pretrained(path, dtype=run_dtype).to(device).eval()
     return Loaded(model, tokenizer, plan, original)
+
+
+@contextmanager
+def opened_model(source: str, *, device: str, dtype: str) -> Iterator[tuple[Checkpoint, Any, Any]]:
+    """Yield (checkpoint, model, tokenizer) of an uncompressed checkpoint. Raises a KVCompressError."""
+    device = resolve_device(device)
+    check_dtype(dtype)
+    with open_checkpoint(source) as checkpoint:
+        run_dtype = resolve_dtype(dtype, device, checkpoint.spec.dtype)
+        with _explained(checkpoint.path):
+            tokenizer = load_tokenizer(checkpoint.path)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=run_dtype).to(device).eval()
+        yield checkpoint, model, tokenizer
 
 
 @contextmanager

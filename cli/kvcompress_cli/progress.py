@@ -19,6 +19,7 @@ _STAGES = {
     "original": ("original model", "questions"),
     "compressed": ("compressed model", "questions"),
     "generate": ("generating", "prompts"),
+    "compare": ("comparing", "windows of all cells"),
 }
 
 

@@ -143,6 +143,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def open_folded(directory: Path) -> Checkpoint:
+    """Return a folded output as a Checkpoint: config.json describes the original, k_proj and v_proj are smaller."""
+    config = read_config(directory)
+    spec, tensors = read_model_spec(config), _read_headers(directory)
+    for site in spec.sites:
+        name = spec.layers[site.layer].projection(site.part).weight
+        if name not in tensors:
+            raise CheckpointError(f"tensor {name} is missing from {directory}. Compress again.")
+    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype])
+    return Checkpoint(path=directory, source=str(directory), config=config, spec=spec, tensors=tensors)
+
+
 def _open_directory(path: Path, source: str) -> Checkpoint:
     config = read_config(path)
     read_model_spec(config)  # an unsupported model is refused for that, before its files are looked at

@@ -1,14 +1,15 @@
 """Perplexity, KL divergence and top-1 agreement of a compressed cache against the original, on given text.
 
 Decode-faithful: every token attends to the compressed form of all tokens older than the window, as in
-generation, but computed in parallel. Both models run on the same windows in one pass.
+generation, but computed in parallel. Both models run on the same windows; an `Original` remembers its states, so
+that many compressions are compared with one run of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,78 @@ from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.runtime.attach import attachment_of
 
 _LOGIT_ROWS = 256
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over all predicted tokens; KL(original || compressed) in nats; `protocol` says how it was measured."""
+    """Means over all predicted tokens; KL(original || compressed) in nats; `protocol` says how it was measured.
+
+    ratio_standard_error: of the ratio of perplexities, from its spread over the windows; None with one window.
+    log_ratios: the log of each window's ratio, for paired comparisons; not part of the JSON.
+    """
 
     perplexity: dict[str, float]
+    ratio_standard_error: float | None
     kl_nats: float
     top1_agreement: float
     keep: float
     protocol: dict[str, Any]
+    log_ratios: tuple[float, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        document = asdict(self)
+        del document["log_ratios"]
+        return document
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a text: ids [n_windows, seq_len], each standing alone; where they come from."""
+
+    ids: Tensor
+    source: str
+    sha256: str
+
+    @classmethod
+    def of(cls, tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> Windows:
+        """Return the first max_windows windows of a text source. Raises CalibrationError for less than one."""
+        ids, sha256 = evaluation_windows(tokenizer, text, seq_len, max_windows)
+        return cls(ids, text, sha256)
+
+    def protocol(self, dtype: str) -> dict[str, Any]:
+        """Return what must be said of the text and the arithmetic with every figure."""
+        return {
+            "text": self.source if ":" in self.source else Path(self.source).name,
+            "text_sha256": self.sha256,
+            "seq_len": self.ids.shape[1],
+            "windows": self.ids.shape[0],
+            "dtype": dtype,
+        }
+
+
+class Original:
+    """The uncompressed model's final hidden states of every window; computed once each if `remember`.
+
+    The model must have nothing attached, or be attached and called without simulation and cache, as here.
+    """
+
+    def __init__(self, model: Any, windows: Windows, *, remember: bool = False) -> None:
+        self.model, self.windows, self.remember = model, windows, remember
+        self._states: dict[int, Tensor] = {}
+
+    def states(self, index: int) -> Tensor:
+        """Return the final hidden states of a window on the model's device: [1, seq_len, d_model]."""
+        device = next(self.model.parameters()).device
+        if index in self._states:
+            return self._states[index].to(device)
+        with torch.no_grad():
+            ids = self.windows.ids[index : index + 1].to(device)
+            states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        if self.remember:
+            self._states[index] = states.cpu()
+        return states
 
 
 def evaluate(
@@ -46,7 +105,7 @@ def evaluate(
     max_windows: int | None = None,
     sinks: int | None = None,
     recent: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Return how an attached model compares with itself uncompressed on a text source (file, JSONL, directory, id).
 
@@ -54,41 +113,77 @@ def evaluate(
     the plan's by default. original: the uncompressed model, needed for a folded one only, which cannot stand for
     it and has neither sinks nor window. Raises CalibrationError if the text has less than one window.
     """
+    if attachment_of(model).plan.form == "folded" and original is None:
+        raise OptionError("a folded model is compared with its original: name that with --base.")
+    windows = Windows.of(tokenizer, text, seq_len, max_windows)
+    reference = Original(model if original is None else original, windows)
+    return evaluate_attached(model, reference, sinks=sinks, recent=recent, progress=progress)
+
+
+def evaluate_attached(
+    model: Any,
+    original: Original,
+    *,
+    sinks: int | None = None,
+    recent: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Return how an attached model compares with `original`, on its windows."""
     attachment = attachment_of(model)
     plan = attachment.plan
     if plan.form == "folded":
-        if original is None:
-            raise OptionError("a folded model is compared with its original: name that with --base.")
         sinks = recent = 0
     sinks = plan.sinks if sinks is None else sinks
     recent = plan.recent if recent is None else recent
-    reference = model if original is None else original
-    windows, digest = evaluation_windows(tokenizer, text, seq_len, max_windows)
+
+    def coded(ids: Tensor) -> Tensor:
+        with attachment.simulated(sinks=sinks, recent=recent):
+            states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    protocol = {"sinks": sinks, "recent": recent}
+    return compare_states(model, original, coded, keep=plan.keep, protocol=protocol, progress=progress)
+
+
+def compare_states(
+    model: Any,
+    original: Original,
+    coded: Callable[[Tensor], Tensor],
+    *,
+    keep: float,
+    protocol: dict[str, Any],
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Return the figures of a compressed cache on the windows of `original`.
+
+    coded: ids [1, seq_len] -> final hidden states [1, seq_len, d_model] as decoding with the cache gives them;
+    `model` turns them into logits. keep and protocol are passed on.
+    """
     device = next(model.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64)
-    n_predicted = 0
-    for i, ids in enumerate(windows):
-        ids = ids[None].to(device)
+    n_windows, seq_len = original.windows.ids.shape
+    sums = torch.zeros(n_windows, 4, dtype=torch.float64)
+    for i in range(n_windows):
+        ids = original.windows.ids[i : i + 1].to(device)
+        exact = original.states(i)
         with torch.no_grad():
-            exact = reference.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            with attachment.simulated(sinks=sinks, recent=recent):
-                coded = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            sums += _compare(model, exact, coded, ids)
-        n_predicted += ids.shape[1] - 1
+            sums[i] = _compare(model, exact, coded(ids), ids)
         if progress:
-            progress(i + 1, len(windows))
-    nll, coded_nll, kl, agree = (sums / n_predicted).tolist()
-    perplexity = {"original": _exp(nll), "compressed": _exp(coded_nll), "ratio": _exp(coded_nll - nll)}
-    protocol = {
-        "text": text if ":" in text else Path(text).name,
-        "text_sha256": digest,
-        "seq_len": seq_len,
-        "windows": len(windows),
-        "sinks": sinks,
-        "recent": recent,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    return Evaluation(perplexity, kl, agree, plan.keep, protocol)
+            progress(i + 1, n_windows)
+    nll, coded_nll, kl, agree = (sums.sum(0) / (n_windows * (seq_len - 1))).tolist()
+    ratio = _exp(coded_nll - nll)
+    log_ratios = (sums[:, 1] - sums[:, 0]) / (seq_len - 1)
+    error = None
+    if n_windows > 1:  # the ratio is the exponential of the mean log ratio
+        error = ratio * float(log_ratios.std() / n_windows**0.5)
+    return Evaluation(
+        perplexity={"original": _exp(nll), "compressed": _exp(coded_nll), "ratio": ratio},
+        ratio_standard_error=error,
+        kl_nats=kl,
+        top1_agreement=agree,
+        keep=keep,
+        protocol=original.windows.protocol(str(next(model.parameters()).dtype).removeprefix("torch.")) | protocol,
+        log_ratios=tuple(log_ratios.tolist()),
+    )
 
 
 def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> tuple[Tensor, str]:
@@ -134,4 +229,4 @@ def _row_slices(n: int) -> Iterator[slice]:
 
 
 def _exp(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).exp())
+    return float(torch.tensor(x, dtype=torch.float64).exp())  # inf where math.exp raises

@@ -23,6 +23,8 @@ class Side:
 
     name: "original" or "compressed". attachment: None for the original. sinks, recent: what a query sees exactly.
     fingerprint: names the side in stored answers; two runs with the same one give the same answers up to rounding.
+    block: tokens that are encoded together. With 1, the strictest, exactly `recent` tokens back are seen exactly;
+    generation encodes plan.BLOCK_TOKENS at a time, so it sees up to that many more.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Side:
     sinks: int
     recent: int
     fingerprint: str
+    block: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -60,14 +63,14 @@ class Side:
         """Return how many of the tokens up to `position`, itself included, its query sees compressed."""
         if self.attachment is None:
             return 0
-        return max(0, position - self.recent - self.sinks)
+        return max(0, max(0, position - self.recent) // self.block * self.block - self.sinks)
 
     @contextmanager
     def _simulated(self) -> Iterator[None]:
         if self.attachment is None:
             yield
         else:
-            with self.attachment.simulated(sinks=self.sinks, recent=self.recent):
+            with self.attachment.simulated(sinks=self.sinks, recent=self.recent, block=self.block):
                 yield
 
 

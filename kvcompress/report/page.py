@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections.abc import Iterable
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -35,11 +36,19 @@ def report_page(report: dict[str, Any], evaluations: list[dict[str, Any]], *, na
     Raises OptionError where the charting library is not installed, KeyError, TypeError or ValueError where the
     report is damaged.
     """
-    library = charting_library()
     document = without_local_paths({"report": {"model": name} | report, "evaluations": evaluations})
     figures = Figures(document)
     parts = [section(figures) for section in _SECTIONS]
-    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    return whole_page(f"{document['report']['model']}: compressed KV cache", parts, document, scripts=_SCRIPTS)
+
+
+def whole_page(title: str, parts: Iterable[str], document: dict[str, Any], *, scripts: Iterable[str]) -> str:
+    """Return a page of parts that are HTML already; scripts (of assets/report) find the document in #document.
+
+    Raises OptionError where the charting library is not installed.
+    """
+    library = charting_library()
+    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in ("shared.js", *scripts))
     # "<" never stands in the data, so that no text in a report can end the element
     data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
@@ -48,7 +57,7 @@ def report_page(report: dict[str, Any], evaluations: list[dict[str, Any]], *, na
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_policy(library, script)}">
-<title>{escape(document["report"]["model"])}: compressed KV cache</title>
+<title>{escape(title)}</title>
 <style>
 {(_ASSETS / "page.css").read_text(encoding="utf-8")}</style>
 </head>

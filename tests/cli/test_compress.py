@@ -105,7 +105,7 @@ def test_a_recipe_is_run_with_its_overrides(kvcompress, model, tmp_path):
         (["--keep", "0"], "keep must be above 0"),
         (["--keep", "1.5"], "keep must be above 0"),
         (["--key-basis", "magic"], "key_basis 'magic' is unknown"),
-        (["--folded"], "does not commute with RoPE"),
+        (["--folded", "--key-basis", "latent"], "does not commute with RoPE"),
         (["--layers", "lots", "--policy", "middle", "--no-calibration"], "layers 'lots'"),
         (["--no-calibration", "--metric", "fisher"], "--no-calibration cannot"),
         (["--no-calibration", "--calibration", "t.txt"], "--calibration would do nothing"),

@@ -24,7 +24,7 @@ def run(kvcompress, output, text, *flags):
 
 def test_json_is_the_promised_object(kvcompress, any_form, text):
     document = run(kvcompress, any_form, text)
-    assert set(document) == {"perplexity", "kl_nats", "top1_agreement", "keep", "protocol"}
+    assert set(document) == {"perplexity", "ratio_standard_error", "kl_nats", "top1_agreement", "keep", "protocol"}
     assert set(document["perplexity"]) == {"original", "compressed", "ratio"}
     fields = {"text", "text_sha256", "seq_len", "windows", "sinks", "recent", "dtype"}
     assert set(document["protocol"]) == fields
@@ -123,3 +123,37 @@ def test_an_output_that_cannot_be_written_is_measured_all_the_same(kvcompress, c
     assert json.loads(outcome.stdout)["keep"] == 0.5
     assert outcome.stderr.startswith("note: not recorded") and outcome.stderr.count("\n") == 1
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+
+
+def test_a_peer_on_an_uncompressed_model(kvcompress, model, text):
+    outcome = kvcompress(
+        "eval", model, "--cache", "kivi-2bit", "--text", text, *WINDOWS, "--recent", "16", "--seq-len", "128", "--json"
+    )
+    assert outcome.code == 0 and outcome.stderr == ""
+    document = json.loads(outcome.stdout)
+    assert document["keep"] == (2 + 32 / 32) / 16
+    protocol = document["protocol"]
+    assert (protocol["recent"], protocol["sinks"], protocol["seq_len"]) == (16, 0, 128)
+    # 4 layers, keys and values of 32 numbers in bf16; of 128 tokens 96 have left the window of 16 in whole groups
+    assert protocol["cache"]["bytes_per_token"] == 4 * 2 * 32 * 3 / 8
+    assert protocol["cache"]["bytes_at_seq_len"] == 96 * 96 + 32 * 4 * 2 * 32 * 2
+    assert document["kl_nats"] > 1e-4
+
+
+def test_a_peer_in_words(kvcompress, model, text):
+    outcome = kvcompress("eval", model, "--cache", "fp8", "--text", text, *WINDOWS)
+    assert outcome.code == 0
+    assert "fp8, stored in bfloat16" in outcome.stdout and "256 beyond the window" in outcome.stdout
+
+
+def test_peers_that_cannot_be_measured(fails, model, text):
+    assert "cache 'int3' is unknown. Choose from hqq-4bit" in fails("eval", model, "--cache", "int3", "--text", text)
+    assert "--sinks does nothing with --cache" in fails("eval", model, "--cache", "fp8", "--text", text, "--sinks", "4")
+    assert "hardly leave the exact window" in fails("eval", model, "--cache", "kivi-2bit", "--text", text, *WINDOWS)
+
+
+def test_the_names_in_the_help_are_all_peers():
+    from kvcompress.evaluate.peers import PEERS
+    from kvcompress_cli.peers import NAMES
+
+    assert NAMES.split(", ") == list(PEERS)

@@ -26,7 +26,9 @@ from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 @pytest.fixture
 def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
     def make(family: str = "llama-gqa", **changes: Any) -> tuple[Any, Any]:
-        options = CompressOptions(**{"keep": 0.5, "sinks": 2, "recent": 4, "policy": "uniform"} | changes)
+        options = CompressOptions(
+            **{"keep": 0.5, "sinks": 2, "recent": 4, "policy": "uniform", "ranks_only": True} | changes
+        )
         with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
             plan, maps, _ = make_plan(checkpoint, tiny_moments(family), options)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
@@ -142,13 +144,13 @@ def test_agreement_is_that_of_the_texts(attached: Any, text_file: Path) -> None:
     """Against transformers' own generate, once with the attached cache and once detached."""
     model, tokenizer = attached()
     result = evaluate_generation(
-        model, tokenizer, str(text_file), prompt_tokens=40, new_tokens=12, n_prompts=5, batch_size=2
+        model, tokenizer, str(text_file), prompt_tokens=80, new_tokens=12, n_prompts=5, batch_size=2
     )
-    ids = torch.tensor(tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"][:200]).view(5, 40)
+    ids = torch.tensor(tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"][:400]).view(5, 80)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 319, "suppress_tokens": []}
     written = []
     for _ in range(2):
-        texts = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 40:]
+        texts = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 80:]
         written.append([row.tolist() for row in texts])
         detach(model)
     coded, exact = written
@@ -170,7 +172,7 @@ def test_an_exact_cache_continues_alike(attached: Any, text_file: Path) -> None:
 def test_a_folded_model_is_measured_against_its_original(
     tiny_checkpoint: Any, tiny_model: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", folded=True)
+    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", keep=0.5, folded=True)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options)
     model, tokenizer = kvcompress.load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     original = tiny_model("llama-gqa")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvcompress.evaluate.scoring import Pair, Score, compressed_share, encode_pa
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress, make_plan
+from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.tiny_models import random_ids
 
@@ -25,7 +27,9 @@ from tests.tiny_models import random_ids
 @pytest.fixture
 def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
     def make(family: str = "llama-gqa", **changes: Any) -> Any:
-        options = CompressOptions(**{"keep": 0.5, "sinks": 2, "recent": 1, "policy": "uniform"} | changes)
+        options = CompressOptions(
+            **{"keep": 0.5, "sinks": 2, "recent": 1, "policy": "uniform", "ranks_only": True} | changes
+        )
         with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
             plan, maps, _ = make_plan(checkpoint, tiny_moments(family), options)
         return attach_plan(tiny_model(family), plan, maps)
@@ -43,7 +47,7 @@ def pairs_of(*lengths: tuple[int, int]) -> list[Pair]:
     return [Pair(tuple(x[:a]), tuple(x[a:])) for x, (a, _) in zip(ids, lengths, strict=True)]
 
 
-PAIRS = pairs_of((20, 4), (3, 1), (31, 9), (8, 8), (1, 2), (40, 1))
+PAIRS = pairs_of((20, 4), (3, 1), (61, 9), (8, 28), (1, 2), (80, 1))
 
 
 def decoded(model: Any, pair: Pair, **cache: Any) -> Score:
@@ -68,11 +72,13 @@ def test_a_batch_says_what_each_says_alone(attached: Any, family: str, side: int
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
-@pytest.mark.parametrize("recent", [0, 1])
-def test_scores_are_those_of_real_decoding(attached: Any, family: str, recent: int) -> None:
+@pytest.mark.parametrize("options", [{"recent": 0}, {"recent": 1}, {"ranks_only": False, "keep": 0.125}])
+def test_scores_are_those_of_real_decoding(attached: Any, family: str, options: dict[str, Any]) -> None:
     """A batch of mixed lengths, scored in parallel, against one token after the other with the real cache."""
-    model = attached(family, recent=recent)
-    exact, coded = (score_pairs(side, PAIRS, batch_size=3) for side in both_sides(model))
+    model = attached(family, **options)
+    original, compressed = both_sides(model)
+    compressed = replace(compressed, block=BLOCK_TOKENS)
+    exact, coded = (score_pairs(side, PAIRS, batch_size=3) for side in (original, compressed))
     for pair, score in zip(PAIRS, coded, strict=True):
         real = decoded(model, pair, past_key_values=attachment_of(model).new_cache())
         assert score.logprob == pytest.approx(real.logprob, rel=1e-3, abs=1e-3)
@@ -142,6 +148,8 @@ def test_share_that_is_seen_compressed(attached: Any) -> None:
     # the 5 tokens of the context are positions 0..4; the scored ones are predicted at 4 and 5
     assert compressed_share(coded, pairs_of((5, 2))) == pytest.approx((1 + 2) / (5 + 6))
     assert compressed_share(exact, pairs_of((5, 2))) == 0
+    in_blocks = replace(coded, block=BLOCK_TOKENS)  # 32 tokens are encoded once the query at position 33 comes
+    assert compressed_share(in_blocks, pairs_of((33, 2))) == pytest.approx((0 + 30) / (33 + 34))
     assert compressed_share(both_sides(model, recent=100)[1], PAIRS) == 0
 
 
@@ -184,7 +192,7 @@ def test_another_file_is_no_file_of_answers(tmp_path: Path, content: str) -> Non
 
 
 def test_a_folded_model_is_a_side_too(tiny_checkpoint: Any, tiny_model: Any, tmp_path: Path) -> None:
-    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", folded=True)
+    options = CompressOptions(metric="weights", key_basis="frequency", policy="uniform", keep=0.5, folded=True)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options)
     model = kvcompress.load(tmp_path / "out")
     with pytest.raises(OptionError, match="original"):

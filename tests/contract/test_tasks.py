@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the warnings of lm-eval's o
 @pytest.fixture
 def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> tuple[Any, Any]:
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        options = CompressOptions(keep=0.5, sinks=2, recent=4, policy="uniform")
+        options = CompressOptions(keep=0.5, sinks=2, recent=4, policy="uniform", ranks_only=True)
         plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-gqa"), options)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     return attach_plan(tiny_model("llama-gqa"), plan, maps), tokenizer

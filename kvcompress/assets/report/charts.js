@@ -1,35 +1,8 @@
 /* Draws the charts of a report page from the report.json that the page holds. Colours are CSS variables (page.css). */
-"use strict";
-
 const { report, evaluations } = JSON.parse(document.getElementById("document").textContent);
-const NARROW = matchMedia("(max-width: 640px)");
 const PARTS = { key: "keys", value: "values" };
 /** Bits per original number at which the heat map's ten colours change; the legend shows the same. */
 const STEPS = JSON.parse(document.getElementById("chart-bits").dataset.steps);
-const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
-
-const CONFIG = {
-  background: "transparent",
-  font: FONT,
-  view: { stroke: null },
-  axis: {
-    labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--line)", domainColor: "var(--line)",
-    tickColor: "var(--line)", labelFontSize: 12, titleFontSize: 12, titleFontWeight: 400,
-  },
-  text: { color: "var(--muted)", fontSize: 12 },
-};
-
-const drawn = {};
-
-/** Draws a Vega-Lite chart in #id, in place of an earlier one, and returns its view. */
-async function draw(id, description, spec) {
-  const options = { renderer: "svg", actions: false, ast: true, tooltip: { disableDefaultStyle: true } };
-  const autosize = { type: "fit-x", contains: "padding" };
-  const whole = { width: "container", autosize, config: CONFIG, description, ...spec };
-  if (drawn[id]) drawn[id].finalize();
-  drawn[id] = await vegaEmbed(`#${id}`, whole, options);
-  return drawn[id].view;
-}
 
 /** One row a site: what the heat map and the bars of predicted loss show. */
 const SITES = report.layers.flatMap((row) =>

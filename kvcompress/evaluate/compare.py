@@ -1,0 +1,314 @@
+"""compare(): every method at every budget, and the peers, on the same windows of one loaded model.
+
+The model is calibrated once, its uncompressed states are computed once for each window, and the document is written
+anew after every cell, so that a comparison that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kvcompress import __version__
+from kvcompress.calibrate import obtain_moments
+from kvcompress.calibration.moments import Moments
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.errors import BudgetError, OptionError, OutputError
+from kvcompress.evaluate.front import pareto, verdicts
+from kvcompress.evaluate.methods import Cell, cells_of
+from kvcompress.evaluate.peers import evaluate_peer
+from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
+from kvcompress.model_spec import Site
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import make_plan, source_name
+from kvcompress.plan import BLOCK_TOKENS, Plan
+from kvcompress.runtime.attach import attach_plan, attachment_of, detach
+
+FORMAT_VERSION = 1
+COMPARISON_FILE = "compare.json"
+#: Context lengths for which the whole cache's bytes are stated.
+LENGTHS = (2048, 8192, 32768, 131072)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to compare. options: how our methods calibrate, their sinks and window."""
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    text: str
+    options: CompressOptions
+    seq_len: int = 2048
+    max_windows: int | None = None
+
+    def cells(self) -> list[Cell]:
+        return cells_of(self.methods, self.keeps, self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was asked for, so that it can be asked for again."""
+        chosen = {name: getattr(self.options, name) for name in ("tokens", "seq_len", "sinks", "recent", "seed")}
+        return {
+            "methods": list(self.methods),
+            "keeps": list(self.keeps),
+            "text": self.text,
+            "max_windows": self.max_windows,
+            "calibration": list(self.options.calibration),
+            **chosen,
+        }
+
+
+def compare(
+    source: str | Path,
+    output: Path,
+    request: Request,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return the document of a comparison, which is also kept in output/compare.json.
+
+    source: an uncompressed checkpoint. output: a directory; finished cells of an earlier call with the same model,
+    text and settings are taken from it. Progress stages: sample, calibrate, compare (in windows of all cells).
+    Raises a KVCompressError, before anything is measured where possible.
+    """
+    report = progress or (lambda *_: None)
+    cells = request.cells()
+    with open_checkpoint(source) as checkpoint:
+        for cell in cells:
+            if cell.peer:
+                cell.peer.check(checkpoint.spec, request.seq_len)
+                cell.peer.new_cache(1, torch.float32)  # raises where its package is missing
+        _check_window(request)
+        output.mkdir(parents=True, exist_ok=True)
+        bench = _Bench(checkpoint, output, request, device, dtype, report)
+        keys = [bench.key(cell) for cell in cells]
+        done = {key: row for key, row in _finished(output / COMPARISON_FILE).items() if key in keys}
+        document = _document(bench, request, [done[key] for key in keys if key in done], len(cells))
+        n_windows = bench.windows.ids.shape[0]
+        for index, (key, cell) in enumerate(zip(keys, cells, strict=True)):
+
+            def reached(windows: int, _: int = 0, index: int = index) -> None:
+                report("compare", index * n_windows + windows, len(cells) * n_windows)
+
+            if key not in done:
+                reached(0)
+                done[key] = {"key": key, **bench.measure(cell, reached)}
+                document = _document(bench, request, [done[key] for key in keys if key in done], len(cells))
+                with atomic_file(output / COMPARISON_FILE) as scratch:
+                    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            reached(n_windows)
+    return document
+
+
+def _check_window(request: Request) -> None:
+    recent = request.options.recent
+    if request.seq_len // 2 <= recent + BLOCK_TOKENS:
+        raise OptionError(
+            f"windows of {request.seq_len} tokens hardly leave the recent window of {recent}. "
+            "Raise --seq-len or lower --recent."
+        )
+
+
+def _finished(file: Path) -> dict[str, dict[str, Any]]:
+    """Return {key: row} of an earlier call's cells."""
+    return {row["key"]: row for row in read_comparison(file)["cells"]} if file.is_file() else {}
+
+
+def read_comparison(file: Path) -> dict[str, Any]:
+    """Return a parsed compare.json. Raises OutputError for a file that is missing or is no comparison."""
+    try:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION or not all("key" in row for row in document["cells"]):
+            raise ValueError(f"format version {document['format_version']}, this kvcompress has {FORMAT_VERSION}")
+    except FileNotFoundError as error:
+        raise OutputError(f"{file} does not exist: nothing was compared there.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{file} is damaged ({error}). Remove it, or choose another --out.") from error
+    return document
+
+
+class _Bench:
+    """One model on one device; what cells share is made when the first unfinished one needs it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, output: Path, request: Request, device: str, dtype: str, report: Progress
+    ) -> None:
+        self.checkpoint, self.output, self.request = checkpoint, output, request
+        self.device, self.dtype, self.report = device, dtype, report
+        tokenizer = load_tokenizer(checkpoint.path)
+        self.windows = Windows.of(tokenizer, request.text, request.seq_len, request.max_windows)
+        self.protocol = self.windows.protocol(dtype)
+        self._moments: dict[str, Moments] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        return self._load(self.dtype)
+
+    @cached_property
+    def stored_model(self) -> Any:
+        """The model in the checkpoint's own dtype, in which bytes are counted."""
+        own = self.checkpoint.spec.dtype
+        return self.model if own == self.dtype else self._load(own)
+
+    def _load(self, dtype: str) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint.path, dtype=getattr(torch, dtype))
+        return model.to(self.device).eval()
+
+    @cached_property
+    def original(self) -> Original:
+        return Original(self.model, self.windows, remember=True)
+
+    def key(self, cell: Cell) -> str:
+        """Return a name that differs wherever the figures might."""
+        setting = {
+            "cell": cell.to_json(),
+            "protocol": self.protocol,
+            "model": self.checkpoint.fingerprint(),
+            "device": torch.device(self.device).type,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+        digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{cell.method}{'' if cell.keep is None else f'-{cell.keep:g}'}-{digest}"
+
+    def measure(self, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        started = time.monotonic()
+        row: dict[str, Any] = {"method": cell.method, "kind": cell.kind, "keep_asked": cell.keep}
+        try:
+            figures = self._peer(cell, progress) if cell.peer else self._planned(cell, progress)
+        except BudgetError as error:
+            return row | {"impossible": str(error)}
+        return row | figures | {"seconds": time.monotonic() - started}
+
+    def _peer(self, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        assert cell.peer is not None
+        detach(self.model)
+        spec = self.checkpoint.spec
+        result = evaluate_peer(self.model, self.original, cell.peer, spec, progress)
+        cache = result.protocol["cache"]
+        return _figures(result) | {
+            "bytes_per_token": cache["bytes_per_token"],
+            "cache_bytes": {str(n): cell.peer.cache_bytes(spec, n) for n in LENGTHS},
+            "measured_bytes": {"tokens": self.request.seq_len, "bytes": cache["bytes_at_seq_len"]},
+        }
+
+    def _planned(self, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        assert cell.options is not None
+        moments = self._moments_for(cell.options)
+        plan, maps, _ = make_plan(self.checkpoint, moments, cell.options)
+        attach_plan(self.model, plan, maps)
+        try:
+            result = evaluate_attached(self.model, self.original, progress=progress)
+        finally:
+            detach(self.model)
+        per_token, measured = self._measured_bytes(plan, maps)
+        return _figures(result) | {
+            "bytes_per_token": per_token,
+            "cache_bytes": {str(n): plan.cache_bytes(n) for n in LENGTHS},
+            "measured_bytes": {"tokens": self.request.seq_len, "bytes": measured},
+            "maps_bytes": plan.maps_bytes,
+            "predicted_loss": plan.predicted_loss,
+            "loss_in_nats": plan.loss_in_nats,
+            "options": plan.options,
+        }
+
+    def _moments_for(self, options: CompressOptions) -> Moments:
+        key = "weights" if options.metric == "weights" else f"{options.group} {options.band}"
+        if key not in self._moments:
+            self._moments[key] = obtain_moments(
+                self.checkpoint,
+                self.output / "moments",  # they are saved beside this name
+                options,
+                device=self.device,
+                dtype=self.dtype,
+                resume=True,
+                progress=self.report,
+            )
+        return self._moments[key]
+
+    def _measured_bytes(self, plan: Plan, maps: dict[Site, SiteMaps]) -> tuple[float, int]:
+        """Return (bytes a token beyond the window, bytes in all of one window) from the storages of real caches.
+
+        They are filled in the checkpoint's dtype, with the first window and with half of it, cut at a whole block.
+        """
+        n_tokens = self.windows.ids.shape[1]
+        shorter = n_tokens - BLOCK_TOKENS * max(1, n_tokens // 2 // BLOCK_TOKENS)
+        sizes = {}
+        attach_plan(self.stored_model, plan, maps)
+        try:
+            for n in (shorter, n_tokens):
+                cache = attachment_of(self.stored_model).new_cache()
+                ids = self.windows.ids[:1, :n].to(self.device)
+                with torch.no_grad():
+                    self.stored_model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+                sizes[n] = cache.nbytes()
+        finally:
+            detach(self.stored_model)
+        return (sizes[n_tokens] - sizes[shorter]) / (n_tokens - shorter), sizes[n_tokens]
+
+
+def _figures(result: Evaluation) -> dict[str, Any]:
+    return {
+        "keep": result.keep,
+        "ratio": result.perplexity["ratio"],
+        "ratio_standard_error": result.ratio_standard_error,
+        "kl_nats": result.kl_nats,
+        "top1_agreement": result.top1_agreement,
+        "perplexity": result.perplexity["compressed"],
+        "original_perplexity": result.perplexity["original"],
+        "log_ratios": list(result.log_ratios),
+        "sinks": result.protocol["sinks"],
+        "recent": result.protocol["recent"],
+    }
+
+
+def _document(bench: _Bench, request: Request, rows: list[dict[str, Any]], n_cells: int) -> dict[str, Any]:
+    """Return compare.json: what was compared, on what and where, the finished cells, and verdicts on them."""
+    spec = bench.checkpoint.spec
+    measured = [r for r in rows if "ratio" in r]
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": source_name(bench.checkpoint.source),
+        "model_fingerprint": bench.checkpoint.fingerprint(),
+        "architecture": spec.architecture,
+        "original": {
+            "dtype": spec.dtype,
+            "bytes_per_token": spec.cache_bytes_per_token,
+            "cache_bytes": {str(n): n * spec.cache_bytes_per_token for n in LENGTHS},
+            "perplexity": measured[0]["original_perplexity"] if measured else None,
+        },
+        "protocol": bench.protocol | {"sinks": request.options.sinks, "recent": request.options.recent},
+        "request": request.to_json(),
+        "machine": _machine(bench.device),
+        "complete": len(rows) == n_cells,
+        "cells": rows,
+        "verdicts": {figure: verdicts(rows, figure) for figure in ("ratio", "kl_nats")},
+        "front": {figure: pareto(rows, figure) for figure in ("ratio", "kl_nats")},
+    }
+
+
+def _machine(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
+    return {
+        "device": name,
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvcompress": __version__,
+    }

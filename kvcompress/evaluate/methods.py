@@ -1,0 +1,87 @@
+"""What `compare` compares: our default, published methods in our implementation, and peers; names -> cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kvcompress.errors import OptionError
+from kvcompress.evaluate.peers import PEERS, Peer
+from kvcompress.options import CompressOptions, load_recipe
+
+Kind = Literal["ours", "published", "peer"]
+
+#: Published methods that our bases and policies can be: what they change in the options (recipes/*.toml say why).
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "palu": {"metric": "activation", "policy": "uniform", "ranks_only": True},
+    "mea-half": {
+        "key_basis": "head",
+        "value_basis": "head",
+        "policy": "middle",
+        "layers": "half",
+        "metric": "weights",
+        "ranks_only": True,
+    },
+}
+OURS: dict[str, dict[str, Any]] = {"default": {}}
+#: A family stands for all of its peers.
+FAMILIES = ("kivi", "hqq", "quanto", "fp8")
+ALL_METHODS = (*OURS, *PUBLISHED, *FAMILIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One thing to measure: a method at a budget, or a peer, which has the budget it has."""
+
+    method: str
+    kind: Kind
+    options: CompressOptions | None = None
+    peer: Peer | None = None
+
+    @property
+    def keep(self) -> float | None:
+        """The budget asked for; None for a peer."""
+        return None if self.options is None else self.options.keep
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything that decides the cell's figures, the model and the text apart."""
+        options = None if self.options is None else self.options.to_json()
+        return {"method": self.method, "options": options, "peer": self.peer and asdict(self.peer)}
+
+
+def cells_of(methods: Iterable[str], keeps: Iterable[float], options: CompressOptions) -> list[Cell]:
+    """Return the cells of all methods: ours and published ones at every budget, peers once each.
+
+    methods: default, palu, mea-half, a peer, a family of peers, or a recipe (FILE.toml). options: how to calibrate,
+    sinks and window; a recipe's own are replaced by these, so that all methods see the same calibration.
+    Raises OptionError for a method that is none of these.
+    """
+    cells: list[Cell] = []
+    for method in methods:
+        peers = [
+            p for p in PEERS.values() if method in (p.name, p.family) or (method, p.family) == ("fp8", "fp8-unscaled")
+        ]
+        if peers:
+            cells.extend(Cell(p.name, "peer", peer=p) for p in peers)
+            continue
+        kind, name, chosen = _options_of(method, options)
+        cells.extend(Cell(name, kind, options=replace(chosen, keep=keep)) for keep in keeps)
+    return list(dict.fromkeys(cells))
+
+
+def _options_of(method: str, options: CompressOptions) -> tuple[Kind, str, CompressOptions]:
+    if method in OURS:
+        return "ours", method, replace(options, **OURS[method])
+    if method in PUBLISHED:
+        return "published", method, replace(options, **PUBLISHED[method])
+    if method.endswith(".toml"):
+        names = ("calibration", "tokens", "seq_len", "sinks", "recent", "seed")
+        recipe = load_recipe(Path(method), **{n: getattr(options, n) for n in names})
+        if recipe.folded:
+            raise OptionError(f"{method} folds: its weights differ from the model's, so compare cannot run it.")
+        return "published", Path(method).stem, recipe
+    raise OptionError(
+        f"method '{method}' is unknown. Choose from {', '.join(ALL_METHODS)}, {', '.join(PEERS)}, or a recipe.toml."
+    )

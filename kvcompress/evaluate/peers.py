@@ -1,0 +1,214 @@
+"""Peers: quantised caches that people use today, measured in the same way as ours.
+
+A peer's cache is filled and read as generation does it. transformers' layers quantise everything anew whenever their
+residual window is full; between two such moments tokens see each other exactly. So decoding token by token equals
+forwards over chunks that end where the window is full, and that is what runs here: the real cache object, no
+simulation of it. (Chunks differ from single tokens by the order of floating-point sums only; a test compares them.)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import cycle, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import OptionError
+from kvcompress.evaluate.peer_caches import (
+    GROUP,
+    Fp8Layer,
+    KiviLayer,
+    PeerCache,
+    QuantisedOnce,
+    hqq_layer,
+    quanto_layer,
+    without_emptying,
+)
+from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
+from kvcompress.model_spec import DTYPE_BYTES, ModelSpec
+
+#: Bytes of a group's scale and zero together, in 16-bit dtypes; hqq and quanto keep them in the cache's own dtype.
+_KIVI_SCALES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A quantised cache: its family (hqq, quanto, kivi, fp8, fp8-unscaled), bits a number, and exact window.
+
+    once: hqq and quanto quantise each token once, where transformers quantises all anew when the window is full.
+    """
+
+    family: str
+    bits: int
+    residual: int = 128
+    once: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.family if self.family.startswith("fp8") else f"{self.family}-{self.bits}bit{'-once' * self.once}"
+
+    def new_cache(self, n_layers: int, stored: torch.dtype) -> PeerCache:
+        """Return an empty cache that stores in the dtype `stored`. Raises OptionError if its package is missing."""
+        make = {
+            "hqq": lambda: hqq_layer(self.bits, self.residual),
+            "quanto": lambda: quanto_layer(self.bits, self.residual),
+            "kivi": lambda: KiviLayer(self.bits, self.residual),
+            "fp8": lambda: Fp8Layer(scaled=True),
+            "fp8-unscaled": lambda: Fp8Layer(scaled=False),
+        }[self.family]
+        layers = [QuantisedOnce(make()) if self.once else make() for _ in range(n_layers)]
+        return PeerCache(layers, stored)
+
+    def chunks(self, n_tokens: int) -> list[slice]:
+        """Return the forwards that equal decoding: the first fills the window, the later ones end where it is full.
+
+        For fp8 one chunk: its scale is that of the whole text, which is the best it can have.
+        """
+        if self.family.startswith("fp8"):
+            return [slice(0, n_tokens)]
+        step = [GROUP["kivi"]]
+        if self.family != "kivi":
+            # The last token of a window comes alone: transformers before 5.2x looks only then whether it is full.
+            step = [self.residual - 1, 1] if self.residual > 1 else [1]
+        bounds = [0, self.residual or step[0]]
+        for length in cycle(step):
+            if bounds[-1] >= n_tokens:
+                break
+            bounds.append(bounds[-1] + length)
+        return [slice(a, min(b, n_tokens)) for a, b in pairwise(bounds)]
+
+    def n_exact(self, n_tokens: int) -> int:
+        """Return how many of n_tokens are stored exactly, decoded after a first chunk as `chunks` gives it."""
+        if self.family.startswith("fp8"):
+            return 0
+        if self.family == "kivi":
+            return n_tokens - max(0, n_tokens - self.residual) // GROUP["kivi"] * GROUP["kivi"]
+        return 0 if n_tokens <= self.residual else n_tokens % max(1, self.residual)
+
+    def bytes_per_token(self, spec: ModelSpec) -> float:
+        """Return what a quantised token takes in all layers: codes, scales and zeros."""
+        return spec.cache_numbers_per_token * self._bytes_per_number(DTYPE_BYTES[spec.dtype])
+
+    def cache_bytes(self, spec: ModelSpec, n_tokens: int) -> int:
+        """Return the bytes of a cache of n_tokens: quantised ones, exact window, scales."""
+        exact = self.n_exact(n_tokens)
+        scales = 2 * 4 * len(spec.layers) if self.family == "fp8" else 0
+        return round((n_tokens - exact) * self.bytes_per_token(spec)) + exact * spec.cache_bytes_per_token + scales
+
+    def measured_bytes_per_token(self, spec: ModelSpec) -> float:
+        """Return the same from the storages of real caches: one layer filled with 1024 and with 2048 tokens."""
+        sizes = []
+        for n_tokens in (1024, 2048):
+            cache = self.new_cache(1, getattr(torch, spec.dtype))
+            attention = spec.layers[0]
+            states = torch.ones(1, attention.n_kv_heads, n_tokens, attention.head_dim)
+            cache.update(states, states, 0)
+            sizes.append(cache.nbytes())
+        return len(spec.layers) * (sizes[1] - sizes[0]) / 1024
+
+    def _bytes_per_number(self, dtype_bytes: int) -> float:
+        if self.family.startswith("fp8"):
+            return 1.0
+        scales = _KIVI_SCALES if self.family == "kivi" else 2 * dtype_bytes
+        return self.bits / 8 + scales / GROUP[self.family]
+
+    def check(self, spec: ModelSpec, seq_len: int) -> None:
+        """Raise OptionError where this peer cannot store this model's cache, or would compress nothing of a window."""
+        if len({layer.width for layer in spec.layers}) > 1 or any(layer.sliding_window for layer in spec.layers):
+            raise OptionError(f"cache {self.name} is for models with equal layers of full attention only.")
+        if self.family.startswith("fp8"):
+            return
+        width = spec.layers[0].width
+        per_group = GROUP[self.family] * (8 // self.bits if self.family == "hqq" else 1)
+        block = GROUP["kivi"] if self.family == "kivi" else max(1, self.residual)
+        if (width if self.family == "kivi" else block * width) % per_group:
+            raise OptionError(
+                f"cache {self.name} packs groups of {per_group} numbers, and {block} tokens of {width} numbers do not "
+                "divide into them. Choose a --recent of 128."
+            )
+        if seq_len <= self.residual + block:
+            raise OptionError(
+                f"windows of {seq_len} tokens hardly leave the exact window of cache {self.name} ({self.residual} "
+                "tokens). Raise --seq-len or lower --recent."
+            )
+
+
+PEERS = {
+    p.name: p
+    for p in (
+        Peer("hqq", 4),
+        Peer("hqq", 2),
+        Peer("hqq", 4, once=True),
+        Peer("hqq", 2, once=True),
+        Peer("quanto", 4),
+        Peer("quanto", 2),
+        Peer("quanto", 4, once=True),
+        Peer("quanto", 2, once=True),
+        Peer("kivi", 4),
+        Peer("kivi", 2),
+        Peer("fp8", 8, residual=0),
+        Peer("fp8-unscaled", 8, residual=0),
+    )
+}
+
+
+def find_peer(name: str, *, residual: int | None = None) -> Peer:
+    """Return a peer by name, with another exact window if given. Raises OptionError for what does not exist."""
+    if name not in PEERS:
+        raise OptionError(f"cache '{name}' is unknown. Choose from {', '.join(PEERS)}.")
+    if residual is None:
+        return PEERS[name]
+    if PEERS[name].family.startswith("fp8"):
+        raise OptionError(f"cache {name} keeps no token exactly: leave out --recent.")
+    return replace(PEERS[name], residual=residual)
+
+
+def evaluate_peer(
+    model: Any, original: Original, peer: Peer, spec: ModelSpec, progress: Progress | None = None
+) -> Evaluation:
+    """Return how decoding with a peer's cache compares with the original, on the windows of `original`.
+
+    model: the uncompressed model with nothing attached; its dtype may be wider than the checkpoint's, the cache
+    stores in the checkpoint's. `protocol["cache"]` says what was stored, and its bytes measured at a window's end.
+    """
+    seq_len = original.windows.ids.shape[1]
+    peer.check(spec, seq_len)
+    measured = 0
+
+    def decoded(ids: Tensor) -> Tensor:
+        nonlocal measured
+        cache = peer.new_cache(len(spec.layers), getattr(torch, spec.dtype))
+        states = decoded_states(model, ids, peer, cache)
+        measured = cache.nbytes()
+        return states
+
+    per_token = peer.measured_bytes_per_token(spec)
+    keep = per_token / spec.cache_bytes_per_token
+    result = compare_states(model, original, decoded, keep=keep, protocol={"sinks": 0}, progress=progress)
+    result.protocol.update(
+        recent=peer.residual,
+        cache={
+            "name": peer.name,
+            "stored_dtype": spec.dtype,
+            "bytes_per_token": per_token,
+            "bytes_at_seq_len": measured,
+        },
+    )
+    return result
+
+
+def decoded_states(model: Any, ids: Tensor, peer: Peer, cache: PeerCache) -> Tensor:
+    """Return the final hidden states [1, n_tokens, d_model] that decoding ids [1, n_tokens] with the cache gives."""
+    states = []
+    on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
+    with torch.no_grad(), without_emptying() if on_gpu else nullcontext():
+        for chunk in peer.chunks(ids.shape[1]):
+            positions = torch.arange(chunk.start, chunk.stop, device=ids.device)[None]
+            output = model.get_decoder()(
+                input_ids=ids[:, chunk], position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            states.append(output.last_hidden_state)
+    return torch.cat(states, 1)

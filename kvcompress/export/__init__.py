@@ -1,0 +1,1 @@
+"""Folded models rewritten as ordinary checkpoints that stock engines run."""
