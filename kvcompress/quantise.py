@@ -20,8 +20,10 @@ _LOWEST_GAIN, _GAINS_PER_OCTAVE = -4, 4
 _GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.0308}
 #: Components have variance 1; one that the samples never moved still gets a step that can be divided by.
 _LEAST_POWER = 1e-12
-#: Steps tried, as multiples of the Gaussian one: down to distributions without tails, up to long ones.
-_TRIED = torch.logspace(-1.3, 1.3, 33, base=2.0)
+#: Steps tried, as multiples of the Gaussian one: down to distributions without tails, up to long ones ...
+_TRIED = torch.logspace(-1.3, 1.3, 9, base=2.0).tolist()
+#: ... and then around the best of those.
+_REFINED = torch.logspace(-0.13, 0.13, 5, base=2.0).tolist()
 
 
 def quantise(z: Tensor, half: Tensor | float) -> Tensor:
@@ -62,10 +64,12 @@ def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     half = 2.0 ** (bits - 1)
     power = samples.square().mean(0).clamp_min(_LEAST_POWER)
-    best_step, least = torch.ones_like(power), torch.full_like(power, float("inf"))
-    for multiple in _TRIED.tolist():
-        step = multiple * _GAUSSIAN_STEP[bits] * power.sqrt()
-        error = (samples - dequantise(quantise(samples / step, half), half) * step).square().mean(0) / power
-        best_step = torch.where(error < least, step, best_step)
-        least = torch.minimum(least, error)
-    return best_step, least
+    best, least = torch.ones_like(power), torch.full_like(power, float("inf"))
+    for multiples in (_TRIED, _REFINED):
+        middle = _GAUSSIAN_STEP[bits] * power.sqrt() if multiples is _TRIED else best
+        for multiple in multiples:
+            step = multiple * middle
+            error = (samples - dequantise(quantise(samples / step, half), half) * step).square().mean(0) / power
+            best = torch.where(error < least, step, best)
+            least = torch.minimum(least, error)
+    return best, least

@@ -1,7 +1,9 @@
 """Regenerate the tables of docs/measurements.md: calibrate once, plan and evaluate many times on one loaded model.
 
-    python recipes/measure.py bases MODEL --calibration TEXT --text TEXT [--max-windows 40]
+    python recipes/measure.py bases MODEL --calibration TEXT --text TEXT [--max-windows 40] [--keep 0.25 --keep 0.125]
     python recipes/measure.py calibration MODEL --candidate TEXT ... --text TEXT ...
+
+Methods have bits where they can; --ranks-only makes all of them keep 16-bit numbers.
 
 Each row is decode-faithful (float32); it prints a Markdown table and, with --out, writes JSON.
 """
@@ -23,11 +25,11 @@ from kvcompress.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
-from kvcompress.options import FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
+from kvcompress.options import BIT_BASES, FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan
 
-KEEPS = (0.75, 0.5)
+KEEPS = (0.25, 0.125, 0.0625)
 WINDOWS = (0, 64)
 
 
@@ -42,6 +44,7 @@ class Bench:
         self.model: Any = model.to(self.device).eval()
         self.originals: dict[str, Original] = {}
         self.rows: list[dict[str, Any]] = []
+        self._plans: dict[str, Any] = {}
 
     def original(self, text: str) -> Original:
         """Return the uncompressed model on the windows of a text, run over each of them once."""
@@ -52,8 +55,10 @@ class Bench:
 
     def ratio(self, options: CompressOptions, text: str, recent: int) -> dict[str, float]:
         started = time.monotonic()
-        moments = obtain_moments(self.checkpoint, Path(self.args.work) / "x", options, dtype="float32")
-        plan, maps, _ = make_plan(self.checkpoint, moments, options)
+        if repr(options) not in self._plans:
+            moments = obtain_moments(self.checkpoint, Path(self.args.work) / "x", options, dtype="float32")
+            self._plans = {repr(options): make_plan(self.checkpoint, moments, options)}
+        plan, maps, _ = self._plans[repr(options)]
         attach_plan(self.model, plan, maps)
         result = evaluate_attached(self.model, self.original(text), recent=recent)
         return {
@@ -70,7 +75,8 @@ class Bench:
 def bases_table(bench: Bench) -> None:
     """Every key basis with every policy, every value basis, and the published methods."""
     args = bench.args
-    default = CompressOptions(calibration=tuple(args.calibration), tokens=args.tokens, seq_len=args.seq_len)
+    texts = tuple(args.calibration)
+    default = CompressOptions(calibration=texts, tokens=args.tokens, seq_len=args.seq_len, ranks_only=True)
     methods = {f"{b} / latent, {p}": replace(default, key_basis=b, policy=p) for b in KEY_BASES for p in POLICY_NAMES}
     methods |= {f"latent / {v}, loss": replace(default, value_basis=v) for v in VALUE_BASES if v != "latent"}
     methods |= {f"{k} / head, loss": replace(default, key_basis=k, value_basis="head") for k in FOLDABLE_KEY_BASES}
@@ -79,13 +85,17 @@ def bases_table(bench: Bench) -> None:
     methods["mea-half: data-free SVD, middle half"] = replace(paper, policy="middle")
     methods["mea-deep: data-free SVD, all but three layers"] = replace(paper, policy="middle", layers="deep")
     methods["mea: data-free SVD, every layer"] = replace(paper, policy="uniform")
-    print(f"| keys / values, policy | {' | '.join(f'keep {k}, window {w}' for k in KEEPS for w in args.windows)} |")
-    print("|---" * (1 + len(KEEPS) * len(args.windows)) + "|")
+    print(
+        f"| keys / values, policy | {' | '.join(f'keep {k}, window {w}' for k in args.keeps for w in args.windows)} |"
+    )
+    print("|---" * (1 + len(args.keeps) * len(args.windows)) + "|")
     for name, options in methods.items():
         if not re.search(args.methods, name):
             continue
         cells = []
-        for keep in KEEPS:
+        if not args.ranks_only and {options.key_basis, options.value_basis} <= set(BIT_BASES) and "palu" not in name:
+            options = replace(options, ranks_only=False)
+        for keep in args.keeps:
             for recent in args.windows:
                 try:
                     row = bench.ratio(replace(options, keep=keep, recent=recent), args.text[0], recent)
@@ -101,12 +111,16 @@ def bases_table(bench: Bench) -> None:
 def calibration_table(bench: Bench) -> None:
     """Every calibration text against every evaluation text."""
     args = bench.args
-    for keep in (0.5,):
+    for keep in args.keeps:
         print(f"| calibration, keep {keep}, window 64 | {' | '.join(Path(t).name for t in args.text)} |")
         print("|---" * (1 + len(args.text)) + "|")
         for candidate in args.candidate:
             options = CompressOptions(
-                keep=keep, calibration=tuple(candidate.split("+")), tokens=args.tokens, seq_len=args.seq_len
+                keep=keep,
+                calibration=tuple(candidate.split("+")),
+                tokens=args.tokens,
+                seq_len=args.seq_len,
+                ranks_only=args.ranks_only,
             )
             cells = []
             for text in args.text:
@@ -127,11 +141,13 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--max-windows", type=int, default=40)
     parser.add_argument("--methods", default="", help="regular expression: only the rows whose name it matches")
+    parser.add_argument("--keep", type=float, action="append", help=f"budgets: {KEEPS} by default")
+    parser.add_argument("--ranks-only", action="store_true")
     parser.add_argument("--window", type=int, action="append", help="recent windows to measure: 0 and 64 by default")
     parser.add_argument("--work", default="measurements", help="where moments are kept between rows")
     parser.add_argument("--out", help="JSON file for all figures")
     args = parser.parse_args()
-    args.windows = args.window or WINDOWS
+    args.windows, args.keeps = args.window or WINDOWS, args.keep or KEEPS
     Path(args.work).mkdir(parents=True, exist_ok=True)
     with open_checkpoint(args.model) as checkpoint:
         bench = Bench(args, checkpoint)

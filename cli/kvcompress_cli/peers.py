@@ -39,7 +39,9 @@ def measure_peer(
         opened_model(source, device=device, dtype=dtype) as (checkpoint, model, tokenizer),
     ):
         original = Original(model, Windows.of(tokenizer, text, seq_len, max_windows))
-        return evaluate_peer(model, original, peer, checkpoint.spec, lambda done, total: progress("eval", done, total))
+        return evaluate_peer(
+            model, original, peer, checkpoint.spec, progress=lambda done, total: progress("eval", done, total)
+        )
 
 
 def show_peer(source: str, cache: str, text: str, *, json: bool, **settings: Any) -> None:

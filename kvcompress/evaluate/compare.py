@@ -199,7 +199,7 @@ class _Bench:
         assert cell.peer is not None
         detach(self.model)
         spec = self.checkpoint.spec
-        result = evaluate_peer(self.model, self.original, cell.peer, spec, progress)
+        result = evaluate_peer(self.model, self.original, cell.peer, spec, progress=progress)
         cache = result.protocol["cache"]
         return _figures(result) | {
             "bytes_per_token": cache["bytes_per_token"],

@@ -32,6 +32,8 @@ from kvcompress.model_spec import DTYPE_BYTES, ModelSpec
 
 #: Bytes of a group's scale and zero together, in 16-bit dtypes; hqq and quanto keep them in the cache's own dtype.
 _KIVI_SCALES = 4
+#: Windows decoded at once on a GPU, where a window alone leaves it waiting for kernels to start.
+GPU_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,41 +169,51 @@ def find_peer(name: str, *, residual: int | None = None) -> Peer:
 
 
 def evaluate_peer(
-    model: Any, original: Original, peer: Peer, spec: ModelSpec, progress: Progress | None = None
+    model: Any,
+    original: Original,
+    peer: Peer,
+    spec: ModelSpec,
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Return how decoding with a peer's cache compares with the original, on the windows of `original`.
 
     model: the uncompressed model with nothing attached; its dtype may be wider than the checkpoint's, the cache
-    stores in the checkpoint's. `protocol["cache"]` says what was stored, and its bytes measured at a window's end.
+    stores in the checkpoint's. batch: windows decoded at once, 8 on a GPU and 1 elsewhere by default; one at a time
+    for fp8, whose scale is that of a text. (hqq ends its search for zeros by the mean error of the whole batch.)
+    `protocol["cache"]` says what was stored, and a window's bytes measured at its end.
     """
     seq_len = original.windows.ids.shape[1]
     peer.check(spec, seq_len)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    batch = 1 if peer.family == "fp8" else batch or (GPU_BATCH if on_gpu else 1)
     measured = 0
 
     def decoded(ids: Tensor) -> Tensor:
         nonlocal measured
         cache = peer.new_cache(len(spec.layers), getattr(torch, spec.dtype))
         states = decoded_states(model, ids, peer, cache)
-        measured = cache.nbytes()
+        measured = cache.nbytes() // len(ids)
         return states
 
     per_token = peer.measured_bytes_per_token(spec)
-    keep = per_token / spec.cache_bytes_per_token
-    result = compare_states(model, original, decoded, keep=keep, protocol={"sinks": 0}, progress=progress)
-    result.protocol.update(
-        recent=peer.residual,
-        cache={
-            "name": peer.name,
-            "stored_dtype": spec.dtype,
-            "bytes_per_token": per_token,
-            "bytes_at_seq_len": measured,
-        },
+    cache = {"name": peer.name, "stored_dtype": spec.dtype, "bytes_per_token": per_token, "windows_at_once": batch}
+    result = compare_states(
+        model,
+        original,
+        decoded,
+        keep=per_token / spec.cache_bytes_per_token,
+        protocol={"sinks": 0, "recent": peer.residual, "cache": cache},
+        batch=batch,
+        progress=progress,
     )
+    cache["bytes_at_seq_len"] = measured
     return result
 
 
 def decoded_states(model: Any, ids: Tensor, peer: Peer, cache: PeerCache) -> Tensor:
-    """Return the final hidden states [1, n_tokens, d_model] that decoding ids [1, n_tokens] with the cache gives."""
+    """Return the final hidden states [n, n_tokens, d_model] that decoding ids [n, n_tokens] with the cache gives."""
     states = []
     on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
     with torch.no_grad(), without_emptying() if on_gpu else nullcontext():

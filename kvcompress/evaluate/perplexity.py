@@ -152,23 +152,26 @@ def compare_states(
     *,
     keep: float,
     protocol: dict[str, Any],
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Return the figures of a compressed cache on the windows of `original`.
 
-    coded: ids [1, seq_len] -> final hidden states [1, seq_len, d_model] as decoding with the cache gives them;
-    `model` turns them into logits. keep and protocol are passed on.
+    coded: ids [n, seq_len] -> final hidden states [n, seq_len, d_model] as decoding with the cache gives them, for at
+    most `batch` windows; `model` turns them into logits. keep and protocol are passed on.
     """
     device = next(model.parameters()).device
     n_windows, seq_len = original.windows.ids.shape
     sums = torch.zeros(n_windows, 4, dtype=torch.float64)
-    for i in range(n_windows):
-        ids = original.windows.ids[i : i + 1].to(device)
-        exact = original.states(i)
+    for start in range(0, n_windows, batch):
+        ids = original.windows.ids[start : start + batch].to(device)
         with torch.no_grad():
-            sums[i] = _compare(model, exact, coded(ids), ids)
+            states = coded(ids)
+            for i in range(start, start + len(ids)):
+                one = slice(i - start, i - start + 1)
+                sums[i] = _compare(model, original.states(i), states[one], ids[one])
         if progress:
-            progress(i + 1, n_windows)
+            progress(start + len(ids), n_windows)
     nll, coded_nll, kl, agree = (sums.sum(0) / (n_windows * (seq_len - 1))).tolist()
     ratio = _exp(coded_nll - nll)
     log_ratios = (sums[:, 1] - sums[:, 0]) / (seq_len - 1)

@@ -63,6 +63,8 @@ def evaluate_tasks(
         "recent": sides[1].recent,
         "dtype": dtype_name(model),
         "limit": limit,
+        "tasks": [result.task for result in results],
+        "n_fewshot": sorted({result.n_fewshot for result in results}),
     }
     plan = attachment_of(model).plan
     return TaskEvaluation(results, average(results), plan.keep, protocol)

@@ -48,15 +48,16 @@ def spectra(figures: Figures) -> str:
     """Return the place of the spectra of chosen layers."""
     unit = "nats a token" if figures.value("report.predicted_loss_nats") is not None else "relative numbers"
     return f"""<h2>Spectra</h2>
-<p>Each layer's keys and values are rotated into components, ordered by energy: dropping a component is predicted to \
-cost half of its energy. A steep line compresses well. Solid is kept, dotted is dropped.</p>
+<p>Each layer's keys and values are rotated into components; drawn is what it is predicted to cost to drop each one. A \
+steep line compresses well. It is solid for as many components as are kept and dotted for the rest; with several \
+levels of bits, those that are kept are nearly, not always, the first.</p>
 <div class="chosen" id="chosen"><select aria-label="show another layer"><option>show a layer…</option></select></div>
 <figure>
 <div class="pair">
 <div><h3>Keys</h3><div class="chart" id="chart-key-spectra"></div></div>
 <div><h3>Values</h3><div class="chart" id="chart-value-spectra"></div></div>
 </div>
-<figcaption>Energies in {unit}, on a logarithmic axis, measured on {_calibration(figures)}.\
+<figcaption>Cost of dropping a component in {unit}, on a logarithmic axis, measured on {_calibration(figures)}.\
 <span class="screen"> Hover or tap for values.</span> Of a long spectrum the first 128 components are drawn, and one \
 in every few of the rest.</figcaption>
 </figure>
@@ -75,11 +76,11 @@ def levels(site: dict[str, Any]) -> str:
         return "all exact"
     histogram = site.get("bits_histogram") or {str(site["bits_per_token"] // max(1, site["rank"])): site["rank"]}
     some = [(int(bits), n) for bits, n in histogram.items() if n and int(bits)]
-    return ", ".join(f"{n} with {bits}" for bits, n in sorted(some, reverse=True)) or "none"
+    return ", ".join(f"{n}@{bits}" for bits, n in sorted(some, reverse=True)) or "none"
 
 
 def _layer_table(figures: Figures) -> str:
-    columns = [name for _ in _PARTS for name in ("rank", "bits a token", "<components, bits", "predicted loss")]
+    columns = [name for _ in _PARTS for name in ("rank", "bits a token", "<components @ bits", "predicted loss")]
     groups = '<tr><th></th><th colspan="4">keys</th><th colspan="4">values</th></tr>'
     rows = (
         [figures(f"report.layers.{i}.layer"), *(cell for part in _PARTS for cell in _site_cells(figures, i, part))]

@@ -95,7 +95,8 @@ def test_measured_bytes_are_those_of_the_plan(comparison: dict[str, Any]) -> Non
         positions = 4  # a token's position, once for all layers
         cell = row(comparison, name)
         assert cell["keep"] <= keep
-        assert cell["bytes_per_token"] == pytest.approx(cell["keep"] * original + positions, abs=0.01)
+        # the plan states whole bytes, a block of 32 tokens may hold half a byte for each
+        assert cell["bytes_per_token"] == pytest.approx(cell["keep"] * original + positions, abs=1)
         assert cell["measured_bytes"]["tokens"] == 256
         assert cell["measured_bytes"]["bytes"] < 256 * original
 

@@ -215,6 +215,21 @@ def test_evaluation(tiny_checkpoint: Any, tiny_model: Any, text_file: Path) -> N
     assert 0 < kl["hqq-4bit"] < kl["hqq-2bit"]
 
 
+@every_peer(only=("hqq", "quanto", "kivi", "fp8", "fp8-unscaled"))
+def test_windows_can_be_decoded_together(tiny_checkpoint: Any, tiny_model: Any, text_file: Path, peer: Peer) -> None:
+    model = tiny_model("llama-mha")
+    spec = read_model_spec(model.config.to_dict())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint("llama-mha"))
+    original = Original(model, Windows.of(tokenizer, str(text_file), 128, 3))
+    done: list[int] = []
+    single = evaluate_peer(model, original, peer, spec)
+    several = evaluate_peer(model, original, peer, spec, batch=2, progress=lambda n, _: done.append(n))
+    assert done == ([1, 2, 3] if peer.family == "fp8" else [2, 3])
+    # hqq stops its search by the mean error of the batch
+    assert several.kl_nats == pytest.approx(single.kl_nats, rel=0.1 if peer.family == "hqq" else 1e-3)
+    assert several.protocol["cache"]["bytes_at_seq_len"] == single.protocol["cache"]["bytes_at_seq_len"]
+
+
 def test_what_does_not_fit_is_refused(tiny_model: Any) -> None:
     spec = read_model_spec(tiny_model("llama-gqa").config.to_dict())
     with pytest.raises(OptionError, match=r"unknown\. Choose from hqq-4bit"):

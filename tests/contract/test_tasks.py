@@ -130,6 +130,7 @@ def test_figures_by_hand(attached: Any, task_directory: Path) -> None:
     assert result.average.original == pytest.approx(sum(m.original for m in headlines) / 2)
     assert 0.3 < result.tasks[0].compressed_share < 1
     assert result.protocol["recent"] == 4 and result.protocol["limit"] is None
+    assert result.protocol["tasks"] == [task.task for task in result.tasks]  # other tasks are another record
 
 
 @needs_lm_eval

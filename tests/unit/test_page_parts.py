@@ -16,8 +16,8 @@ from kvcompress.report.wording import nats, percent
     ("site", "expected"),
     [
         ({"basis": "latent", "rank": 10, "bits_per_token": 46, "bits_histogram": {"1": 4, "8": 2, "4": 5, "2": 0}},
-         "2 with 8, 5 with 4, 4 with 1"),
-        ({"basis": "latent", "rank": 10, "bits_per_token": 160}, "10 with 16"),
+         "2@8, 5@4, 4@1"),
+        ({"basis": "latent", "rank": 10, "bits_per_token": 160}, "10@16"),
         ({"basis": "latent", "rank": 0, "bits_per_token": 0}, "none"),
         ({"basis": "latent", "rank": 0, "bits_per_token": 0, "bits_histogram": {}}, "none"),
         ({"basis": "exact", "rank": 16, "bits_per_token": 256, "bits_histogram": {"16": 16}}, "all exact"),

@@ -48,7 +48,7 @@ def test_no_other_step_is_much_better(bits: int, tails: str) -> None:
         ((samples - dequantise(quantise(samples / s, half), half) * s).square().mean() / power).item()
         for s in torch.logspace(-3, 1, 400).tolist()
     ]
-    assert distortion.item() <= 1.08 * min(others)  # steps are tried a nineteenth apart
+    assert distortion.item() <= (1.03 if bits < 8 else 1.3) * min(others)  # steps are tried a twentieth apart
 
 
 def test_a_component_that_never_moved_gets_a_step_that_can_be_divided_by() -> None:

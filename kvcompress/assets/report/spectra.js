@@ -21,7 +21,7 @@ function choose(layer) {
 function spectrum(layer, part) {
   const energies = report.energies[`layers.${layer}.${part}`] || [];
   const site = report.layers.find((row) => row.layer === layer)[part];
-  const items = (site.rank * energies.length) / site.width; // a component of some bases is several numbers
+  const items = (site.rank * energies.length) / site.width; // an energy of some bases is of several numbers
   const stride = Math.ceil((2 * energies.length) / MOST_POINTS);
   const points = energies.map((energy, i) => ({ layer: `layer ${layer}`, component: i + 1, energy, kept: i < items }));
   const shown = points.filter((p, i) => p.energy > 0 && (i < MOST_POINTS / 2 || i % stride === 0));
@@ -42,7 +42,7 @@ function columns(points) {
   const rows = new Map();
   for (const p of points) {
     const row = rows.get(p.component) || { component: p.component };
-    row[p.layer] = row[p.layer] || `${p.energy} (${p.kept ? "kept" : "dropped"})`;
+    row[p.layer] = String(p.energy);
     rows.set(p.component, row);
   }
   const ordered = [...rows.values()].sort((a, b) => a.component - b.component);
@@ -58,12 +58,12 @@ function drawSpectrum(part, points, domain, color) {
   const n = Math.max(2, ...points.map((p) => p.component));
   const names = chosen.map((layer) => `layer ${layer}`);
   const x = {
-    field: "component", type: "quantitative", title: "component, largest first",
+    field: "component", type: "quantitative", title: "component, best first",
     scale: { nice: false, domain: [1, n] }, axis: { grid: false, tickCount: 6 },
   };
   const axis = { format: "~e", values: decades(domain), minExtent: 44, domain: false, ticks: false };
   const scale = { type: "log", nice: false, domain };
-  return draw(`chart-${part}-spectra`, `Energies of the components of ${PARTS[part]}, by layer`, {
+  return draw(`chart-${part}-spectra`, `Predicted cost of dropping each component of ${PARTS[part]}, by layer`, {
     height: 230,
     layer: [
       {
