@@ -61,7 +61,7 @@ class Output:
     @property
     def tokenizer(self) -> Any:
         whole = (self.directory / "config.json").is_file()
-        return load_tokenizer(self.directory if whole else self.args.base)
+        return load_tokenizer(self.directory if whole else Path(self.args.base))
 
     def measured(self, stage: str, measure: Any) -> dict[str, Any] | None:
         """Return a stage's figures from --work, or measure and write them; None if they cannot be had here."""
