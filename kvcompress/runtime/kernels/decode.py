@@ -1,0 +1,192 @@
+"""Decode attention over the packed cache: five Triton launches, from queries to outputs.
+
+1. absorb_kernel: the key decoder goes into the query. 2. score_kernel: softmax weights of all packed tokens, relative
+to their tile. 3. value_kernel: weighted sums of value codes. 4. reduce_kernel: splits added up. 5. output_kernel: the
+value decoder, the sinks and the recent tokens. docs/speed.md says why it is two passes and not one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kvcompress.runtime.kernels.layout import LEVELS, TILE_BLOCKS, TILE_TOKENS, PackedSite, offsets
+from kvcompress.runtime.kernels.output import output_kernel, reduce_kernel
+from kvcompress.runtime.kernels.query import absorb_kernel
+from kvcompress.runtime.kernels.scores import score_kernel
+from kvcompress.runtime.kernels.values import value_kernel
+
+_ABSORB_WIDTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ExactTokens:
+    """What is kept beside the packed tokens, in the model's dtype: [batch, kv heads, n_tokens, head_dim] each.
+
+    The last n_queries of `keys` and `values` are the queries' own. mask: [batch, n_sinks + n_recent] uint8, 0 where
+    a token must not be seen, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor
+    sink_values: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Launch parameters; the defaults were the fastest in docs/speed.md."""
+
+    score_width: int = 32
+    score_stages: int = 3
+    score_registers: int | None = 168
+    value_width: int = 128
+    value_warps: int = 4
+    value_blocks: int = 8
+    value_stages: int = 3
+    value_registers: int | None = 168
+    value_programs: int = 2  # for each multiprocessor
+
+
+DEFAULT_TUNING = Tuning()
+
+
+def packed_attention(
+    query: Tensor,
+    keys: PackedSite,
+    values: PackedSite,
+    *,
+    first: Tensor,
+    last: Tensor,
+    n_blocks: int,
+    exact: ExactTokens,
+    scaling: float,
+    mask: Tensor | None = None,
+    n_splits: int | None = None,
+    tuning: Tuning = DEFAULT_TUNING,
+) -> Tensor:
+    """Return attention over packed, sink and recent tokens: [batch, n_queries, heads, head_dim], in query's dtype.
+
+    query: [batch, heads, n_queries, head_dim] after RoPE; `keys` must be of a basis that commutes with RoPE. first,
+    last: [batch] int32, the packed tokens [first, last) that count for each sequence; n_blocks: packed blocks in use.
+    mask: [batch, >= n_blocks * 32] uint8, 0 where a packed token must not be seen. A query that sees nothing gives 0.
+    """
+    batch, n_heads, n_queries, head_dim = query.shape
+    n_kv_heads = exact.keys.shape[1]
+    group_columns = n_heads // n_kv_heads * n_queries
+    columns = 32 if n_heads * n_queries > 16 else 16
+    n_columns = -(-n_heads * n_queries // columns) * columns
+    n_tiles = max(1, -(-n_blocks // TILE_BLOCKS))
+    device = query.device
+    asm = _uses_asm(device)
+    query = query if query.stride(3) == 1 else query.contiguous()
+    scale = scaling * math.log2(math.e)
+
+    # 1. absorbed query
+    n_k, n_v = keys.n_components, values.n_components
+    # Columns beyond the queries' own are computed like any other, so they must hold finite numbers.
+    new = torch.empty if n_columns == n_heads * n_queries else torch.zeros
+    absorbed = new(batch, n_k, n_columns, dtype=torch.float16, device=device)
+    n_chunks = -(-n_k // _ABSORB_WIDTH)
+    bias = new(n_chunks, batch, n_columns, device=device)
+    dim = max(16, triton.next_power_of_2(head_dim))
+    absorb_columns = 16 if batch * group_columns <= 16 else 32
+    absorb_grid = (n_chunks, n_kv_heads, -(-batch * group_columns // absorb_columns))
+    if n_chunks:
+        absorb_kernel[absorb_grid](
+            query, keys.decoder, _offsets(keys), absorbed, bias, *query.stride()[:3], keys.decoder.stride(0),
+            n_k, batch, n_queries, group_columns, n_columns, head_dim, scale,
+            WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, DIM=dim,
+        )  # fmt: skip
+
+    # 2. weights of the packed tokens
+    weights = torch.empty(batch, n_tiles, TILE_TOKENS, n_columns, dtype=torch.float16, device=device)
+    tops = torch.empty(batch, n_tiles, n_columns, device=device)
+    totals = torch.empty(batch, n_tiles, n_columns, device=device)
+    key_unit, value_unit = _row_unit(keys), _row_unit(values)
+    mask_tensor = first if mask is None else mask
+    score_kernel[(n_tiles, n_columns // columns, batch)](
+        absorbed, bias, keys.words, first, last, mask_tensor, weights, tops, totals,
+        keys.words.stride(0), keys.words.stride(1) // key_unit, n_blocks, n_tiles, n_columns, n_chunks,
+        0 if mask is None else mask.stride(0), *keys.class_counts,
+        ROW_UNIT=key_unit, CLASSES=_classes(keys), COLUMNS=columns, WIDTH=tuning.score_width,
+        STAGES=tuning.score_stages, HAS_MASK=mask is not None, ASM=asm,
+        num_warps=4, **_registers(tuning.score_registers, asm),
+    )  # fmt: skip
+
+    # 3. weighted sums of value codes
+    width = tuning.value_width
+    chunks = sum(-(-count // width) for count in values.class_counts)
+    if n_splits is None:
+        n_splits = max(1, round(tuning.value_programs * _multiprocessors(device) / max(1, chunks * batch)))
+    per_split = -(-n_tiles // min(n_splits, n_tiles))
+    n_splits = -(-n_tiles // per_split)
+    sums = torch.empty(batch, n_splits, n_v, n_columns, device=device)
+    if n_v:
+        value_kernel[(chunks, n_splits, batch * (n_columns // columns))](
+            values.words, weights, tops, sums, values.words.stride(0), values.words.stride(1) // value_unit,
+            n_blocks, n_tiles, per_split, n_columns, *values.class_counts,
+            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, BLOCKS=tuning.value_blocks,
+            STAGES=tuning.value_stages, ASM=asm, num_warps=tuning.value_warps,
+            **_registers(tuning.value_registers, asm),
+        )  # fmt: skip
+
+    # 4. and 5.
+    latents = torch.empty(batch, n_columns, n_v, dtype=torch.float16, device=device)
+    top = torch.empty(batch, n_columns, device=device)
+    total = torch.empty(batch, n_columns, device=device)
+    reduce_kernel[(max(1, -(-n_v // 32)), n_columns // columns, batch)](
+        sums, _offsets(values), tops, totals, latents, top, total, n_v, n_splits, n_tiles, n_columns,
+        WIDTH=32, COLUMNS=columns,
+    )  # fmt: skip
+    out = torch.empty(batch, n_queries, n_heads, head_dim, dtype=query.dtype, device=device)
+    output_kernel[(n_kv_heads, batch)](
+        query, latents, values.decoder, first if values.mean is None else values.mean, top, total,
+        exact.sink_keys, exact.sink_values, exact.keys, exact.values, first if exact.mask is None else exact.mask, out,
+        *query.stride()[:3], *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
+        *out.stride()[:3], values.decoder.stride(0), n_v, exact.sink_keys.shape[2], exact.keys.shape[2],
+        n_queries, group_columns, n_columns, scale,
+        HEAD_DIM=head_dim, DIM=dim, ROWS=max(16, triton.next_power_of_2(group_columns)), WIDTH=64, TOKENS=32,
+        HAS_MEAN=values.mean is not None, HAS_MASK=exact.mask is not None,
+    )  # fmt: skip
+    return out
+
+
+def _uses_asm(device: torch.device) -> bool:
+    """Inline instructions need a NVIDIA GPU; Triton's interpreter and other GPUs take the plain expressions."""
+    return device.type == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def _registers(limit: int | None, asm: bool) -> dict[str, int]:
+    return {"maxnreg": limit} if asm and limit is not None else {}
+
+
+def _classes(site: PackedSite) -> int:
+    return sum(bits for bits in LEVELS if site.counts.get(bits, 0))
+
+
+def _row_unit(site: PackedSite) -> int:
+    """Return how many words the rows' stride is a multiple of, so that the compiler knows their alignment."""
+    aligned = site.words.stride(1) % 4 == 0 and site.words.stride(0) % 4 == 0
+    return 4 if aligned and site.words.data_ptr() % 16 == 0 else 1
+
+
+def _offsets(site: PackedSite) -> Tensor:
+    return _cached_offsets(tuple(sorted(site.counts.items())), site.words.device)
+
+
+@lru_cache(maxsize=1024)
+def _cached_offsets(counts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return offsets(dict(counts), device)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
