@@ -92,34 +92,35 @@ def score_kernel(
     left = n_blocks - tile * 16
     total = n16 + n8 + n4 + n2 + n1
     query += batch * total * n_columns + tl.program_id(1) * COLUMNS
+    lo = tl.load(first + batch)
+    hi = tl.load(last + batch)
+    # A tile without a token that counts costs no more than writing its zeros.
+    live = ((tile * 512 < hi) & (tile * 512 + 512 > lo)).to(tl.int32)
     zero = tl.zeros([64, COLUMNS], tl.float32)
     acc = (zero, zero, zero, zero, zero, zero, zero, zero)
     word = 0
-    row = 0
-    if CLASSES & 16:
-        acc = _add_class(acc, words, query, row_words, word, n16, left, n_columns, 16, 16, COLUMNS, 1, ASM)
-        word += n16 * 16
-        row += n16
-    if CLASSES & 8:
-        acc = _add_class(acc, words, query + row * n_columns, row_words, word, n8, left, n_columns, 8, 16, COLUMNS, 1, ASM)
-        word += n8 * 8
-        row += n8
-    if CLASSES & 4:
-        acc = _add_class(acc, words, query + row * n_columns, row_words, word, n4, left, n_columns, 4, WIDTH, COLUMNS, STAGES, ASM)
-        word += n4 * 4
-        row += n4
-    if CLASSES & 2:
-        acc = _add_class(acc, words, query + row * n_columns, row_words, word, n2, left, n_columns, 2, WIDTH, COLUMNS, STAGES, ASM)
-        word += n2 * 2
-        row += n2
-    if CLASSES & 1:
-        acc = _add_class(acc, words, query + row * n_columns, row_words, word, n1, left, n_columns, 1, WIDTH, COLUMNS, STAGES, ASM)
+    for index in tl.static_range(5):
+        if index == 0:
+            count = n16
+        elif index == 1:
+            count = n8
+        elif index == 2:
+            count = n4
+        elif index == 3:
+            count = n2
+        else:
+            count = n1
+        if CLASSES & (16 >> index):
+            acc = _add_class(
+                acc, words, query, row_words, word, count * live, left, n_columns,
+                16 >> index, 16 if index < 2 else WIDTH, COLUMNS, STAGES, ASM,
+            )  # fmt: skip
+        word += count * (16 >> index)
+        query += count * n_columns
 
     offset = tl.zeros([COLUMNS], tl.float32)
     for chunk in range(0, n_chunks):
         offset += tl.load(bias + (chunk * n_batch + batch) * n_columns + column)
-    lo = tl.load(first + batch)
-    hi = tl.load(last + batch)
     mask_row = mask + batch * mask_stride
     line = tl.arange(0, 64)
     token = tile * 512 + line * 8

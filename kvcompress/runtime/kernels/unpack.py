@@ -64,65 +64,54 @@ def operand(raw, TAU: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _arranged(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr):
-    """[BLOCKS, WIDTH * 4] -> [BLOCKS * 4, WIDTH] or [WIDTH, BLOCKS * 4]."""
+def _arranged(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """[BLOCKS, WIDTH * 4 * WORDS] -> a tuple of WORDS tensors [BLOCKS * 4, WIDTH] or [WIDTH, BLOCKS * 4]."""
+    shaped = x.reshape(BLOCKS, WIDTH, 4, WORDS)
     if TOKENS_FIRST:
-        result = x.reshape(BLOCKS, WIDTH, 4).permute(0, 2, 1).reshape(BLOCKS * 4, WIDTH)
+        turned = shaped.permute(0, 2, 1, 3)
+        rows: tl.constexpr = BLOCKS * 4
+        columns: tl.constexpr = WIDTH
     else:
-        result = x.reshape(BLOCKS, WIDTH, 4).permute(1, 0, 2).reshape(WIDTH, BLOCKS * 4)
+        turned = shaped.permute(1, 0, 2, 3)
+        rows: tl.constexpr = WIDTH
+        columns: tl.constexpr = BLOCKS * 4
+    if WORDS == 1:
+        result = (turned.reshape(rows, columns),)
+    elif WORDS == 2:
+        result = tl.split(turned.reshape(rows, columns, 2))
+    else:
+        even, odd = tl.split(turned.reshape(rows, columns, 2, 2))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        result = (w0, w1, w2, w3)
     return result
 
 
 @triton.jit
 def raw_tile(
-    words,
-    row_words,
-    first_word,
-    component,
-    n_components,
-    n_blocks,
-    BITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS_FIRST: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    words, row_words, first_word, component, n_components, n_blocks,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Return the raw integers of WIDTH components from `component` on, for BLOCKS blocks: a tuple for `operand`.
 
     words: the first block's row; row_words: words from block to block; first_word: where the class starts in a row.
     Components from n_components and blocks from n_blocks on read as zeros. WHOLE: there are no such components.
     """
+    # A quarter of a component is BITS bytes: one integer of 1, 2 or 4 bytes, or 2 or 4 words.
+    WORDS: tl.constexpr = BITS // 4 if BITS > 4 else 1
+    base = words + first_word
+    if BITS == 1:
+        base = base.to(tl.pointer_type(tl.uint8))
+        stride = row_words * 4
+    elif BITS == 2:
+        base = base.to(tl.pointer_type(tl.int16))
+        stride = row_words * 2
+    else:
+        stride = row_words
     block = tl.arange(0, BLOCKS)
-    column = component * 4 + tl.arange(0, WIDTH * 4)
+    column = component * (4 * WORDS) + tl.arange(0, WIDTH * 4 * WORDS)
     mask = (block < n_blocks)[:, None]
     if not WHOLE:
-        mask = mask & (column < n_components * 4)[None, :]
-    if BITS == 1:
-        base = (words + first_word).to(tl.pointer_type(tl.uint8))
-        place = (block * (row_words * 4))[:, None] + column[None, :]
-        raw = (_arranged(tl.load(base + place, mask=mask, other=0), BLOCKS, WIDTH, TOKENS_FIRST),)
-    elif BITS == 2:
-        base = (words + first_word).to(tl.pointer_type(tl.int16))
-        place = (block * (row_words * 2))[:, None] + column[None, :]
-        raw = (_arranged(tl.load(base + place, mask=mask, other=0), BLOCKS, WIDTH, TOKENS_FIRST),)
-    elif BITS == 4:
-        place = (block * row_words + first_word)[:, None] + column[None, :]
-        raw = (_arranged(tl.load(words + place, mask=mask, other=0), BLOCKS, WIDTH, TOKENS_FIRST),)
-    elif BITS == 8:
-        place = (block * row_words + first_word)[:, None] + column[None, :] * 2
-        low = tl.load(words + place, mask=mask, other=0)
-        high = tl.load(words + place + 1, mask=mask, other=0)
-        raw = (_arranged(low, BLOCKS, WIDTH, TOKENS_FIRST), _arranged(high, BLOCKS, WIDTH, TOKENS_FIRST))
-    else:
-        place = (block * row_words + first_word)[:, None] + column[None, :] * 4
-        w0 = tl.load(words + place, mask=mask, other=0)
-        w1 = tl.load(words + place + 1, mask=mask, other=0)
-        w2 = tl.load(words + place + 2, mask=mask, other=0)
-        w3 = tl.load(words + place + 3, mask=mask, other=0)
-        raw = (
-            _arranged(w0, BLOCKS, WIDTH, TOKENS_FIRST),
-            _arranged(w1, BLOCKS, WIDTH, TOKENS_FIRST),
-            _arranged(w2, BLOCKS, WIDTH, TOKENS_FIRST),
-            _arranged(w3, BLOCKS, WIDTH, TOKENS_FIRST),
-        )
-    return raw
+        mask = mask & (column < n_components * (4 * WORDS))[None, :]
+    loaded = tl.load(base + (block * stride)[:, None] + column[None, :], mask=mask, other=0)
+    return _arranged(loaded, BLOCKS, WIDTH, WORDS, TOKENS_FIRST)

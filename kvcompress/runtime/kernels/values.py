@@ -99,7 +99,7 @@ def value_kernel(
             if (start >= 0) & (start < count):
                 acc = _class_sums(
                     words, weights, tops, top, row_words, word, start, count, n_blocks, a, z, n_columns, column,
-                    16 >> index, WIDTH, COLUMNS, 4 if index < 2 else BLOCKS, 1 if index < 2 else STAGES, ASM,
+                    16 >> index, WIDTH, COLUMNS, 4 if index < 2 else BLOCKS, STAGES, ASM,
                 )  # fmt: skip
                 component = start + tl.arange(0, WIDTH)
                 place = sums + (row + component)[:, None] * n_columns + column[None, :]
