@@ -25,6 +25,7 @@ def run(case: Case, **kwargs) -> torch.Tensor:
 
 def test_mixed():
     case = random_case(key_counts=MIXED, value_counts=MIXED)
-    out = run(case)
-    print((out - case.expected).norm() / case.expected.norm())
+    for n_s in (1, 2, None):
+      out = run(case, n_splits=n_s)
+      print(n_s, (out - case.expected).norm() / case.expected.norm())
     torch.testing.assert_close(out, case.expected, atol=3e-3, rtol=3e-3)

@@ -1,8 +1,8 @@
-"""Decode attention over the packed cache: five Triton launches, from queries to outputs.
+"""Decode attention over the packed cache: four Triton launches, from queries to outputs.
 
-1. absorb_kernel: the key decoder goes into the query. 2. score_kernel: softmax weights of all packed tokens, relative
-to their tile. 3. value_kernel: weighted sums of value codes. 4. reduce_kernel: splits added up. 5. output_kernel: the
-value decoder, the sinks and the recent tokens. docs/speed.md says why it is two passes and not one.
+1. prepare_kernel: the key decoder goes into the query; attention over sinks and recent tokens. 2. score_kernel: softmax
+weights of all packed tokens, relative to their tile. 3. value_kernel: weighted sums of value codes. 4. output_kernel:
+splits added up, decoded, joined with the exact tokens. docs/speed.md says why it is two passes and not one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 
 from kvcompress.runtime.kernels.layout import LEVELS, TILE_BLOCKS, TILE_TOKENS, PackedSite, offsets
-from kvcompress.runtime.kernels.output import output_kernel, reduce_kernel
-from kvcompress.runtime.kernels.query import absorb_kernel
+from kvcompress.runtime.kernels.output import output_kernel
+from kvcompress.runtime.kernels.prepare import prepare_kernel
 from kvcompress.runtime.kernels.scores import score_kernel
 from kvcompress.runtime.kernels.values import value_kernel
 
@@ -44,15 +44,18 @@ class ExactTokens:
 class Tuning:
     """Launch parameters; the defaults were the fastest in docs/speed.md."""
 
+    score_warps: int = 2
     score_width: int = 32
     score_stages: int = 3
-    score_registers: int | None = 168
+    score_registers: int | None = None
     value_width: int = 128
-    value_warps: int = 4
+    value_warps: int = 2
     value_blocks: int = 8
     value_stages: int = 3
-    value_registers: int | None = 168
-    value_programs: int = 2  # for each multiprocessor
+    value_registers: int | None = None
+    output_width: int = 256
+    output_warps: int = 8
+    value_programs: int = 4  # for each multiprocessor
 
 
 DEFAULT_TUNING = Tuning()
@@ -89,36 +92,44 @@ def packed_attention(
     query = query if query.stride(3) == 1 else query.contiguous()
     scale = scaling * math.log2(math.e)
 
-    # 1. absorbed query
+    # 1. absorbed query, exact tokens
     n_k, n_v = keys.n_components, values.n_components
     # Columns beyond the queries' own are computed like any other, so they must hold finite numbers.
     new = torch.empty if n_columns == n_heads * n_queries else torch.zeros
     absorbed = new(batch, n_k, n_columns, dtype=torch.float16, device=device)
     n_chunks = -(-n_k // _ABSORB_WIDTH)
     bias = new(n_chunks, batch, n_columns, device=device)
+    exact_sums = torch.empty(batch, n_columns, head_dim, device=device)
+    exact_tops, exact_totals = torch.empty(2, batch, n_columns, device=device)
+    packed_tops = new(batch, n_columns, device=device)
     dim = max(16, triton.next_power_of_2(head_dim))
+    rows = max(16, triton.next_power_of_2(group_columns))
     absorb_columns = 16 if batch * group_columns <= 16 else 32
-    absorb_grid = (n_chunks, n_kv_heads, -(-batch * group_columns // absorb_columns))
-    if n_chunks:
-        absorb_kernel[absorb_grid](
-            query, keys.decoder, _offsets(keys), absorbed, bias, *query.stride()[:3], keys.decoder.stride(0),
-            n_k, batch, n_queries, group_columns, n_columns, head_dim, scale,
-            WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, DIM=dim,
-        )  # fmt: skip
+    n_absorb = n_chunks * n_kv_heads * -(-batch * group_columns // absorb_columns)
+    prepare_kernel[(batch * n_kv_heads + n_absorb,)](
+        query, keys.decoder, _offsets(keys), absorbed, bias, exact.sink_keys, exact.sink_values, exact.keys,
+        exact.values, first if exact.mask is None else exact.mask, exact_sums, exact_tops, exact_totals, packed_tops,
+        *query.stride()[:3], keys.decoder.stride(0), *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3],
+        *exact.values.stride()[:3], n_chunks, n_k, batch, n_kv_heads, exact.sink_keys.shape[2], exact.keys.shape[2],
+        n_queries, group_columns, n_columns, scale,
+        HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=32,
+        HAS_MASK=exact.mask is not None,
+    )  # fmt: skip
 
     # 2. weights of the packed tokens
     weights = torch.empty(batch, n_tiles, TILE_TOKENS, n_columns, dtype=torch.float16, device=device)
     tops = torch.empty(batch, n_tiles, n_columns, device=device)
     totals = torch.empty(batch, n_tiles, n_columns, device=device)
+    shifts = _shifts(device)
     key_unit, value_unit = _row_unit(keys), _row_unit(values)
     mask_tensor = first if mask is None else mask
     score_kernel[(n_tiles, n_columns // columns, batch)](
-        absorbed, bias, keys.words, first, last, mask_tensor, weights, tops, totals,
+        absorbed, bias, keys.words, shifts, first, last, mask_tensor, weights, tops, totals, packed_tops,
         keys.words.stride(0), keys.words.stride(1) // key_unit, n_blocks, n_tiles, n_columns, n_chunks,
         0 if mask is None else mask.stride(0), *keys.class_counts,
         ROW_UNIT=key_unit, CLASSES=_classes(keys), COLUMNS=columns, WIDTH=tuning.score_width,
         STAGES=tuning.score_stages, HAS_MASK=mask is not None, ASM=asm,
-        num_warps=4, **_registers(tuning.score_registers, asm),
+        BLOCKS=TILE_BLOCKS, num_warps=tuning.score_warps, **_registers(tuning.score_registers, asm),
     )  # fmt: skip
 
     # 3. weighted sums of value codes
@@ -131,30 +142,23 @@ def packed_attention(
     sums = torch.empty(batch, n_splits, n_v, n_columns, device=device)
     if n_v:
         value_kernel[(chunks, n_splits, batch * (n_columns // columns))](
-            values.words, weights, tops, sums, values.words.stride(0), values.words.stride(1) // value_unit,
+            values.words, shifts, weights, tops, packed_tops, sums, values.words.stride(0), values.words.stride(1) // value_unit,
             n_blocks, n_tiles, per_split, n_columns, *values.class_counts,
-            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, BLOCKS=tuning.value_blocks,
+            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=TILE_BLOCKS, BLOCKS=tuning.value_blocks,
             STAGES=tuning.value_stages, ASM=asm, num_warps=tuning.value_warps,
             **_registers(tuning.value_registers, asm),
         )  # fmt: skip
 
-    # 4. and 5.
-    latents = torch.empty(batch, n_columns, n_v, dtype=torch.float16, device=device)
-    top = torch.empty(batch, n_columns, device=device)
-    total = torch.empty(batch, n_columns, device=device)
-    reduce_kernel[(max(1, -(-n_v // 32)), n_columns // columns, batch)](
-        sums, _offsets(values), tops, totals, latents, top, total, n_v, n_splits, n_tiles, n_columns,
-        WIDTH=32, COLUMNS=columns,
-    )  # fmt: skip
+    # 4. splits added up, decoded, joined with the exact tokens
     out = torch.empty(batch, n_queries, n_heads, head_dim, dtype=query.dtype, device=device)
-    output_kernel[(n_kv_heads, batch)](
-        query, latents, values.decoder, first if values.mean is None else values.mean, top, total,
-        exact.sink_keys, exact.sink_values, exact.keys, exact.values, first if exact.mask is None else exact.mask, out,
-        *query.stride()[:3], *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
-        *out.stride()[:3], values.decoder.stride(0), n_v, exact.sink_keys.shape[2], exact.keys.shape[2],
-        n_queries, group_columns, n_columns, scale,
-        HEAD_DIM=head_dim, DIM=dim, ROWS=max(16, triton.next_power_of_2(group_columns)), WIDTH=64, TOKENS=32,
-        HAS_MEAN=values.mean is not None, HAS_MASK=exact.mask is not None,
+    out_dim = min(dim, 64)
+    output_kernel[(n_kv_heads, batch, dim // out_dim)](
+        sums, _offsets(values), packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, values.decoder,
+        first if values.mean is None else values.mean, out, *out.stride()[:3], values.decoder.stride(0),
+        n_v, n_splits, n_tiles, n_queries, group_columns, n_columns,
+        HEAD_DIM=head_dim, DIM=out_dim, GROUP=triton.next_power_of_2(group_columns), ROWS=rows,
+        WIDTH=tuning.output_width, SPLITS=min(8, triton.next_power_of_2(n_splits)), TILES=128,
+        HAS_MEAN=values.mean is not None, num_warps=tuning.output_warps,
     )  # fmt: skip
     return out
 
@@ -185,6 +189,12 @@ def _offsets(site: PackedSite) -> Tensor:
 @lru_cache(maxsize=1024)
 def _cached_offsets(counts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     return offsets(dict(counts), device)
+
+
+@lru_cache(maxsize=64)
+def _shifts(device: torch.device) -> Tensor:
+    """Return where the two bytes of a half word start, as a tensor: see unpack.raw_tile."""
+    return torch.tensor([0, 8], dtype=torch.int16, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -6,16 +6,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import operand, raw_tile
+from kvcompress.runtime.kernels.unpack import line_place, operand, raw_tile
 
 
 @triton.jit
 def _add_chunk(
-    acc, words, query, row_words, first_word, start, n_components, n_blocks, n_columns,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
+    acc, words, shifts, query, row_words, first_word, start, n_components, n_blocks, n_columns,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of WIDTH components to the eight accumulators [64, COLUMNS]."""
-    raw = raw_tile(words, row_words, first_word, start, n_components, n_blocks, BITS, 16, WIDTH, True, WHOLE)
+    """Add the products of WIDTH components to the eight accumulators [4 BLOCKS, COLUMNS]."""
+    raw = raw_tile(words, shifts, row_words, first_word, start, n_components, n_blocks, BITS, BLOCKS, WIDTH, True, WHOLE)
     row = start + tl.arange(0, WIDTH)
     place = query + row[:, None] * n_columns + tl.arange(0, COLUMNS)[None, :]
     if WHOLE:
@@ -35,27 +36,28 @@ def _add_chunk(
 
 @triton.jit
 def _add_class(
-    acc, words, query, row_words, first_word, n_components, n_blocks, n_columns,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    acc, words, shifts, query, row_words, first_word, n_components, n_blocks, n_columns,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Add the products of one class of components: whole chunks first, with unmasked and so wider loads."""
     whole = n_components // WIDTH * WIDTH
     for start in tl.range(0, whole, WIDTH, num_stages=STAGES):
         acc = _add_chunk(
-            acc, words, query, row_words, first_word, start, n_components, n_blocks, n_columns,
-            BITS, WIDTH, COLUMNS, True, ASM,
+            acc, words, shifts, query, row_words, first_word, start, n_components, n_blocks, n_columns,
+            BITS, BLOCKS, WIDTH, COLUMNS, True, ASM,
         )  # fmt: skip
     if whole < n_components:
         acc = _add_chunk(
-            acc, words, query, row_words, first_word, whole, n_components, n_blocks, n_columns,
-            BITS, WIDTH, COLUMNS, False, ASM,
+            acc, words, shifts, query, row_words, first_word, whole, n_components, n_blocks, n_columns,
+            BITS, BLOCKS, WIDTH, COLUMNS, False, ASM,
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def _masked(acc, bias, token, TAU: tl.constexpr, first, last, mask_row, HAS_MASK: tl.constexpr):
-    """Return scores with -inf at tokens outside [first, last) or masked; token: [64], of place 0."""
+    """Return scores with -inf at tokens outside [first, last) or masked; token: [4 BLOCKS], of place 0."""
     seen = (token + TAU >= first) & (token + TAU < last)
     if HAS_MASK:
         seen = seen & (tl.load(mask_row + token + TAU, mask=seen, other=0) != 0)
@@ -72,31 +74,34 @@ def _weights(score, top, place):
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_chunks", "n_tiles"])
 def score_kernel(
-    query, bias, words, first, last, mask, weights, tops, sums,
+    query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
     batch_words, row_units, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
-    ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     STAGES: tl.constexpr, HAS_MASK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of 512 tokens of one sequence, COLUMNS query columns (heads and query tokens).
+    """One program: a tile of BLOCKS blocks of one sequence, COLUMNS query columns (heads and query tokens).
 
     query: [batch, R, n_columns] float16, absorbed, in units of log2; bias: [n_chunks, batch, n_columns], summing to
-    what the offsets of the codes add to every score. weights: [batch, n_tiles, 8, 64, n_columns] float16.
-    tops, sums: [batch, n_tiles, n_columns], a tile's largest score and the sum of its weights.
+    what the offsets of the codes add to every score. weights: [batch, n_tiles, 8, 4 BLOCKS, n_columns] float16.
+    tops, sums: [batch, n_tiles, n_columns], a tile's largest score and the sum of its weights;
+    packed_tops: [batch, n_columns], raised to the largest score of all tiles.
     """
     tile = tl.program_id(0)
+    TOKENS: tl.constexpr = BLOCKS * 32
+    LINES: tl.constexpr = BLOCKS * 4
     batch = tl.program_id(2).to(tl.int64)
     n_batch = tl.num_programs(2)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_words = row_units * ROW_UNIT
-    words += batch * batch_words + tile.to(tl.int64) * 16 * row_words
-    left = n_blocks - tile * 16
+    words += batch * batch_words + tile.to(tl.int64) * BLOCKS * row_words
+    left = n_blocks - tile * BLOCKS
     total = n16 + n8 + n4 + n2 + n1
     query += batch * total * n_columns + tl.program_id(1) * COLUMNS
     lo = tl.load(first + batch)
     hi = tl.load(last + batch)
     # A tile without a token that counts costs no more than writing its zeros.
-    live = ((tile * 512 < hi) & (tile * 512 + 512 > lo)).to(tl.int32)
-    zero = tl.zeros([64, COLUMNS], tl.float32)
+    live = ((tile * TOKENS < hi) & (tile * TOKENS + TOKENS > lo)).to(tl.int32)
+    zero = tl.zeros([LINES, COLUMNS], tl.float32)
     acc = (zero, zero, zero, zero, zero, zero, zero, zero)
     word = 0
     for index in tl.static_range(5):
@@ -112,8 +117,8 @@ def score_kernel(
             count = n1
         if CLASSES & (16 >> index):
             acc = _add_class(
-                acc, words, query, row_words, word, count * live, left, n_columns,
-                16 >> index, 16 if index < 2 else WIDTH, COLUMNS, STAGES, ASM,
+                acc, words, shifts, query, row_words, word, count * live, left, n_columns,
+                16 >> index, BLOCKS, 16 if index < 2 else WIDTH, COLUMNS, STAGES, ASM,
             )  # fmt: skip
         word += count * (16 >> index)
         query += count * n_columns
@@ -122,8 +127,8 @@ def score_kernel(
     for chunk in range(0, n_chunks):
         offset += tl.load(bias + (chunk * n_batch + batch) * n_columns + column)
     mask_row = mask + batch * mask_stride
-    line = tl.arange(0, 64)
-    token = tile * 512 + line * 8
+    line = tl.arange(0, LINES)
+    token = tile * TOKENS + line_place(line)
     s0 = _masked(acc[0], offset, token, 0, lo, hi, mask_row, HAS_MASK)
     s1 = _masked(acc[1], offset, token, 1, lo, hi, mask_row, HAS_MASK)
     s2 = _masked(acc[2], offset, token, 2, lo, hi, mask_row, HAS_MASK)
@@ -137,8 +142,8 @@ def score_kernel(
     top = tl.max(tl.maximum(low, high), 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
     entry = batch * n_tiles + tile
-    place = weights + entry * 512 * n_columns + line[:, None] * n_columns + column[None, :]
-    step = 64 * n_columns
+    place = weights + entry * TOKENS * n_columns + line[:, None] * n_columns + column[None, :]
+    step = LINES * n_columns
     weight = _weights(s0, safe, place)
     weight += _weights(s1, safe, place + step)
     weight += _weights(s2, safe, place + 2 * step)
@@ -148,4 +153,5 @@ def score_kernel(
     weight += _weights(s6, safe, place + 6 * step)
     weight += _weights(s7, safe, place + 7 * step)
     tl.store(tops + entry * n_columns + column, top)
+    tl.atomic_max(packed_tops + batch * n_columns + column, top)
     tl.store(sums + entry * n_columns + column, tl.sum(weight, 0))

@@ -1,8 +1,10 @@
 """Reading packed words in Triton: raw words of a tile, and codes as float16 matrix operands.
 
-A tile is 16 blocks of 32 tokens. Each block's tokens are taken as 4 quarters of 8: a matrix row (or column) stands
-for one quarter of one block, 64 in a tile, and one matrix product for each place tau = 0..7 in the quarter. So every
-class of bits has the same token order, and each quarter of a component is `bits` whole bytes of a row.
+A tile is a few blocks of 32 tokens. Each block's tokens are taken as 4 quarters of 8: a line of the tile (a row or a
+column of a matrix operand) stands for one quarter of one block, and there is one matrix product for each place
+tau = 0..7 in the quarter. So every class of bits has the same token order, and each quarter of a component is `bits`
+whole bytes of a row. Lines are ordered (block // 4, low or high quarter of a half, block % 4, half), which leaves the
+two bytes of a half word in one thread's registers.
 
 A code of b bits becomes float16 in one logic and one multiply-add instruction for two of them: its bits are put in
 the mantissa of 1024 (0x6400), and 1024 is subtracted. Codes are used as they are, from 0; the callers subtract
@@ -48,7 +50,7 @@ def codes(halves, SHIFT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 def operand(raw, TAU: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Return the codes of the tokens at place TAU of their quarters, from what `raw_tile` gave."""
     if BITS == 1:
-        result = codes(raw[0].to(tl.int16), TAU, 1, ASM)
+        result = codes(raw[0], TAU, 1, ASM)
     elif BITS == 2:
         result = codes(raw[0], 2 * TAU, 2, ASM)
     elif BITS == 4:
@@ -64,15 +66,23 @@ def operand(raw, TAU: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def line_place(line):
+    """Return the token of place 0 that a line of a tile stands for, counted from the tile's first token."""
+    block = line // 16 * 4 + line // 2 % 4
+    quarter = line % 2 * 2 + line // 8 % 2
+    return block * 32 + quarter * 8
+
+
+@triton.jit
 def _arranged(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, TOKENS_FIRST: tl.constexpr):
     """[BLOCKS, WIDTH * 4 * WORDS] -> a tuple of WORDS tensors [BLOCKS * 4, WIDTH] or [WIDTH, BLOCKS * 4]."""
-    shaped = x.reshape(BLOCKS, WIDTH, 4, WORDS)
+    shaped = x.reshape(BLOCKS // 4, 4, WIDTH, 2, 2, WORDS)
     if TOKENS_FIRST:
-        turned = shaped.permute(0, 2, 1, 3)
+        turned = shaped.permute(0, 4, 1, 3, 2, 5)
         rows: tl.constexpr = BLOCKS * 4
         columns: tl.constexpr = WIDTH
     else:
-        turned = shaped.permute(1, 0, 2, 3)
+        turned = shaped.permute(2, 0, 4, 1, 3, 5)
         rows: tl.constexpr = WIDTH
         columns: tl.constexpr = BLOCKS * 4
     if WORDS == 1:
@@ -89,29 +99,30 @@ def _arranged(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
 
 @triton.jit
 def raw_tile(
-    words, row_words, first_word, component, n_components, n_blocks,
+    words, shifts, row_words, first_word, component, n_components, n_blocks,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Return the raw integers of WIDTH components from `component` on, for BLOCKS blocks: a tuple for `operand`.
 
-    words: the first block's row; row_words: words from block to block; first_word: where the class starts in a row.
+    words: the first block's row; shifts: [0, 8] in memory (a computed constant would be laid out apart from what is
+    loaded, and every operand would pass through shared memory); row_words: words from block to block; first_word: where the class starts in a row.
     Components from n_components and blocks from n_blocks on read as zeros. WHOLE: there are no such components.
     """
-    # A quarter of a component is BITS bytes: one integer of 1, 2 or 4 bytes, or 2 or 4 words.
+    # A quarter of a component is BITS bytes: a byte of an int16, an int16, an int32, or 2 or 4 of them.
     WORDS: tl.constexpr = BITS // 4 if BITS > 4 else 1
+    UNITS: tl.constexpr = 2 if BITS == 1 else 4 * WORDS
     base = words + first_word
-    if BITS == 1:
-        base = base.to(tl.pointer_type(tl.uint8))
-        stride = row_words * 4
-    elif BITS == 2:
+    stride = row_words
+    if BITS < 4:
         base = base.to(tl.pointer_type(tl.int16))
         stride = row_words * 2
-    else:
-        stride = row_words
     block = tl.arange(0, BLOCKS)
-    column = component * (4 * WORDS) + tl.arange(0, WIDTH * 4 * WORDS)
+    column = component * UNITS + tl.arange(0, WIDTH * UNITS)
     mask = (block < n_blocks)[:, None]
     if not WHOLE:
-        mask = mask & (column < n_components * (4 * WORDS))[None, :]
+        mask = mask & (column < n_components * UNITS)[None, :]
     loaded = tl.load(base + (block * stride)[:, None] + column[None, :], mask=mask, other=0)
+    if BITS == 1:
+        shift = tl.load(shifts + tl.arange(0, 2))
+        loaded = loaded[:, :, None] >> shift[None, None, :]
     return _arranged(loaded, BLOCKS, WIDTH, WORDS, TOKENS_FIRST)

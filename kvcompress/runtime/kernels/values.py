@@ -10,55 +10,48 @@ from kvcompress.runtime.kernels.unpack import operand, raw_tile
 
 
 @triton.jit
-def largest(tops, n_tiles, n_columns, column, COLUMNS: tl.constexpr):
-    """Return the largest score of each column over all tiles, and 0 where all are masked."""
-    best = tl.full([32, COLUMNS], float("-inf"), tl.float32)
-    for start in range(0, n_tiles, 32):
-        tile = start + tl.arange(0, 32)
-        place = tops + tile[:, None] * n_columns + column[None, :]
-        best = tl.maximum(best, tl.load(place, mask=(tile < n_tiles)[:, None], other=float("-inf")))
-    top = tl.max(best, 0)
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def _class_sums(
-    words, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
-    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr,
+def _store_sums(
+    sums, words, shifts, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
+    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Return sum over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
+    """Store the sums over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
     acc = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    before = top
     line = tl.arange(0, BLOCKS * 4)
-    step = 64 * n_columns
+    step = TILE * 4 * n_columns
     part_stride = row_words.to(tl.int64) * BLOCKS
-    PARTS: tl.constexpr = 16 // BLOCKS
+    PARTS: tl.constexpr = TILE // BLOCKS
     for index in tl.range(first_tile * PARTS, last_tile * PARTS, num_stages=STAGES):
         part_words = words + part_stride * index
         left = n_blocks - index * BLOCKS
-        raw = raw_tile(part_words, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False, False)
+        raw = raw_tile(part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False, False)
         tile = index // PARTS
-        row = tile * 512 + (index % PARTS) * (BLOCKS * 4)
+        row = tile * (TILE * 32) + (index % PARTS) * (BLOCKS * 4)
         p = weights + row * n_columns + line[:, None] * n_columns + column[None, :]
-        part = tl.dot(operand(raw, 0, BITS, ASM), tl.load(p))
-        part = tl.dot(operand(raw, 1, BITS, ASM), tl.load(p + step), part)
-        part = tl.dot(operand(raw, 2, BITS, ASM), tl.load(p + 2 * step), part)
-        part = tl.dot(operand(raw, 3, BITS, ASM), tl.load(p + 3 * step), part)
-        part = tl.dot(operand(raw, 4, BITS, ASM), tl.load(p + 4 * step), part)
-        part = tl.dot(operand(raw, 5, BITS, ASM), tl.load(p + 5 * step), part)
-        part = tl.dot(operand(raw, 6, BITS, ASM), tl.load(p + 6 * step), part)
-        part = tl.dot(operand(raw, 7, BITS, ASM), tl.load(p + 7 * step), part)
-        share = tl.exp2(tl.load(tops + tile * n_columns + column) - top)
-        acc += part * share[None, :]
-    return acc
+        # The sums so far are brought to this tile's scale; 60 keeps them finite, and what it cuts off is below 2^-60.
+        now = tl.maximum(tl.load(tops + tile * n_columns + column), top - 60.0)
+        acc *= tl.exp2(before - now)[None, :]
+        before = now
+        acc = tl.dot(operand(raw, 0, BITS, ASM), tl.load(p), acc)
+        acc = tl.dot(operand(raw, 1, BITS, ASM), tl.load(p + step), acc)
+        acc = tl.dot(operand(raw, 2, BITS, ASM), tl.load(p + 2 * step), acc)
+        acc = tl.dot(operand(raw, 3, BITS, ASM), tl.load(p + 3 * step), acc)
+        acc = tl.dot(operand(raw, 4, BITS, ASM), tl.load(p + 4 * step), acc)
+        acc = tl.dot(operand(raw, 5, BITS, ASM), tl.load(p + 5 * step), acc)
+        acc = tl.dot(operand(raw, 6, BITS, ASM), tl.load(p + 6 * step), acc)
+        acc = tl.dot(operand(raw, 7, BITS, ASM), tl.load(p + 7 * step), acc)
+    row = component + tl.arange(0, WIDTH)
+    place = sums + row[:, None] * n_columns + column[None, :]
+    tl.store(place, acc * tl.exp2(before - top)[None, :], mask=(row < n_components)[:, None])
 
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_tiles", "tiles_per_split"])
 def value_kernel(
-    words, weights, tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns,
+    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns,
     n16, n8, n4, n2, n1,
-    ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class, one split of one sequence, COLUMNS query columns.
 
@@ -71,13 +64,14 @@ def value_kernel(
     split = tl.program_id(1)
     row_words = row_units * ROW_UNIT
     words += batch * batch_words
-    weights += batch * n_tiles * 512 * n_columns
+    weights += batch * n_tiles * (TILE * 32) * n_columns
     tops += batch * n_tiles * n_columns
     total = n16 + n8 + n4 + n2 + n1
     sums += (batch * tl.num_programs(1) + split) * total * n_columns
     a = split * tiles_per_split
     z = tl.minimum(a + tiles_per_split, n_tiles)
-    top = largest(tops, n_tiles, n_columns, column, COLUMNS)
+    top = tl.load(packed_tops + batch * n_columns + column)
+    top = tl.where(top == float("-inf"), 0.0, top)
 
     # Chunks never mix classes, so that a program unpacks one number of bits.
     chunk = tl.program_id(0)
@@ -97,13 +91,17 @@ def value_kernel(
                 count = n1
             start = chunk * WIDTH
             if (start >= 0) & (start < count):
-                acc = _class_sums(
-                    words, weights, tops, top, row_words, word, start, count, n_blocks, a, z, n_columns, column,
-                    16 >> index, WIDTH, COLUMNS, 4 if index < 2 else BLOCKS, STAGES, ASM,
-                )  # fmt: skip
-                component = start + tl.arange(0, WIDTH)
-                place = sums + (row + component)[:, None] * n_columns + column[None, :]
-                tl.store(place, acc, mask=(component < count)[:, None])
+                place = sums + row * n_columns
+                if count - start > WIDTH // 2:
+                    _store_sums(
+                        place, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
+                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                    )  # fmt: skip
+                else:
+                    _store_sums(
+                        place, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                    )  # fmt: skip
             chunk -= (count + WIDTH - 1) // WIDTH
             word += count * (16 >> index)
             row += count
