@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcompress.runtime.kernels.layout import LEVELS, TILE_BLOCKS, TILE_TOKENS, PackedSite, offsets
+from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, offsets
 from kvcompress.runtime.kernels.output import output_kernel
 from kvcompress.runtime.kernels.prepare import prepare_kernel
 from kvcompress.runtime.kernels.scores import score_kernel
@@ -44,6 +44,8 @@ class ExactTokens:
 class Tuning:
     """Launch parameters; the defaults were the fastest in docs/speed.md."""
 
+    tile_blocks: int = 8
+    places: int = 8
     score_warps: int = 2
     score_width: int = 32
     score_stages: int = 3
@@ -86,7 +88,8 @@ def packed_attention(
     group_columns = n_heads // n_kv_heads * n_queries
     columns = 32 if n_heads * n_queries > 16 else 16
     n_columns = -(-n_heads * n_queries // columns) * columns
-    n_tiles = max(1, -(-n_blocks // TILE_BLOCKS))
+    tile_blocks, groups = tuning.tile_blocks, 8 // tuning.places
+    n_tiles = max(1, -(-n_blocks // tile_blocks))
     device = query.device
     asm = _uses_asm(device)
     query = query if query.stride(3) == 1 else query.contiguous()
@@ -117,19 +120,18 @@ def packed_attention(
     )  # fmt: skip
 
     # 2. weights of the packed tokens
-    weights = torch.empty(batch, n_tiles, TILE_TOKENS, n_columns, dtype=torch.float16, device=device)
-    tops = torch.empty(batch, n_tiles, n_columns, device=device)
-    totals = torch.empty(batch, n_tiles, n_columns, device=device)
+    weights = torch.empty(batch, n_tiles, tile_blocks * 32, n_columns, dtype=torch.float16, device=device)
+    tops, totals = torch.empty(2, batch, n_tiles * groups, n_columns, device=device)
     shifts = _shifts(device)
     key_unit, value_unit = _row_unit(keys), _row_unit(values)
     mask_tensor = first if mask is None else mask
-    score_kernel[(n_tiles, n_columns // columns, batch)](
+    score_kernel[(n_tiles * groups, n_columns // columns, batch)](
         absorbed, bias, keys.words, shifts, first, last, mask_tensor, weights, tops, totals, packed_tops,
         keys.words.stride(0), keys.words.stride(1) // key_unit, n_blocks, n_tiles, n_columns, n_chunks,
         0 if mask is None else mask.stride(0), *keys.class_counts,
-        ROW_UNIT=key_unit, CLASSES=_classes(keys), COLUMNS=columns, WIDTH=tuning.score_width,
+        ROW_UNIT=key_unit, CLASSES=_classes(keys), PLACES=tuning.places, COLUMNS=columns, WIDTH=tuning.score_width,
         STAGES=tuning.score_stages, HAS_MASK=mask is not None, ASM=asm,
-        BLOCKS=TILE_BLOCKS, num_warps=tuning.score_warps, **_registers(tuning.score_registers, asm),
+        BLOCKS=tile_blocks, num_warps=tuning.score_warps, **_registers(tuning.score_registers, asm),
     )  # fmt: skip
 
     # 3. weighted sums of value codes
@@ -139,12 +141,14 @@ def packed_attention(
         n_splits = max(1, round(tuning.value_programs * _multiprocessors(device) / max(1, chunks * batch)))
     per_split = -(-n_tiles // min(n_splits, n_tiles))
     n_splits = -(-n_tiles // per_split)
-    sums = torch.empty(batch, n_splits, n_v, n_columns, device=device)
+    sum_stride = -(-n_v // 16) * 16
+    sums = torch.empty(batch, n_splits, n_columns, sum_stride, device=device)
     if n_v:
-        value_kernel[(chunks, n_splits, batch * (n_columns // columns))](
+        value_kernel[(n_splits, batch * (n_columns // columns), chunks)](
             values.words, shifts, weights, tops, packed_tops, sums, values.words.stride(0), values.words.stride(1) // value_unit,
-            n_blocks, n_tiles, per_split, n_columns, *values.class_counts,
-            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=TILE_BLOCKS, BLOCKS=tuning.value_blocks,
+            n_blocks, n_tiles, per_split, n_columns, sum_stride, *values.class_counts,
+            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=tile_blocks, PLACES=tuning.places,
+            BLOCKS=tuning.value_blocks,
             STAGES=tuning.value_stages, ASM=asm, num_warps=tuning.value_warps,
             **_registers(tuning.value_registers, asm),
         )  # fmt: skip
@@ -155,7 +159,7 @@ def packed_attention(
     output_kernel[(n_kv_heads, batch, dim // out_dim)](
         sums, _offsets(values), packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, values.decoder,
         first if values.mean is None else values.mean, out, *out.stride()[:3], values.decoder.stride(0),
-        n_v, n_splits, n_tiles, n_queries, group_columns, n_columns,
+        n_v, sum_stride, n_splits, n_tiles * groups, n_queries, group_columns, n_columns,
         HEAD_DIM=head_dim, DIM=out_dim, GROUP=triton.next_power_of_2(group_columns), ROWS=rows,
         WIDTH=tuning.output_width, SPLITS=min(8, triton.next_power_of_2(n_splits)), TILES=128,
         HAS_MEAN=values.mean is not None, num_warps=tuning.output_warps,

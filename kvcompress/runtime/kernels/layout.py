@@ -11,9 +11,6 @@ from kvcompress.errors import OptionError
 
 #: Tokens in one packed block.
 BLOCK_TOKENS = 32
-#: Packed blocks that one program of the kernels takes at once.
-TILE_BLOCKS = 8
-TILE_TOKENS = BLOCK_TOKENS * TILE_BLOCKS
 #: Bits a component may have, in the order in which the classes lie in a row; 16 is a float16 latent.
 LEVELS = (16, 8, 4, 2, 1)
 

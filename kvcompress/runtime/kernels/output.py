@@ -18,16 +18,16 @@ def _to_rows(x, GROUP: tl.constexpr, ROWS: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["n_components", "n_splits", "n_tiles"])
+@triton.jit(do_not_specialize=["n_components", "n_splits", "n_groups"])
 def output_kernel(
     sums, offset, packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
-    o_batch, o_token, o_head, decoder_stride, n_components, n_splits, n_tiles, n_queries, group_columns, n_columns,
+    o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_groups, n_queries, group_columns, n_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
     """Output of one KV head's query heads, DIM channels of it; grid: (KV heads, batch, channels / DIM).
 
-    sums: [batch, splits, R, n_columns], of value_kernel; tops, totals: [batch, n_tiles, n_columns], of score_kernel;
+    sums: [batch, splits, n_columns, sum_stride], of value_kernel; tops, totals: [batch, n_groups, n_columns], of score_kernel;
     packed_tops: [batch, n_columns]; exact_*: of prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
     """
     kv_head = tl.program_id(0)
@@ -41,10 +41,10 @@ def output_kernel(
     top = tl.load(packed_tops + batch * n_columns + column, mask=wanted, other=float("-inf"))
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.zeros([TILES, GROUP], tl.float32)
-    for start in range(0, n_tiles, TILES):
+    for start in range(0, n_groups, TILES):
         tile = start + tl.arange(0, TILES)
-        place = (batch * n_tiles + tile)[:, None] * n_columns + column[None, :]
-        known = (tile < n_tiles)[:, None] & wanted[None, :]
+        place = (batch * n_groups + tile)[:, None] * n_columns + column[None, :]
+        known = (tile < n_groups)[:, None] & wanted[None, :]
         height = tl.load(tops + place, mask=known, other=float("-inf"))
         weight += tl.load(totals + place, mask=known, other=0.0) * tl.exp2(height - safe[None, :])
     total = tl.sum(weight, 0)
@@ -56,11 +56,11 @@ def output_kernel(
         component = start + tl.arange(0, WIDTH)
         real = component < n_components
         z = tl.zeros([GROUP, WIDTH], tl.float32)
-        at = component[None, :] * n_columns + column[:, None]
+        at = column[:, None] * sum_stride + component[None, :]
         for first in range(0, n_splits, SPLITS):
-            row = (batch * n_splits + first + split) * n_components
+            row = (batch * n_splits + first + split) * n_columns
             known = (first + split < n_splits)[:, None, None] & (wanted[:, None] & real[None, :])[None, :, :]
-            part = tl.load(sums + (row * n_columns)[:, None, None] + at[None, :, :], mask=known, other=0.0)
+            part = tl.load(sums + (row * sum_stride)[:, None, None] + at[None, :, :], mask=known, other=0.0)
             z += tl.sum(part, 0)
         shift = tl.load(offset + component, mask=real, other=0.0)
         latent = z * scale[:, None] - shift[None, :]

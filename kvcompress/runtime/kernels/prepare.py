@@ -27,7 +27,7 @@ def _absorb(
     head = kv_head * (group_columns // n_queries) + own // n_queries
     dim = tl.arange(0, DIM)
     wanted = batch < n_batch
-    place = batch.to(tl.int64) * q_batch + head * q_head + own % n_queries * q_token
+    place = batch * q_batch + head * q_head + own % n_queries * q_token
     mask = wanted[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(query + place[:, None] + dim[None, :], mask=mask, other=0.0)
     inside = row < n_components
@@ -36,7 +36,7 @@ def _absorb(
     product = tl.dot(d, tl.trans(q.to(d.dtype))) * scale
     product = tl.minimum(tl.maximum(product, -65504.0), 65504.0).to(tl.float16)
     column = kv_head * group_columns + own
-    out = (batch.to(tl.int64) * n_components)[None, :] * n_columns + row[:, None] * n_columns + column[None, :]
+    out = (batch * n_components * n_columns + column)[None, :] + (row * n_columns)[:, None]
     tl.store(absorbed + out, product, mask=inside[:, None] & wanted[None, :])
     shift = tl.load(offset + row, mask=inside, other=0.0)
     total = tl.sum(product.to(tl.float32) * shift[:, None], 0)

@@ -1,4 +1,4 @@
-"""Second kernel of decode attention: weighted sums of the packed value codes, component by component."""
+"""Third launch of a step: weighted sums of the packed value codes, component by component."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -11,9 +11,9 @@ from kvcompress.runtime.kernels.unpack import operand, raw_tile
 
 @triton.jit
 def _store_sums(
-    sums, words, shifts, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
-    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    sums, sum_stride, words, shifts, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
+    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
     acc = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -29,52 +29,56 @@ def _store_sums(
         tile = index // PARTS
         row = tile * (TILE * 32) + (index % PARTS) * (BLOCKS * 4)
         p = weights + row * n_columns + line[:, None] * n_columns + column[None, :]
-        # The sums so far are brought to this tile's scale; 60 keeps them finite, and what it cuts off is below 2^-60.
-        now = tl.maximum(tl.load(tops + tile * n_columns + column), top - 60.0)
+        # The sums so far are brought to this group's scale; 60 keeps them finite, and what it cuts off is below 2^-60.
+        now = tl.maximum(tl.load(tops + tile * (8 // PLACES) * n_columns + column), top - 60.0)
         acc *= tl.exp2(before - now)[None, :]
         before = now
         acc = tl.dot(operand(raw, 0, BITS, ASM), tl.load(p), acc)
         acc = tl.dot(operand(raw, 1, BITS, ASM), tl.load(p + step), acc)
         acc = tl.dot(operand(raw, 2, BITS, ASM), tl.load(p + 2 * step), acc)
         acc = tl.dot(operand(raw, 3, BITS, ASM), tl.load(p + 3 * step), acc)
+        if PLACES == 4:
+            now = tl.maximum(tl.load(tops + (tile * 2 + 1) * n_columns + column), top - 60.0)
+            acc *= tl.exp2(before - now)[None, :]
+            before = now
         acc = tl.dot(operand(raw, 4, BITS, ASM), tl.load(p + 4 * step), acc)
         acc = tl.dot(operand(raw, 5, BITS, ASM), tl.load(p + 5 * step), acc)
         acc = tl.dot(operand(raw, 6, BITS, ASM), tl.load(p + 6 * step), acc)
         acc = tl.dot(operand(raw, 7, BITS, ASM), tl.load(p + 7 * step), acc)
     row = component + tl.arange(0, WIDTH)
-    place = sums + row[:, None] * n_columns + column[None, :]
+    place = sums + column[None, :] * sum_stride + row[:, None]
     tl.store(place, acc * tl.exp2(before - top)[None, :], mask=(row < n_components)[:, None])
 
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_tiles", "tiles_per_split"])
 def value_kernel(
-    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns,
+    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns, sum_stride,
     n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    PLACES: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class, one split of one sequence, COLUMNS query columns.
 
-    Grid: (chunks of components, splits, batch * column groups). weights, tops: of score_kernel.
-    sums: [batch, splits, R, n_columns] float32, of weights relative to the largest score of the sequence.
+    Grid: (splits, batch * column groups, chunks of components): programs that run at the same time mostly unpack the
+    same number of bits, and so run the same code. weights, tops, packed_tops: of score_kernel.
+    sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights relative to the largest score of the sequence.
     """
     groups = n_columns // COLUMNS
-    batch = (tl.program_id(2) // groups).to(tl.int64)
-    column = tl.program_id(2) % groups * COLUMNS + tl.arange(0, COLUMNS)
-    split = tl.program_id(1)
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    column = tl.program_id(1) % groups * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(0)
     row_words = row_units * ROW_UNIT
     words += batch * batch_words
     weights += batch * n_tiles * (TILE * 32) * n_columns
-    tops += batch * n_tiles * n_columns
-    total = n16 + n8 + n4 + n2 + n1
-    sums += (batch * tl.num_programs(1) + split) * total * n_columns
+    tops += batch * n_tiles * (8 // PLACES) * n_columns
+    sums += (batch * tl.num_programs(0) + split) * n_columns * sum_stride
     a = split * tiles_per_split
     z = tl.minimum(a + tiles_per_split, n_tiles)
     top = tl.load(packed_tops + batch * n_columns + column)
     top = tl.where(top == float("-inf"), 0.0, top)
 
     # Chunks never mix classes, so that a program unpacks one number of bits.
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(2)
     word = 0
     row = 0
     for index in tl.static_range(5):
@@ -91,16 +95,15 @@ def value_kernel(
                 count = n1
             start = chunk * WIDTH
             if (start >= 0) & (start < count):
-                place = sums + row * n_columns
                 if count - start > WIDTH // 2:
                     _store_sums(
-                        place, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
+                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, PLACES, 4 if index < 2 else BLOCKS, STAGES, ASM,
                     )  # fmt: skip
                 else:
                     _store_sums(
-                        place, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, 4 if index < 2 else BLOCKS, STAGES, ASM,
                     )  # fmt: skip
             chunk -= (count + WIDTH - 1) // WIDTH
             word += count * (16 >> index)
