@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, offsets
@@ -46,6 +47,10 @@ class Tuning:
 
     tile_blocks: int = 8
     places: int = 8
+    small: bool = False
+    dependent_launch: bool = False
+    prepare_tokens: int = 128
+    prepare_warps: int = 8
     score_warps: int = 2
     score_width: int = 32
     score_stages: int = 3
@@ -93,6 +98,8 @@ def packed_attention(
     device = query.device
     asm = _uses_asm(device)
     query = query if query.stride(3) == 1 else query.contiguous()
+    pdl = asm and tuning.dependent_launch and _knows_dependent_launch(device)
+    follows = {"launch_pdl": True} if pdl else {}
     scale = scaling * math.log2(math.e)
 
     # 1. absorbed query, exact tokens
@@ -115,8 +122,8 @@ def packed_attention(
         *query.stride()[:3], keys.decoder.stride(0), *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3],
         *exact.values.stride()[:3], n_chunks, n_k, batch, n_kv_heads, exact.sink_keys.shape[2], exact.keys.shape[2],
         n_queries, group_columns, n_columns, scale,
-        HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=32,
-        HAS_MASK=exact.mask is not None,
+        HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=tuning.prepare_tokens,
+        HAS_MASK=exact.mask is not None, PDL=pdl, num_warps=tuning.prepare_warps,
     )  # fmt: skip
 
     # 2. weights of the packed tokens
@@ -130,13 +137,17 @@ def packed_attention(
         keys.words.stride(0), keys.words.stride(1) // key_unit, n_blocks, n_tiles, n_columns, n_chunks,
         0 if mask is None else mask.stride(0), *keys.class_counts,
         ROW_UNIT=key_unit, CLASSES=_classes(keys), PLACES=tuning.places, COLUMNS=columns, WIDTH=tuning.score_width,
-        STAGES=tuning.score_stages, HAS_MASK=mask is not None, ASM=asm,
-        BLOCKS=tile_blocks, num_warps=tuning.score_warps, **_registers(tuning.score_registers, asm),
+        STAGES=tuning.score_stages, HAS_MASK=mask is not None, SMALL=tuning.small and not keys.counts.get(16), ASM=asm,
+        CHUNKS=max(16, triton.next_power_of_2(n_chunks)),
+        BLOCKS=tile_blocks, PDL=pdl, num_warps=tuning.score_warps, **follows, **_registers(tuning.score_registers, asm),
     )  # fmt: skip
 
     # 3. weighted sums of value codes
     width = tuning.value_width
-    chunks = sum(-(-count // width) for count in values.class_counts)
+    chunks = sum(
+        -(-count // (width // 2 if bits > 4 else width))
+        for bits, count in zip(LEVELS, values.class_counts, strict=True)
+    )
     if n_splits is None:
         n_splits = max(1, round(tuning.value_programs * _multiprocessors(device) / max(1, chunks * batch)))
     per_split = -(-n_tiles // min(n_splits, n_tiles))
@@ -149,7 +160,7 @@ def packed_attention(
             n_blocks, n_tiles, per_split, n_columns, sum_stride, *values.class_counts,
             ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=tile_blocks, PLACES=tuning.places,
             BLOCKS=tuning.value_blocks,
-            STAGES=tuning.value_stages, ASM=asm, num_warps=tuning.value_warps,
+            STAGES=tuning.value_stages, PDL=pdl, ASM=asm, **follows, num_warps=tuning.value_warps,
             **_registers(tuning.value_registers, asm),
         )  # fmt: skip
 
@@ -162,7 +173,7 @@ def packed_attention(
         n_v, sum_stride, n_splits, n_tiles * groups, n_queries, group_columns, n_columns,
         HEAD_DIM=head_dim, DIM=out_dim, GROUP=triton.next_power_of_2(group_columns), ROWS=rows,
         WIDTH=tuning.output_width, SPLITS=min(8, triton.next_power_of_2(n_splits)), TILES=128,
-        HAS_MEAN=values.mean is not None, num_warps=tuning.output_warps,
+        HAS_MEAN=values.mean is not None, PDL=pdl, **follows, num_warps=tuning.output_warps,
     )  # fmt: skip
     return out
 
@@ -199,6 +210,12 @@ def _cached_offsets(counts: tuple[tuple[int, int], ...], device: torch.device) -
 def _shifts(device: torch.device) -> Tensor:
     """Return where the two bytes of a half word start, as a tensor: see unpack.raw_tile."""
     return torch.tensor([0, 8], dtype=torch.int16, device=device)
+
+
+@lru_cache(maxsize=64)
+def _knows_dependent_launch(device: torch.device) -> bool:
+    """Whether the GPU (Hopper or newer) and this Triton can start a kernel before the one before it has drained."""
+    return torch.cuda.get_device_capability(device)[0] >= 9 and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvcompress.runtime.kernels.unpack import begin_after
+
 
 @triton.jit
 def _to_rows(x, GROUP: tl.constexpr, ROWS: tl.constexpr):
@@ -23,13 +25,14 @@ def output_kernel(
     sums, offset, packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
     o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_groups, n_queries, group_columns, n_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Output of one KV head's query heads, DIM channels of it; grid: (KV heads, batch, channels / DIM).
 
     sums: [batch, splits, n_columns, sum_stride], of value_kernel; tops, totals: [batch, n_groups, n_columns], of score_kernel;
     packed_tops: [batch, n_columns]; exact_*: of prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
     """
+    begin_after(PDL)
     kv_head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     own = tl.arange(0, GROUP)
@@ -51,17 +54,17 @@ def output_kernel(
     scale = 1.0 / tl.where(total > 0, total, 1.0)
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    split = tl.arange(0, SPLITS)
     for start in range(0, n_components, WIDTH):
         component = start + tl.arange(0, WIDTH)
         real = component < n_components
         z = tl.zeros([GROUP, WIDTH], tl.float32)
         at = column[:, None] * sum_stride + component[None, :]
         for first in range(0, n_splits, SPLITS):
-            row = (batch * n_splits + first + split) * n_columns
-            known = (first + split < n_splits)[:, None, None] & (wanted[:, None] & real[None, :])[None, :, :]
-            part = tl.load(sums + (row * sum_stride)[:, None, None] + at[None, :, :], mask=known, other=0.0)
-            z += tl.sum(part, 0)
+            for more in tl.static_range(SPLITS):
+                split = tl.full([GROUP], first + more, tl.int32)
+                known = (wanted & (split < n_splits))[:, None] & real[None, :]
+                row = (batch * n_splits + split) * n_columns * sum_stride
+                z += tl.load(sums + row[:, None] + at, mask=known, other=0.0)
         shift = tl.load(offset + component, mask=real, other=0.0)
         latent = z * scale[:, None] - shift[None, :]
         place = decoder + component[:, None] * decoder_stride + kv_head * HEAD_DIM + dim[None, :]

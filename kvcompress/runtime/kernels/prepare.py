@@ -45,21 +45,30 @@ def _absorb(
 
 @triton.jit
 def _attend(
-    acc, top, total, q, keys, values, mask, n_tokens, newest, query_token, key_stride, value_stride, scale,
-    HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, HAS_MASK: tl.constexpr,
+    q, sink_keys, sink_values, keys, values, mask, n_sinks, n_recent, query_token, n_queries,
+    s_token, k_token, v_token, scale,
+    HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add exact tokens to an online softmax; token t is seen by query token i if t <= newest + i."""
+    """Return sums [ROWS, DIM], largest scores and sums of weights over sinks and recent tokens, causally."""
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     dim = tl.arange(0, DIM)
     inside = (dim < HEAD_DIM)[None, :]
+    n_tokens = n_sinks + n_recent
     for start in range(0, n_tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
         known = token < n_tokens
-        k = tl.load(keys + token[:, None] * key_stride + dim[None, :], mask=known[:, None] & inside, other=0.0)
-        v = tl.load(values + token[:, None] * value_stride + dim[None, :], mask=known[:, None] & inside, other=0.0)
+        is_sink = token < n_sinks
+        recent = token - n_sinks
+        k_row = tl.where(is_sink, sink_keys + token * s_token, keys + recent * k_token)
+        v_row = tl.where(is_sink, sink_values + token * s_token, values + recent * v_token)
+        k = tl.load(k_row[:, None] + dim[None, :], mask=known[:, None] & inside, other=0.0)
+        v = tl.load(v_row[:, None] + dim[None, :], mask=known[:, None] & inside, other=0.0)
         if HAS_MASK:
             known = known & (tl.load(mask + token, mask=known, other=0) != 0)
         score = tl.dot(q, tl.trans(k)) * scale
-        seen = known[None, :] & (token[None, :] <= (newest + query_token)[:, None])
+        seen = known[None, :] & (recent[None, :] <= (n_recent - n_queries + query_token)[:, None])
         score = tl.where(seen, score, float("-inf"))
         new = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -79,7 +88,7 @@ def prepare_kernel(
     v_batch, v_head, v_token, n_chunks, n_components, n_batch, n_kv_heads, n_sinks, n_recent, n_queries,
     group_columns, n_columns, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: first one for each (sequence, KV head), for the exact tokens; then those of _absorb.
 
@@ -88,6 +97,8 @@ def prepare_kernel(
     head_dim], the last n_queries of the recent ones the queries' own; exact_mask: [batch, n_sinks + n_recent] uint8.
     exact_sums: [batch, n_columns, head_dim], exact_tops, exact_totals: [batch, n_columns]; packed_tops becomes -inf.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     n_exact = n_batch * n_kv_heads
     if index < n_exact:
@@ -101,21 +112,11 @@ def prepare_kernel(
         inside = (dim < HEAD_DIM)[None, :]
         place = query + batch * q_batch + head[:, None] * q_head + token[:, None] * q_token + dim[None, :]
         q = tl.load(place, mask=wanted[:, None] & inside, other=0.0)
-        mask_row = exact_mask + batch * (n_sinks + n_recent)
-        acc = tl.zeros([ROWS, DIM], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        k = keys + batch * k_batch + kv_head * k_head
-        v = values + batch * v_batch + kv_head * v_head
         acc, top, total = _attend(
-            acc, top, total, q, k, v, mask_row + n_sinks, n_recent, n_recent - n_queries, token, k_token, v_token,
-            scale, HEAD_DIM, TOKENS, DIM, HAS_MASK,
-        )  # fmt: skip
-        k = sink_keys + batch * s_batch + kv_head * s_head
-        v = sink_values + batch * s_batch + kv_head * s_head
-        acc, top, total = _attend(
-            acc, top, total, q, k, v, mask_row, n_sinks, n_sinks, token, s_token, s_token,
-            scale, HEAD_DIM, 16, DIM, HAS_MASK,
+            q, sink_keys + batch * s_batch + kv_head * s_head, sink_values + batch * s_batch + kv_head * s_head,
+            keys + batch * k_batch + kv_head * k_head, values + batch * v_batch + kv_head * v_head,
+            exact_mask + batch * (n_sinks + n_recent), n_sinks, n_recent, token, n_queries,
+            s_token, k_token, v_token, scale, HEAD_DIM, TOKENS, DIM, ROWS, HAS_MASK,
         )  # fmt: skip
         column = batch * n_columns + kv_head * group_columns + own
         tl.store(exact_sums + column[:, None] * HEAD_DIM + dim[None, :], acc, mask=wanted[:, None] & inside)

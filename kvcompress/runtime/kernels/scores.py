@@ -6,66 +6,83 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import line_place, operand, raw_tile
-
-
-@triton.jit
-def _add_chunk(
-    acc, words, shifts, query, row_words, first_word, start, n_components, n_blocks, n_columns,
-    BITS: tl.constexpr, FIRST: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add the products of WIDTH components to the PLACES accumulators [4 BLOCKS, COLUMNS]."""
-    raw = raw_tile(words, shifts, row_words, first_word, start, n_components, n_blocks, BITS, BLOCKS, WIDTH, True, WHOLE)
-    row = start + tl.arange(0, WIDTH)
-    place = query + row[:, None] * n_columns + tl.arange(0, COLUMNS)[None, :]
-    if WHOLE:
-        q = tl.load(place)
-    else:
-        q = tl.load(place, mask=(row < n_components)[:, None], other=0.0)
-    a0 = tl.dot(operand(raw, FIRST, BITS, ASM), q, acc[0])
-    a1 = tl.dot(operand(raw, FIRST + 1, BITS, ASM), q, acc[1])
-    a2 = tl.dot(operand(raw, FIRST + 2, BITS, ASM), q, acc[2])
-    a3 = tl.dot(operand(raw, FIRST + 3, BITS, ASM), q, acc[3])
-    if PLACES == 8:
-        a4 = tl.dot(operand(raw, 4, BITS, ASM), q, acc[4])
-        a5 = tl.dot(operand(raw, 5, BITS, ASM), q, acc[5])
-        a6 = tl.dot(operand(raw, 6, BITS, ASM), q, acc[6])
-        a7 = tl.dot(operand(raw, 7, BITS, ASM), q, acc[7])
-        result = (a0, a1, a2, a3, a4, a5, a6, a7)
-    else:
-        result = (a0, a1, a2, a3)
-    return result
+from kvcompress.runtime.kernels.unpack import begin_after, line_place, operand, raw_tile
 
 
 @triton.jit
 def _add_class(
     acc, words, shifts, query, row_words, first_word, n_components, n_blocks, n_columns,
     BITS: tl.constexpr, FIRST: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of one class of components: whole chunks first, with unmasked and so wider loads."""
-    whole = n_components // WIDTH * WIDTH
-    for start in tl.range(0, whole, WIDTH, num_stages=STAGES):
-        acc = _add_chunk(
-            acc, words, shifts, query, row_words, first_word, start, n_components, n_blocks, n_columns,
-            BITS, FIRST, PLACES, BLOCKS, WIDTH, COLUMNS, True, ASM,
-        )  # fmt: skip
-    if whole < n_components:
-        acc = _add_chunk(
-            acc, words, shifts, query, row_words, first_word, whole, n_components, n_blocks, n_columns,
-            BITS, FIRST, PLACES, BLOCKS, WIDTH, COLUMNS, False, ASM,
-        )  # fmt: skip
-    return acc
+    """Add the products of one class of components to the PLACES accumulators [4 BLOCKS, COLUMNS]."""
+    acc = _scaled(acc, BITS, FIRST, PLACES, SMALL, 1)
+    a0, a1, a2, a3 = acc[0], acc[1], acc[2], acc[3]
+    if PLACES == 8:
+        a4, a5, a6, a7 = acc[4], acc[5], acc[6], acc[7]
+    for start in tl.range(0, n_components, WIDTH, num_stages=STAGES):
+        raw = raw_tile(words, shifts, row_words, first_word, start, n_components, n_blocks, BITS, BLOCKS, WIDTH, True)
+        row = start + tl.arange(0, WIDTH)
+        place = query + row[:, None] * n_columns + tl.arange(0, COLUMNS)[None, :]
+        q = tl.load(place, mask=(row < n_components)[:, None], other=0.0)
+        a0 = tl.dot(operand(raw, FIRST, BITS, SMALL, ASM), q, a0)
+        a1 = tl.dot(operand(raw, FIRST + 1, BITS, SMALL, ASM), q, a1)
+        a2 = tl.dot(operand(raw, FIRST + 2, BITS, SMALL, ASM), q, a2)
+        a3 = tl.dot(operand(raw, FIRST + 3, BITS, SMALL, ASM), q, a3)
+        if PLACES == 8:
+            a4 = tl.dot(operand(raw, 4, BITS, SMALL, ASM), q, a4)
+            a5 = tl.dot(operand(raw, 5, BITS, SMALL, ASM), q, a5)
+            a6 = tl.dot(operand(raw, 6, BITS, SMALL, ASM), q, a6)
+            a7 = tl.dot(operand(raw, 7, BITS, SMALL, ASM), q, a7)
+    if PLACES == 8:
+        result = (a0, a1, a2, a3, a4, a5, a6, a7)
+    else:
+        result = (a0, a1, a2, a3)
+    return _scaled(result, BITS, FIRST, PLACES, SMALL, -1)
 
 
 @triton.jit
-def _masked(acc, bias, token, first, last, mask_row, HAS_MASK: tl.constexpr):
-    """Return scores with -inf at tokens outside [first, last) or masked; token: [4 BLOCKS]."""
+def _times(x, TAU: tl.constexpr, BITS: tl.constexpr, SIGN: tl.constexpr):
+    """Return x * 2^(SIGN * bit), where bit is how far a code of place TAU lies above the lowest in `operand`."""
+    bit: tl.constexpr = TAU * BITS % 16 - (8 if TAU * BITS % 16 + BITS > 10 else 0)
+    if bit == 0:
+        result = x
+    elif SIGN > 0:
+        result = x * (1 << bit)
+    else:
+        result = x * (1.0 / (1 << bit))
+    return result
+
+
+@triton.jit
+def _scaled(
+    acc, BITS: tl.constexpr, FIRST: tl.constexpr, PLACES: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr
+):
+    """Bring the accumulators to the scale of a class's codes (SIGN 1), or back (-1); see unpack.codes on SMALL."""
+    result = acc
+    if SMALL and BITS < 16:
+        s0 = _times(acc[0], FIRST, BITS, SIGN)
+        s1 = _times(acc[1], FIRST + 1, BITS, SIGN)
+        s2 = _times(acc[2], FIRST + 2, BITS, SIGN)
+        s3 = _times(acc[3], FIRST + 3, BITS, SIGN)
+        if PLACES == 8:
+            s4 = _times(acc[4], 4, BITS, SIGN)
+            s5 = _times(acc[5], 5, BITS, SIGN)
+            s6 = _times(acc[6], 6, BITS, SIGN)
+            s7 = _times(acc[7], 7, BITS, SIGN)
+            result = (s0, s1, s2, s3, s4, s5, s6, s7)
+        else:
+            result = (s0, s1, s2, s3)
+    return result
+
+
+@triton.jit
+def _masked(acc, scale, bias, token, first, last, mask_row, HAS_MASK: tl.constexpr):
+    """Return acc * scale - bias with -inf at tokens outside [first, last) or masked; token: [4 BLOCKS]."""
     seen = (token >= first) & (token < last)
     if HAS_MASK:
         seen = seen & (tl.load(mask_row + token, mask=seen, other=0) != 0)
-    return tl.where(seen[:, None], acc - bias[None, :], float("-inf"))
+    return tl.where(seen[:, None], acc * scale - bias[None, :], float("-inf"))
 
 
 @triton.jit
@@ -78,20 +95,20 @@ def _weights(score, top, place):
 
 @triton.jit
 def _finish(
-    acc, offset, token, lo, hi, mask_row, place, step, top_at, sum_at, packed_at,
+    acc, scale, offset, token, lo, hi, mask_row, place, step, top_at, sum_at, packed_at,
     PLACES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Turn accumulators into stored weights, their largest score and their sum."""
-    s0 = _masked(acc[0], offset, token, lo, hi, mask_row, HAS_MASK)
-    s1 = _masked(acc[1], offset, token + 1, lo, hi, mask_row, HAS_MASK)
-    s2 = _masked(acc[2], offset, token + 2, lo, hi, mask_row, HAS_MASK)
-    s3 = _masked(acc[3], offset, token + 3, lo, hi, mask_row, HAS_MASK)
+    s0 = _masked(acc[0], scale, offset, token, lo, hi, mask_row, HAS_MASK)
+    s1 = _masked(acc[1], scale, offset, token + 1, lo, hi, mask_row, HAS_MASK)
+    s2 = _masked(acc[2], scale, offset, token + 2, lo, hi, mask_row, HAS_MASK)
+    s3 = _masked(acc[3], scale, offset, token + 3, lo, hi, mask_row, HAS_MASK)
     high = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
     if PLACES == 8:
-        s4 = _masked(acc[4], offset, token + 4, lo, hi, mask_row, HAS_MASK)
-        s5 = _masked(acc[5], offset, token + 5, lo, hi, mask_row, HAS_MASK)
-        s6 = _masked(acc[6], offset, token + 6, lo, hi, mask_row, HAS_MASK)
-        s7 = _masked(acc[7], offset, token + 7, lo, hi, mask_row, HAS_MASK)
+        s4 = _masked(acc[4], scale, offset, token + 4, lo, hi, mask_row, HAS_MASK)
+        s5 = _masked(acc[5], scale, offset, token + 5, lo, hi, mask_row, HAS_MASK)
+        s6 = _masked(acc[6], scale, offset, token + 6, lo, hi, mask_row, HAS_MASK)
+        s7 = _masked(acc[7], scale, offset, token + 7, lo, hi, mask_row, HAS_MASK)
         high = tl.maximum(high, tl.maximum(tl.maximum(s4, s5), tl.maximum(s6, s7)))
     top = tl.max(high, 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -114,7 +131,7 @@ def _score(
     query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
     batch, tile, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
     FIRST: tl.constexpr, PLACES: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, ASM: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n_batch = tl.num_programs(2)
     TOKENS: tl.constexpr = BLOCKS * 32
@@ -124,6 +141,9 @@ def _score(
     left = n_blocks - tile * BLOCKS
     total = n16 + n8 + n4 + n2 + n1
     query += batch * total * n_columns + tl.program_id(1) * COLUMNS
+    chunk = tl.arange(0, CHUNKS)
+    at = bias + ((chunk * n_batch + batch) * n_columns)[:, None] + column[None, :]
+    offset = tl.sum(tl.load(at, mask=(chunk < n_chunks)[:, None], other=0.0), 0)
     lo = tl.load(first + batch)
     hi = tl.load(last + batch)
     # A tile without a token that counts costs no more than writing its zeros.
@@ -148,19 +168,16 @@ def _score(
         if CLASSES & (16 >> index):
             acc = _add_class(
                 acc, words, shifts, query, row_words, word, count * live, left, n_columns,
-                16 >> index, FIRST, PLACES, BLOCKS, 16 if index < 2 else WIDTH, COLUMNS, STAGES, ASM,
+                16 >> index, FIRST, PLACES, BLOCKS, 16 if index < 2 else WIDTH, COLUMNS, STAGES, SMALL, ASM,
             )  # fmt: skip
         word += count * (16 >> index)
         query += count * n_columns
 
-    offset = tl.zeros([COLUMNS], tl.float32)
-    for chunk in range(0, n_chunks):
-        offset += tl.load(bias + (chunk * n_batch + batch) * n_columns + column)
     line = tl.arange(0, LINES)
     row = (batch * n_tiles + tile) * (8 * LINES) + FIRST * LINES + line
     entry = (batch * n_tiles + tile) * (8 // PLACES) + FIRST // PLACES
     _finish(
-        acc, offset, tile * TOKENS + line_place(line) + FIRST, lo, hi, mask + batch * mask_stride,
+        acc, 16777216.0 if SMALL else 1.0, offset, tile * TOKENS + line_place(line) + FIRST, lo, hi, mask + batch * mask_stride,
         weights + row[:, None] * n_columns + column[None, :], LINES * n_columns,
         tops + entry * n_columns + column, sums + entry * n_columns + column, packed_tops + batch * n_columns + column,
         PLACES, HAS_MASK,
@@ -172,7 +189,7 @@ def score_kernel(
     query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
     batch_words, row_units, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, ASM: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, SMALL: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: PLACES of the 8 places of a tile of BLOCKS blocks, COLUMNS query columns (heads and query tokens).
 
@@ -181,23 +198,24 @@ def score_kernel(
     weights: [batch, n_tiles, 8, 4 BLOCKS, n_columns] float16. tops, sums: [batch, n_tiles, 8 / PLACES, n_columns], a
     program's largest score and the sum of its weights; packed_tops: [batch, n_columns], raised to the largest of all.
     """
+    begin_after(PDL)
     batch = tl.program_id(2).to(tl.int64)
     row_words = row_units * ROW_UNIT
     if PLACES == 8:
         _score(
             query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
             batch, tl.program_id(0), batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 0, 8, CLASSES, BLOCKS, COLUMNS, WIDTH, STAGES, HAS_MASK, ASM,
+            n16, n8, n4, n2, n1, 0, 8, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
         )  # fmt: skip
     elif tl.program_id(0) % 2 == 0:
         _score(
             query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
             batch, tl.program_id(0) // 2, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 0, 4, CLASSES, BLOCKS, COLUMNS, WIDTH, STAGES, HAS_MASK, ASM,
+            n16, n8, n4, n2, n1, 0, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
         )  # fmt: skip
     else:
         _score(
             query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
             batch, tl.program_id(0) // 2, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 4, 4, CLASSES, BLOCKS, COLUMNS, WIDTH, STAGES, HAS_MASK, ASM,
+            n16, n8, n4, n2, n1, 4, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
         )  # fmt: skip

@@ -19,9 +19,32 @@ import triton.language as tl
 
 
 @triton.jit
-def codes(halves, SHIFT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Return bits SHIFT .. SHIFT + BITS of each int16 as float16. ASM: two at a time, with NVIDIA instructions."""
-    if ASM:
+def codes(halves, SHIFT: tl.constexpr, BITS: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr):
+    """Return bits SHIFT .. SHIFT + BITS of each int16 as float16. ASM: two at a time, with NVIDIA instructions.
+
+    SMALL: as subnormal numbers, the bits left where they are: code * 2^(bit - 24), one instruction less.
+    """
+    if SMALL:
+        if SHIFT + BITS > 10:
+            place: tl.constexpr = SHIFT - 8
+        else:
+            place: tl.constexpr = SHIFT
+        mask = tl.full(halves.shape, ((1 << BITS) - 1) << place, tl.int16)
+        if ASM and SHIFT + BITS > 10:
+            low = tl.inline_asm_elementwise(
+                "shr.u32 $0, $1, 8;", "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2
+            )
+        elif SHIFT + BITS > 10:
+            low = halves >> 8
+        else:
+            low = halves
+        if ASM:
+            result = tl.inline_asm_elementwise(
+                "and.b32 $0, $1, $2;", "=r,r,r", [low, mask], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            result = (low & mask).to(tl.float16, bitcast=True)
+    elif ASM:
         if SHIFT + BITS > 10:  # beyond the mantissa
             low = tl.inline_asm_elementwise(
                 "shr.u32 $0, $1, 8;", "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2
@@ -47,18 +70,18 @@ def codes(halves, SHIFT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def operand(raw, TAU: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def operand(raw, TAU: tl.constexpr, BITS: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr):
     """Return the codes of the tokens at place TAU of their quarters, from what `raw_tile` gave."""
     if BITS == 1:
-        result = codes(raw[0], TAU, 1, ASM)
+        result = codes(raw[0], TAU, 1, SMALL, ASM)
     elif BITS == 2:
-        result = codes(raw[0], 2 * TAU, 2, ASM)
+        result = codes(raw[0], 2 * TAU, 2, SMALL, ASM)
     elif BITS == 4:
         half = (raw[0] >> (16 * (TAU // 4))).to(tl.int16)
-        result = codes(half, 4 * (TAU % 4), 4, ASM)
+        result = codes(half, 4 * (TAU % 4), 4, SMALL, ASM)
     elif BITS == 8:
         half = (raw[TAU // 4] >> (16 * (TAU // 2 % 2))).to(tl.int16)
-        result = codes(half, 8 * (TAU % 2), 8, ASM)
+        result = codes(half, 8 * (TAU % 2), 8, SMALL, ASM)
     else:
         half = (raw[TAU // 2] >> (16 * (TAU % 2))).to(tl.int16)
         result = half.to(tl.float16, bitcast=True)
@@ -100,13 +123,13 @@ def _arranged(x, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
 @triton.jit
 def raw_tile(
     words, shifts, row_words, first_word, component, n_components, n_blocks,
-    BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr, WHOLE: tl.constexpr,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Return the raw integers of WIDTH components from `component` on, for BLOCKS blocks: a tuple for `operand`.
 
     words: the first block's row; shifts: [0, 8] in memory (a computed constant would be laid out apart from what is
     loaded, and every operand would pass through shared memory); row_words: words from block to block; first_word: where the class starts in a row.
-    Components from n_components and blocks from n_blocks on read as zeros. WHOLE: there are no such components.
+    Components from n_components and blocks from n_blocks on read as zeros.
     """
     # A quarter of a component is BITS bytes: a byte of an int16, an int16, an int32, or 2 or 4 of them.
     WORDS: tl.constexpr = BITS // 4 if BITS > 4 else 1
@@ -118,11 +141,17 @@ def raw_tile(
         stride = row_words * 2
     block = tl.arange(0, BLOCKS)
     column = component * UNITS + tl.arange(0, WIDTH * UNITS)
-    mask = (block < n_blocks)[:, None]
-    if not WHOLE:
-        mask = mask & (column < n_components * UNITS)[None, :]
+    mask = (block < n_blocks)[:, None] & (column < n_components * UNITS)[None, :]
     loaded = tl.load(base + (block * stride)[:, None] + column[None, :], mask=mask, other=0)
     if BITS == 1:
         shift = tl.load(shifts + tl.arange(0, 2))
         loaded = loaded[:, :, None] >> shift[None, None, :]
     return _arranged(loaded, BLOCKS, WIDTH, WORDS, TOKENS_FIRST)
+
+
+@triton.jit
+def begin_after(PDL: tl.constexpr):
+    """Wait for the launch before this one and let the next be scheduled: CUDA's programmatic dependent launch."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

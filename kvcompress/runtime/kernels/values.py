@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import operand, raw_tile
+from kvcompress.runtime.kernels.unpack import begin_after, operand, raw_tile
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _store_sums(
     for index in tl.range(first_tile * PARTS, last_tile * PARTS, num_stages=STAGES):
         part_words = words + part_stride * index
         left = n_blocks - index * BLOCKS
-        raw = raw_tile(part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False, False)
+        raw = raw_tile(part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False)
         tile = index // PARTS
         row = tile * (TILE * 32) + (index % PARTS) * (BLOCKS * 4)
         p = weights + row * n_columns + line[:, None] * n_columns + column[None, :]
@@ -33,18 +33,18 @@ def _store_sums(
         now = tl.maximum(tl.load(tops + tile * (8 // PLACES) * n_columns + column), top - 60.0)
         acc *= tl.exp2(before - now)[None, :]
         before = now
-        acc = tl.dot(operand(raw, 0, BITS, ASM), tl.load(p), acc)
-        acc = tl.dot(operand(raw, 1, BITS, ASM), tl.load(p + step), acc)
-        acc = tl.dot(operand(raw, 2, BITS, ASM), tl.load(p + 2 * step), acc)
-        acc = tl.dot(operand(raw, 3, BITS, ASM), tl.load(p + 3 * step), acc)
+        acc = tl.dot(operand(raw, 0, BITS, False, ASM), tl.load(p), acc)
+        acc = tl.dot(operand(raw, 1, BITS, False, ASM), tl.load(p + step), acc)
+        acc = tl.dot(operand(raw, 2, BITS, False, ASM), tl.load(p + 2 * step), acc)
+        acc = tl.dot(operand(raw, 3, BITS, False, ASM), tl.load(p + 3 * step), acc)
         if PLACES == 4:
             now = tl.maximum(tl.load(tops + (tile * 2 + 1) * n_columns + column), top - 60.0)
             acc *= tl.exp2(before - now)[None, :]
             before = now
-        acc = tl.dot(operand(raw, 4, BITS, ASM), tl.load(p + 4 * step), acc)
-        acc = tl.dot(operand(raw, 5, BITS, ASM), tl.load(p + 5 * step), acc)
-        acc = tl.dot(operand(raw, 6, BITS, ASM), tl.load(p + 6 * step), acc)
-        acc = tl.dot(operand(raw, 7, BITS, ASM), tl.load(p + 7 * step), acc)
+        acc = tl.dot(operand(raw, 4, BITS, False, ASM), tl.load(p + 4 * step), acc)
+        acc = tl.dot(operand(raw, 5, BITS, False, ASM), tl.load(p + 5 * step), acc)
+        acc = tl.dot(operand(raw, 6, BITS, False, ASM), tl.load(p + 6 * step), acc)
+        acc = tl.dot(operand(raw, 7, BITS, False, ASM), tl.load(p + 7 * step), acc)
     row = component + tl.arange(0, WIDTH)
     place = sums + column[None, :] * sum_stride + row[:, None]
     tl.store(place, acc * tl.exp2(before - top)[None, :], mask=(row < n_components)[:, None])
@@ -55,7 +55,7 @@ def value_kernel(
     words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns, sum_stride,
     n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    PLACES: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    PLACES: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class, one split of one sequence, COLUMNS query columns.
 
@@ -63,6 +63,7 @@ def value_kernel(
     same number of bits, and so run the same code. weights, tops, packed_tops: of score_kernel.
     sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights relative to the largest score of the sequence.
     """
+    begin_after(PDL)
     groups = n_columns // COLUMNS
     batch = (tl.program_id(1) // groups).to(tl.int64)
     column = tl.program_id(1) % groups * COLUMNS + tl.arange(0, COLUMNS)
@@ -93,18 +94,25 @@ def value_kernel(
                 count = n2
             else:
                 count = n1
-            start = chunk * WIDTH
+            # Wide codes take half as many components at once, so that a stage of loads fits shared memory as well.
+            per = WIDTH // 2 if index < 2 else WIDTH
+            start = chunk * per
             if (start >= 0) & (start < count):
-                if count - start > WIDTH // 2:
+                if index < 2:
                     _store_sums(
                         sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, PLACES, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, 4, STAGES, ASM,
+                    )  # fmt: skip
+                elif count - start > WIDTH // 2:
+                    _store_sums(
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
+                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, PLACES, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
                 else:
                     _store_sums(
                         sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, 4 if index < 2 else BLOCKS, STAGES, ASM,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
-            chunk -= (count + WIDTH - 1) // WIDTH
+            chunk -= (count + per - 1) // per
             word += count * (16 >> index)
             row += count
