@@ -19,7 +19,7 @@ MIXED = {8: 3, 4: 40, 2: 67, 1: 21}
 def run(case: Case, **kwargs) -> torch.Tensor:
     return packed_attention(
         case.query, case.keys, case.values, first=case.first, last=case.last, n_blocks=case.n_blocks,
-        exact=case.exact, scaling=case.scaling, mask=case.mask, **kwargs,
+        exact=case.exact, scaling=case.scaling, mask=case.mask, angles=case.angles, **kwargs,
     ).double()  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvcompress.errors import OptionError
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, offsets
 from kvcompress.runtime.kernels.output import output_kernel
 from kvcompress.runtime.kernels.prepare import prepare_kernel
@@ -39,6 +40,21 @@ class ExactTokens:
     sink_keys: Tensor
     sink_values: Tensor
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """RoPE of the packed tokens, where their keys have a mean. table: of `angle_table`; origin: [batch] int32, the
+    packed token at position 0 of each sequence, so that token t has position t - origin."""
+
+    table: Tensor
+    origin: Tensor
+
+
+def angle_table(inv_freq: Tensor, n_positions: int, *, scale: float = 1.0) -> Tensor:
+    """Return scale * (cos, sin) of every position and frequency: [n_positions, 2 n_frequencies] float16."""
+    angles = torch.arange(n_positions, device=inv_freq.device)[:, None] * inv_freq.double()
+    return (torch.cat([angles.cos(), angles.sin()], 1) * scale).half()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,7 @@ def packed_attention(
     exact: ExactTokens,
     scaling: float,
     mask: Tensor | None = None,
+    angles: Angles | None = None,
     n_splits: int | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> Tensor:
@@ -86,9 +103,11 @@ def packed_attention(
 
     query: [batch, heads, n_queries, head_dim] after RoPE; `keys` must be of a basis that commutes with RoPE. first,
     last: [batch] int32, the packed tokens [first, last) that count for each sequence; n_blocks: packed blocks in use.
-    mask: [batch, >= n_blocks * 32] uint8, 0 where a packed token must not be seen. A query that sees nothing gives 0.
+    angles: the positions, where keys have a mean. mask: [batch, >= n_blocks * 32] uint8, 0 where a packed token must not be seen. A query that sees nothing gives 0.
     """
     batch, n_heads, n_queries, head_dim = query.shape
+    if (keys.mean is None) != (angles is None) or (angles is not None and head_dim % 32):
+        raise OptionError("keys with a mean need the angles of their positions, and a head_dim that 32 divides.")
     n_kv_heads = exact.keys.shape[1]
     group_columns = n_heads // n_kv_heads * n_queries
     columns = 32 if n_heads * n_queries > 16 else 16
@@ -112,6 +131,8 @@ def packed_attention(
     exact_sums = torch.empty(batch, n_columns, head_dim, device=device)
     exact_tops, exact_totals = torch.empty(2, batch, n_columns, device=device)
     packed_tops = new(batch, n_columns, device=device)
+    mean_dim = 0 if keys.mean is None else head_dim
+    mean_query = new(batch, mean_dim, n_columns, dtype=torch.float16, device=device)
     dim = max(16, triton.next_power_of_2(head_dim))
     rows = max(16, triton.next_power_of_2(group_columns))
     absorb_columns = 16 if batch * group_columns <= 16 else 32
@@ -119,25 +140,29 @@ def packed_attention(
     prepare_kernel[(batch * n_kv_heads + n_absorb,)](
         query, keys.decoder, _offsets(keys), absorbed, bias, exact.sink_keys, exact.sink_values, exact.keys,
         exact.values, first if exact.mask is None else exact.mask, exact_sums, exact_tops, exact_totals, packed_tops,
-        *query.stride()[:3], keys.decoder.stride(0), *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3],
+        first if keys.mean is None else keys.mean, mean_query, *query.stride()[:3], keys.decoder.stride(0), *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3],
         *exact.values.stride()[:3], n_chunks, n_k, batch, n_kv_heads, exact.sink_keys.shape[2], exact.keys.shape[2],
         n_queries, group_columns, n_columns, scale,
         HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=tuning.prepare_tokens,
-        HAS_MASK=exact.mask is not None, PDL=pdl, num_warps=tuning.prepare_warps,
+        HAS_MASK=exact.mask is not None, HAS_MEAN=keys.mean is not None, PDL=pdl, num_warps=tuning.prepare_warps,
     )  # fmt: skip
 
     # 2. weights of the packed tokens
     weights = torch.empty(batch, n_tiles, tile_blocks * 32, n_columns, dtype=torch.float16, device=device)
-    tops, totals = torch.empty(2, batch, n_tiles * groups, n_columns, device=device)
+    tops, totals, weighted = torch.empty(3, batch, n_tiles * groups, n_columns, device=device)
     shifts = _shifts(device)
     key_unit, value_unit = _row_unit(keys), _row_unit(values)
     mask_tensor = first if mask is None else mask
     score_kernel[(n_tiles * groups, n_columns // columns, batch)](
-        absorbed, bias, keys.words, shifts, first, last, mask_tensor, weights, tops, totals, packed_tops,
-        keys.words.stride(0), keys.words.stride(1) // key_unit, n_blocks, n_tiles, n_columns, n_chunks,
+        absorbed, bias, keys.words, shifts, first, last, mask_tensor, values.words, mean_query,
+        mean_query if angles is None else angles.table, first if angles is None else angles.origin, weights, tops,
+        totals, weighted, packed_tops,
+        keys.words.stride(0), keys.words.stride(1) // key_unit, values.words.stride(0), values.words.stride(1),
+        keys.gain_word, values.gain_word, 0 if angles is None else angles.table.shape[0], n_blocks, n_tiles, n_columns, n_chunks,
         0 if mask is None else mask.stride(0), *keys.class_counts,
         ROW_UNIT=key_unit, CLASSES=_classes(keys), PLACES=tuning.places, COLUMNS=columns, WIDTH=tuning.score_width,
-        STAGES=tuning.score_stages, HAS_MASK=mask is not None, SMALL=tuning.small and not keys.counts.get(16), ASM=asm,
+        STAGES=tuning.score_stages, HAS_MASK=mask is not None, KEY_GAIN=keys.has_gain,
+        VALUE_GAIN=values.has_gain, MEAN_DIM=mean_dim, SMALL=tuning.small and not keys.counts.get(16), ASM=asm,
         CHUNKS=max(16, triton.next_power_of_2(n_chunks)),
         BLOCKS=tile_blocks, PDL=pdl, num_warps=tuning.score_warps, **follows, **_registers(tuning.score_registers, asm),
     )  # fmt: skip
@@ -168,7 +193,7 @@ def packed_attention(
     out = torch.empty(batch, n_queries, n_heads, head_dim, dtype=query.dtype, device=device)
     out_dim = min(dim, 64)
     output_kernel[(n_kv_heads, batch, dim // out_dim)](
-        sums, _offsets(values), packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, values.decoder,
+        sums, _offsets(values), packed_tops, tops, totals, weighted, exact_sums, exact_tops, exact_totals, values.decoder,
         first if values.mean is None else values.mean, out, *out.stride()[:3], values.decoder.stride(0),
         n_v, sum_stride, n_splits, n_tiles * groups, n_queries, group_columns, n_columns,
         HEAD_DIM=head_dim, DIM=out_dim, GROUP=triton.next_power_of_2(group_columns), ROWS=rows,

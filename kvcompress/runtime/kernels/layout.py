@@ -13,6 +13,8 @@ from kvcompress.errors import OptionError
 BLOCK_TOKENS = 32
 #: Bits a component may have, in the order in which the classes lie in a row; 16 is a float16 latent.
 LEVELS = (16, 8, 4, 2, 1)
+#: Words of a block's gains: 32 codes of 4 bits; code c stands for 2^((c - 4) / 4).
+GAIN_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +23,32 @@ class PackedSite:
 
     words: [batch, n_blocks, n_words] int32, contiguous in its last dimension. counts: components of each number of
     bits; classes lie in a row by bits, descending. decoder: [n_components, n_kv_heads * head_dim], rows in packed
-    order, steps folded in. mean: [n_kv_heads * head_dim] or None.
+    order, steps folded in. mean: [n_kv_heads * head_dim] or None: of values, or of keys before RoPE. has_gain: after
+    the components each row holds four words more, the gains of its 32 tokens as 4-bit codes.
     """
 
     words: Tensor
     counts: dict[int, int]
     decoder: Tensor
     mean: Tensor | None = None
+    has_gain: bool = False
 
     def __post_init__(self) -> None:
-        if self.words.shape[2] < n_words(self.counts) or set(self.counts) - set(LEVELS):
+        needed = self.gain_word + (GAIN_WORDS if self.has_gain else 0)
+        if self.words.shape[2] < needed or set(self.counts) - set(LEVELS):
             raise OptionError(
                 f"a packed row of {self.words.shape[2]} words cannot hold components {self.counts}. "
-                f"Expected {n_words(self.counts)} words and bits of {LEVELS}."
+                f"Expected {needed} words and bits of {LEVELS}."
             )
 
     @property
     def n_components(self) -> int:
         return sum(self.counts.values())
+
+    @property
+    def gain_word(self) -> int:
+        """Where in a row the gains begin."""
+        return n_words(self.counts)
 
     @property
     def class_counts(self) -> tuple[int, ...]:

@@ -22,14 +22,15 @@ def _to_rows(x, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_components", "n_splits", "n_groups"])
 def output_kernel(
-    sums, offset, packed_tops, tops, totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
+    sums, offset, packed_tops, tops, totals, weighted_totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
     o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_groups, n_queries, group_columns, n_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Output of one KV head's query heads, DIM channels of it; grid: (KV heads, batch, channels / DIM).
 
-    sums: [batch, splits, n_columns, sum_stride], of value_kernel; tops, totals: [batch, n_groups, n_columns], of score_kernel;
+    sums: [batch, splits, n_columns, sum_stride], of value_kernel; tops, totals, weighted_totals:
+    [batch, n_groups, n_columns], of score_kernel;
     packed_tops: [batch, n_columns]; exact_*: of prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
     """
     begin_after(PDL)
@@ -44,14 +45,18 @@ def output_kernel(
     top = tl.load(packed_tops + batch * n_columns + column, mask=wanted, other=float("-inf"))
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.zeros([TILES, GROUP], tl.float32)
+    weighted = tl.zeros([TILES, GROUP], tl.float32)
     for start in range(0, n_groups, TILES):
         tile = start + tl.arange(0, TILES)
         place = (batch * n_groups + tile)[:, None] * n_columns + column[None, :]
         known = (tile < n_groups)[:, None] & wanted[None, :]
         height = tl.load(tops + place, mask=known, other=float("-inf"))
-        weight += tl.load(totals + place, mask=known, other=0.0) * tl.exp2(height - safe[None, :])
+        share = tl.exp2(height - safe[None, :])
+        weight += tl.load(totals + place, mask=known, other=0.0) * share
+        weighted += tl.load(weighted_totals + place, mask=known, other=0.0) * share
     total = tl.sum(weight, 0)
     scale = 1.0 / tl.where(total > 0, total, 1.0)
+    gained = tl.sum(weighted, 0) * scale
 
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, n_components, WIDTH):
@@ -66,7 +71,7 @@ def output_kernel(
                 row = (batch * n_splits + split) * n_columns * sum_stride
                 z += tl.load(sums + row[:, None] + at, mask=known, other=0.0)
         shift = tl.load(offset + component, mask=real, other=0.0)
-        latent = z * scale[:, None] - shift[None, :]
+        latent = z * scale[:, None] - gained[:, None] * shift[None, :]
         place = decoder + component[:, None] * decoder_stride + kv_head * HEAD_DIM + dim[None, :]
         d = tl.load(place, mask=real[:, None] & inside, other=0.0)
         acc = tl.dot(_to_rows(latent, GROUP, ROWS).to(d.dtype), d, acc)

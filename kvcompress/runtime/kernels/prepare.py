@@ -80,15 +80,38 @@ def _attend(
     return acc, top, total
 
 
+@triton.jit
+def _absorb_mean(
+    q_row, mean, out, wanted, column, n_columns, scale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    """Store the factors of cos and sin of each frequency in scale q . R(t) mean: [HEAD_DIM, ...] at `out`.
+
+    q_row: pointers [ROWS, 1]; mean: of this KV head, before RoPE, in half-split pairs.
+    """
+    HALF: tl.constexpr = DIM // 2
+    pair = tl.arange(0, HALF)
+    inside = pair < HEAD_DIM // 2
+    mask = wanted[:, None] & inside[None, :]
+    q_re = tl.load(q_row + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    q_im = tl.load(q_row + HEAD_DIM // 2 + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    m_re = tl.load(mean + pair, mask=inside, other=0.0)[None, :]
+    m_im = tl.load(mean + HEAD_DIM // 2 + pair, mask=inside, other=0.0)[None, :]
+    place = out + pair[None, :] * n_columns + column[:, None]
+    tl.store(place, ((q_re * m_re + q_im * m_im) * scale).to(tl.float16), mask=mask)
+    tl.store(
+        place + HEAD_DIM // 2 * n_columns, ((q_im * m_re - q_re * m_im) * scale).to(tl.float16), mask=mask
+    )
+
+
 @triton.jit(do_not_specialize=["n_chunks", "n_components", "n_batch", "n_sinks", "n_recent"])
 def prepare_kernel(
     query, decoder, offset, absorbed, bias, sink_keys, sink_values, keys, values, exact_mask,
-    exact_sums, exact_tops, exact_totals, packed_tops,
+    exact_sums, exact_tops, exact_totals, packed_tops, mean, mean_query,
     q_batch, q_head, q_token, decoder_stride, s_batch, s_head, s_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token, n_chunks, n_components, n_batch, n_kv_heads, n_sinks, n_recent, n_queries,
     group_columns, n_columns, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MEAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: first one for each (sequence, KV head), for the exact tokens; then those of _absorb.
 
@@ -96,6 +119,7 @@ def prepare_kernel(
     absorbed: [batch, R, n_columns] float16; bias: [chunks, batch, n_columns]. keys, values: [batch, kv heads, tokens,
     head_dim], the last n_queries of the recent ones the queries' own; exact_mask: [batch, n_sinks + n_recent] uint8.
     exact_sums: [batch, n_columns, head_dim], exact_tops, exact_totals: [batch, n_columns]; packed_tops becomes -inf.
+    mean: [n_kv_heads * head_dim] of the keys; mean_query: [batch, head_dim, n_columns], of _absorb_mean.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -110,8 +134,8 @@ def prepare_kernel(
         token = own % n_queries
         dim = tl.arange(0, DIM)
         inside = (dim < HEAD_DIM)[None, :]
-        place = query + batch * q_batch + head[:, None] * q_head + token[:, None] * q_token + dim[None, :]
-        q = tl.load(place, mask=wanted[:, None] & inside, other=0.0)
+        place = query + batch * q_batch + head[:, None] * q_head + token[:, None] * q_token
+        q = tl.load(place + dim[None, :], mask=wanted[:, None] & inside, other=0.0)
         acc, top, total = _attend(
             q, sink_keys + batch * s_batch + kv_head * s_head, sink_values + batch * s_batch + kv_head * s_head,
             keys + batch * k_batch + kv_head * k_head, values + batch * v_batch + kv_head * v_head,
@@ -122,6 +146,11 @@ def prepare_kernel(
         tl.store(exact_sums + column[:, None] * HEAD_DIM + dim[None, :], acc, mask=wanted[:, None] & inside)
         tl.store(exact_tops + column, top, mask=wanted)
         tl.store(exact_totals + column, total, mask=wanted)
+        if HAS_MEAN:
+            _absorb_mean(
+                place, mean + kv_head * HEAD_DIM, mean_query + batch * HEAD_DIM * n_columns, wanted,
+                kv_head * group_columns + own, n_columns, scale, HEAD_DIM, DIM,
+            )  # fmt: skip
         tl.store(packed_tops + column, tl.full([ROWS], float("-inf"), tl.float32), mask=wanted)
     else:
         _absorb(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import begin_after, line_place, operand, raw_tile
+from kvcompress.runtime.kernels.unpack import begin_after, gain, gain_words, line_place, operand, raw_tile
 
 
 @triton.jit
@@ -77,61 +77,120 @@ def _scaled(
 
 
 @triton.jit
-def _masked(acc, scale, bias, token, first, last, mask_row, HAS_MASK: tl.constexpr):
-    """Return acc * scale - bias with -inf at tokens outside [first, last) or masked; token: [4 BLOCKS]."""
-    seen = (token >= first) & (token < last)
-    if HAS_MASK:
-        seen = seen & (tl.load(mask_row + token, mask=seen, other=0) != 0)
-    return tl.where(seen[:, None], acc * scale - bias[None, :], float("-inf"))
+def _to_score(acc, offset, scale, key_gains, TAU: tl.constexpr, KEY_GAIN: tl.constexpr):
+    """Return scores of one place from its accumulator: scale undone, the codes' offsets taken off, the gains put on."""
+    score = acc * scale - offset[None, :]
+    if KEY_GAIN:
+        score *= gain(key_gains, TAU)[:, None]
+    return score
 
 
 @triton.jit
-def _weights(score, top, place):
-    """Store exp2(score - top) as float16 at `place` and return what was stored."""
-    p = tl.exp2(score - top[None, :]).to(tl.float16)
-    tl.store(place, p)
-    return p.to(tl.float32)
+def _add_mean(
+    acc, mean_query, table, position, n_positions, n_columns,
+    FIRST: tl.constexpr, PLACES: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys' mean, rotated to each token's position, adds to the scores."""
+    a0, a1, a2, a3 = acc[0], acc[1], acc[2], acc[3]
+    if PLACES == 8:
+        a4, a5, a6, a7 = acc[4], acc[5], acc[6], acc[7]
+    for start in tl.range(0, DIM, 32, num_stages=STAGES):
+        part = start + tl.arange(0, 32)
+        q = tl.load(mean_query + part[:, None] * n_columns + tl.arange(0, COLUMNS)[None, :])
+        row = table + (position * DIM)[:, None] + part[None, :]
+        # positions before the first and after the last are of tokens that do not count
+        a0 = tl.dot(_angles(row, position, FIRST, n_positions, DIM), q, a0)
+        a1 = tl.dot(_angles(row, position, FIRST + 1, n_positions, DIM), q, a1)
+        a2 = tl.dot(_angles(row, position, FIRST + 2, n_positions, DIM), q, a2)
+        a3 = tl.dot(_angles(row, position, FIRST + 3, n_positions, DIM), q, a3)
+        if PLACES == 8:
+            a4 = tl.dot(_angles(row, position, 4, n_positions, DIM), q, a4)
+            a5 = tl.dot(_angles(row, position, 5, n_positions, DIM), q, a5)
+            a6 = tl.dot(_angles(row, position, 6, n_positions, DIM), q, a6)
+            a7 = tl.dot(_angles(row, position, 7, n_positions, DIM), q, a7)
+    if PLACES == 8:
+        result = (a0, a1, a2, a3, a4, a5, a6, a7)
+    else:
+        result = (a0, a1, a2, a3)
+    return result
+
+
+@triton.jit
+def _angles(row, position, TAU: tl.constexpr, n_positions, DIM: tl.constexpr):
+    known = (position + TAU >= 0) & (position + TAU < n_positions)
+    return tl.load(row + TAU * DIM, mask=known[:, None], other=0.0)
+
+
+@triton.jit
+def _masked(score, token, first, last, mask_row, HAS_MASK: tl.constexpr):
+    """Return scores with -inf at tokens outside [first, last) or masked; token: [4 BLOCKS]."""
+    seen = (token >= first) & (token < last)
+    if HAS_MASK:
+        seen = seen & (tl.load(mask_row + token, mask=seen, other=0) != 0)
+    return tl.where(seen[:, None], score, float("-inf"))
+
+
+@triton.jit
+def _weights(weight, weighted, score, top, place, value_gains, TAU: tl.constexpr, VALUE_GAIN: tl.constexpr):
+    """Store exp2(score - top), times the values' gains, as float16 at `place`; add it to the two sums."""
+    p = tl.exp2(score - top[None, :])
+    if VALUE_GAIN:
+        w = (p * gain(value_gains, TAU)[:, None]).to(tl.float16)
+        weight += p
+        weighted += w.to(tl.float32)
+    else:
+        w = p.to(tl.float16)
+        weight += w.to(tl.float32)
+    tl.store(place, w)
+    return weight, weighted
 
 
 @triton.jit
 def _finish(
-    acc, scale, offset, token, lo, hi, mask_row, place, step, top_at, sum_at, packed_at,
-    PLACES: tl.constexpr, HAS_MASK: tl.constexpr,
+    acc, token, lo, hi, mask_row, place, step, top_at, sum_at, weighted_at, packed_at, value_gains,
+    FIRST: tl.constexpr, PLACES: tl.constexpr, HAS_MASK: tl.constexpr, VALUE_GAIN: tl.constexpr,
 ):  # fmt: skip
-    """Turn accumulators into stored weights, their largest score and their sum."""
-    s0 = _masked(acc[0], scale, offset, token, lo, hi, mask_row, HAS_MASK)
-    s1 = _masked(acc[1], scale, offset, token + 1, lo, hi, mask_row, HAS_MASK)
-    s2 = _masked(acc[2], scale, offset, token + 2, lo, hi, mask_row, HAS_MASK)
-    s3 = _masked(acc[3], scale, offset, token + 3, lo, hi, mask_row, HAS_MASK)
+    """Turn scores into stored weights, their largest score and their sums."""
+    s0 = _masked(acc[0], token, lo, hi, mask_row, HAS_MASK)
+    s1 = _masked(acc[1], token + 1, lo, hi, mask_row, HAS_MASK)
+    s2 = _masked(acc[2], token + 2, lo, hi, mask_row, HAS_MASK)
+    s3 = _masked(acc[3], token + 3, lo, hi, mask_row, HAS_MASK)
     high = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
     if PLACES == 8:
-        s4 = _masked(acc[4], scale, offset, token + 4, lo, hi, mask_row, HAS_MASK)
-        s5 = _masked(acc[5], scale, offset, token + 5, lo, hi, mask_row, HAS_MASK)
-        s6 = _masked(acc[6], scale, offset, token + 6, lo, hi, mask_row, HAS_MASK)
-        s7 = _masked(acc[7], scale, offset, token + 7, lo, hi, mask_row, HAS_MASK)
+        s4 = _masked(acc[4], token + 4, lo, hi, mask_row, HAS_MASK)
+        s5 = _masked(acc[5], token + 5, lo, hi, mask_row, HAS_MASK)
+        s6 = _masked(acc[6], token + 6, lo, hi, mask_row, HAS_MASK)
+        s7 = _masked(acc[7], token + 7, lo, hi, mask_row, HAS_MASK)
         high = tl.maximum(high, tl.maximum(tl.maximum(s4, s5), tl.maximum(s6, s7)))
     top = tl.max(high, 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    weight = _weights(s0, safe, place)
-    weight += _weights(s1, safe, place + step)
-    weight += _weights(s2, safe, place + 2 * step)
-    weight += _weights(s3, safe, place + 3 * step)
+    sums = (tl.zeros_like(s0), tl.zeros_like(s0))
+    sums = _weights(sums[0], sums[1], s0, safe, place, value_gains, FIRST, VALUE_GAIN)
+    sums = _weights(sums[0], sums[1], s1, safe, place + step, value_gains, FIRST + 1, VALUE_GAIN)
+    sums = _weights(sums[0], sums[1], s2, safe, place + 2 * step, value_gains, FIRST + 2, VALUE_GAIN)
+    sums = _weights(sums[0], sums[1], s3, safe, place + 3 * step, value_gains, FIRST + 3, VALUE_GAIN)
     if PLACES == 8:
-        weight += _weights(s4, safe, place + 4 * step)
-        weight += _weights(s5, safe, place + 5 * step)
-        weight += _weights(s6, safe, place + 6 * step)
-        weight += _weights(s7, safe, place + 7 * step)
+        sums = _weights(sums[0], sums[1], s4, safe, place + 4 * step, value_gains, 4, VALUE_GAIN)
+        sums = _weights(sums[0], sums[1], s5, safe, place + 5 * step, value_gains, 5, VALUE_GAIN)
+        sums = _weights(sums[0], sums[1], s6, safe, place + 6 * step, value_gains, 6, VALUE_GAIN)
+        sums = _weights(sums[0], sums[1], s7, safe, place + 7 * step, value_gains, 7, VALUE_GAIN)
+    total = tl.sum(sums[0], 0)
     tl.store(top_at, top)
-    tl.store(sum_at, tl.sum(weight, 0))
+    tl.store(sum_at, total)
+    if VALUE_GAIN:
+        tl.store(weighted_at, tl.sum(sums[1], 0))
+    else:
+        tl.store(weighted_at, total)
     tl.atomic_max(packed_at, top)
 
 
 @triton.jit
 def _score(
-    query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
-    batch, tile, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
+    query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, weights, tops, sums, weighted_sums, packed_tops,
+    batch, tile, batch_words, row_words, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
     FIRST: tl.constexpr, PLACES: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, KEY_GAIN: tl.constexpr, VALUE_GAIN: tl.constexpr,
+    MEAN_DIM: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n_batch = tl.num_programs(2)
     TOKENS: tl.constexpr = BLOCKS * 32
@@ -174,48 +233,80 @@ def _score(
         query += count * n_columns
 
     line = tl.arange(0, LINES)
+    token = tile * TOKENS + line_place(line)
+    key_gains = line
+    if KEY_GAIN:
+        key_gains = gain_words(words, row_words, key_gain_word, line, left)
+    scale = 16777216.0 if SMALL else 1.0
+    acc0 = _to_score(acc[0], offset, scale, key_gains, FIRST, KEY_GAIN)
+    acc1 = _to_score(acc[1], offset, scale, key_gains, FIRST + 1, KEY_GAIN)
+    acc2 = _to_score(acc[2], offset, scale, key_gains, FIRST + 2, KEY_GAIN)
+    acc3 = _to_score(acc[3], offset, scale, key_gains, FIRST + 3, KEY_GAIN)
+    if PLACES == 8:
+        acc4 = _to_score(acc[4], offset, scale, key_gains, 4, KEY_GAIN)
+        acc5 = _to_score(acc[5], offset, scale, key_gains, 5, KEY_GAIN)
+        acc6 = _to_score(acc[6], offset, scale, key_gains, 6, KEY_GAIN)
+        acc7 = _to_score(acc[7], offset, scale, key_gains, 7, KEY_GAIN)
+        acc = (acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7)
+    else:
+        acc = (acc0, acc1, acc2, acc3)
+    if MEAN_DIM:
+        mean_query += batch * MEAN_DIM * n_columns + tl.program_id(1) * COLUMNS
+        position = token - tl.load(origin + batch)
+        acc = _add_mean(
+            acc, mean_query, table, position, n_positions * live, n_columns, FIRST, PLACES, MEAN_DIM, COLUMNS, STAGES
+        )
+    value_gains = line
+    if VALUE_GAIN:
+        rows = value_words + batch * value_batch_words + tile.to(tl.int64) * BLOCKS * value_row_words
+        value_gains = gain_words(rows, value_row_words, value_gain_word, line, left)
     row = (batch * n_tiles + tile) * (8 * LINES) + FIRST * LINES + line
     entry = (batch * n_tiles + tile) * (8 // PLACES) + FIRST // PLACES
     _finish(
-        acc, 16777216.0 if SMALL else 1.0, offset, tile * TOKENS + line_place(line) + FIRST, lo, hi, mask + batch * mask_stride,
+        acc, token + FIRST, lo, hi, mask + batch * mask_stride,
         weights + row[:, None] * n_columns + column[None, :], LINES * n_columns,
-        tops + entry * n_columns + column, sums + entry * n_columns + column, packed_tops + batch * n_columns + column,
-        PLACES, HAS_MASK,
+        tops + entry * n_columns + column, sums + entry * n_columns + column,
+        weighted_sums + entry * n_columns + column, packed_tops + batch * n_columns + column, value_gains,
+        FIRST, PLACES, HAS_MASK, VALUE_GAIN,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_chunks", "n_tiles"])
+@triton.jit(do_not_specialize=["key_gain_word", "value_gain_word", "n_positions", "n16", "n8", "n4", "n2", "n1", "n_blocks", "n_chunks", "n_tiles"])
 def score_kernel(
-    query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
-    batch_words, row_units, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
+    query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, weights, tops, sums, weighted_sums, packed_tops,
+    batch_words, row_units, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks, n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, SMALL: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, KEY_GAIN: tl.constexpr, VALUE_GAIN: tl.constexpr,
+    MEAN_DIM: tl.constexpr, SMALL: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: PLACES of the 8 places of a tile of BLOCKS blocks, COLUMNS query columns (heads and query tokens).
 
     Grid: (n_tiles * 8 / PLACES, column groups, batch). query: [batch, R, n_columns] float16, absorbed, in units of
     log2; bias: [n_chunks, batch, n_columns], summing to what the offsets of the codes add to every score.
-    weights: [batch, n_tiles, 8, 4 BLOCKS, n_columns] float16. tops, sums: [batch, n_tiles, 8 / PLACES, n_columns], a
-    program's largest score and the sum of its weights; packed_tops: [batch, n_columns], raised to the largest of all.
+    weights: [batch, n_tiles, 8, 4 BLOCKS, n_columns] float16, times the values' gains. tops, sums, weighted_sums:
+    [batch, n_tiles, 8 / PLACES, n_columns], a program's largest score, the sum of exp2 of the others below it, and of
+    its weights; packed_tops: [batch, n_columns], raised to the largest of all.
+    mean_query: [batch, MEAN_DIM, n_columns]; table: [n_positions, MEAN_DIM], cosines and sines of each position;
+    origin: [batch], the token at position 0. MEAN_DIM of 0: keys have no mean.
     """
     begin_after(PDL)
     batch = tl.program_id(2).to(tl.int64)
     row_words = row_units * ROW_UNIT
     if PLACES == 8:
         _score(
-            query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
-            batch, tl.program_id(0), batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 0, 8, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
+            query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, weights, tops, sums, weighted_sums, packed_tops,
+            batch, tl.program_id(0), batch_words, row_words, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
+            n16, n8, n4, n2, n1, 0, 8, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, KEY_GAIN, VALUE_GAIN, MEAN_DIM, SMALL, ASM,
         )  # fmt: skip
     elif tl.program_id(0) % 2 == 0:
         _score(
-            query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
-            batch, tl.program_id(0) // 2, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 0, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
+            query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, weights, tops, sums, weighted_sums, packed_tops,
+            batch, tl.program_id(0) // 2, batch_words, row_words, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
+            n16, n8, n4, n2, n1, 0, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, KEY_GAIN, VALUE_GAIN, MEAN_DIM, SMALL, ASM,
         )  # fmt: skip
     else:
         _score(
-            query, bias, words, shifts, first, last, mask, weights, tops, sums, packed_tops,
-            batch, tl.program_id(0) // 2, batch_words, row_words, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
-            n16, n8, n4, n2, n1, 4, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, SMALL, ASM,
+            query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, weights, tops, sums, weighted_sums, packed_tops,
+            batch, tl.program_id(0) // 2, batch_words, row_words, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks, n_tiles, n_columns, n_chunks, mask_stride,
+            n16, n8, n4, n2, n1, 4, 4, CLASSES, BLOCKS, COLUMNS, CHUNKS, WIDTH, STAGES, HAS_MASK, KEY_GAIN, VALUE_GAIN, MEAN_DIM, SMALL, ASM,
         )  # fmt: skip

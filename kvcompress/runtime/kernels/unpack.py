@@ -150,6 +150,21 @@ def raw_tile(
 
 
 @triton.jit
+def gain_words(words, row_words, gain_word, line, n_blocks):
+    """Return each line's 8 gains as one word of 4-bit codes; words: the tile's first row."""
+    place = line_place(line)
+    block = place // 32
+    return tl.load(words + block * row_words + gain_word + place % 32 // 8, mask=block < n_blocks, other=0)
+
+
+@triton.jit
+def gain(packed, TAU: tl.constexpr):
+    """Return the gains of place TAU from what `gain_words` gave."""
+    code = (packed >> (4 * TAU)) & 15
+    return tl.exp2((code.to(tl.float32) - 4.0) * 0.25)
+
+
+@triton.jit
 def begin_after(PDL: tl.constexpr):
     """Wait for the launch before this one and let the next be scheduled: CUDA's programmatic dependent launch."""
     if PDL:
