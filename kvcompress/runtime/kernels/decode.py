@@ -65,7 +65,7 @@ class Tuning:
     places: int = 8
     small: bool = False
     dependent_launch: bool = False
-    prepare_tokens: int = 128
+    prepare_tokens: int = 64
     prepare_warps: int = 8
     score_warps: int = 2
     score_width: int = 32
