@@ -52,9 +52,10 @@ class Angles:
 
 
 def angle_table(inv_freq: Tensor, n_positions: int, *, scale: float = 1.0) -> Tensor:
-    """Return scale * (cos, sin) of every position and frequency: [n_positions, 2 n_frequencies] float16."""
+    """Return scale * (cos, sin) of every position and frequency, then zeros: [n_positions, a multiple of 32] float16."""
     angles = torch.arange(n_positions, device=inv_freq.device)[:, None] * inv_freq.double()
-    return (torch.cat([angles.cos(), angles.sin()], 1) * scale).half()
+    table = (torch.cat([angles.cos(), angles.sin()], 1) * scale).half()
+    return torch.nn.functional.pad(table, (0, -table.shape[1] % 32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,8 @@ def packed_attention(
     angles: the positions, where keys have a mean. mask: [batch, >= n_blocks * 32] uint8, 0 where a packed token must not be seen. A query that sees nothing gives 0.
     """
     batch, n_heads, n_queries, head_dim = query.shape
-    if (keys.mean is None) != (angles is None) or (angles is not None and head_dim % 32):
-        raise OptionError("keys with a mean need the angles of their positions, and a head_dim that 32 divides.")
+    if (keys.mean is None) != (angles is None):
+        raise OptionError("keys with a mean need the angles of their positions, and others must not have them.")
     n_kv_heads = exact.keys.shape[1]
     group_columns = n_heads // n_kv_heads * n_queries
     columns = 32 if n_heads * n_queries > 16 else 16
@@ -131,8 +132,9 @@ def packed_attention(
     exact_sums = torch.empty(batch, n_columns, head_dim, device=device)
     exact_tops, exact_totals = torch.empty(2, batch, n_columns, device=device)
     packed_tops = new(batch, n_columns, device=device)
-    mean_dim = 0 if keys.mean is None else head_dim
-    mean_query = new(batch, mean_dim, n_columns, dtype=torch.float16, device=device)
+    mean_dim = 0 if angles is None else angles.table.shape[1]
+    new_mean = new if mean_dim == head_dim else torch.zeros
+    mean_query = new_mean(batch, mean_dim, n_columns, dtype=torch.float16, device=device)
     dim = max(16, triton.next_power_of_2(head_dim))
     rows = max(16, triton.next_power_of_2(group_columns))
     absorb_columns = 16 if batch * group_columns <= 16 else 32
@@ -144,7 +146,7 @@ def packed_attention(
         *exact.values.stride()[:3], n_chunks, n_k, batch, n_kv_heads, exact.sink_keys.shape[2], exact.keys.shape[2],
         n_queries, group_columns, n_columns, scale,
         HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=tuning.prepare_tokens,
-        HAS_MASK=exact.mask is not None, HAS_MEAN=keys.mean is not None, PDL=pdl, num_warps=tuning.prepare_warps,
+        HAS_MASK=exact.mask is not None, MEAN_DIM=mean_dim, PDL=pdl, num_warps=tuning.prepare_warps,
     )  # fmt: skip
 
     # 2. weights of the packed tokens
@@ -218,8 +220,8 @@ def _classes(site: PackedSite) -> int:
 
 def _row_unit(site: PackedSite) -> int:
     """Return how many words the rows' stride is a multiple of, so that the compiler knows their alignment."""
-    aligned = site.words.stride(1) % 4 == 0 and site.words.stride(0) % 4 == 0
-    return 4 if aligned and site.words.data_ptr() % 16 == 0 else 1
+    strides = math.gcd(site.words.stride(0), site.words.stride(1), 4)
+    return strides if site.words.data_ptr() % 16 == 0 else 1
 
 
 def _offsets(site: PackedSite) -> Tensor:

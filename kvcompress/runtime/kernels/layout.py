@@ -34,7 +34,7 @@ class PackedSite:
     has_gain: bool = False
 
     def __post_init__(self) -> None:
-        needed = self.gain_word + (GAIN_WORDS if self.has_gain else 0)
+        needed = row_words(self.counts, has_gain=self.has_gain)
         if self.words.shape[2] < needed or set(self.counts) - set(LEVELS):
             raise OptionError(
                 f"a packed row of {self.words.shape[2]} words cannot hold components {self.counts}. "
@@ -59,6 +59,11 @@ class PackedSite:
 def n_words(counts: dict[int, int]) -> int:
     """Return the int32 words of one block of 32 tokens: one word for each bit of a component."""
     return sum(bits * count for bits, count in counts.items())
+
+
+def row_words(counts: dict[int, int], *, has_gain: bool) -> int:
+    """Return the int32 words of one block of 32 tokens, gains included."""
+    return n_words(counts) + (GAIN_WORDS if has_gain else 0)
 
 
 def offsets(counts: dict[int, int], device: torch.device) -> Tensor:

@@ -111,7 +111,7 @@ def prepare_kernel(
     v_batch, v_head, v_token, n_chunks, n_components, n_batch, n_kv_heads, n_sinks, n_recent, n_queries,
     group_columns, n_columns, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_MEAN: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, MEAN_DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs: first one for each (sequence, KV head), for the exact tokens; then those of _absorb.
 
@@ -119,7 +119,8 @@ def prepare_kernel(
     absorbed: [batch, R, n_columns] float16; bias: [chunks, batch, n_columns]. keys, values: [batch, kv heads, tokens,
     head_dim], the last n_queries of the recent ones the queries' own; exact_mask: [batch, n_sinks + n_recent] uint8.
     exact_sums: [batch, n_columns, head_dim], exact_tops, exact_totals: [batch, n_columns]; packed_tops becomes -inf.
-    mean: [n_kv_heads * head_dim] of the keys; mean_query: [batch, head_dim, n_columns], of _absorb_mean.
+    mean: [n_kv_heads * head_dim] of the keys; mean_query: [batch, MEAN_DIM, n_columns], of _absorb_mean;
+    MEAN_DIM of 0: no mean.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -146,9 +147,9 @@ def prepare_kernel(
         tl.store(exact_sums + column[:, None] * HEAD_DIM + dim[None, :], acc, mask=wanted[:, None] & inside)
         tl.store(exact_tops + column, top, mask=wanted)
         tl.store(exact_totals + column, total, mask=wanted)
-        if HAS_MEAN:
+        if MEAN_DIM:
             _absorb_mean(
-                place, mean + kv_head * HEAD_DIM, mean_query + batch * HEAD_DIM * n_columns, wanted,
+                place, mean + kv_head * HEAD_DIM, mean_query + batch * MEAN_DIM * n_columns, wanted,
                 kv_head * group_columns + own, n_columns, scale, HEAD_DIM, DIM,
             )  # fmt: skip
         tl.store(packed_tops + column, tl.full([ROWS], float("-inf"), tl.float32), mask=wanted)
