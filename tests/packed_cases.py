@@ -40,7 +40,7 @@ def random_site(
         codes.append((bits, code))
         z.append(code.double() - (2.0 ** (bits - 1) - 0.5))
     latents = torch.cat(z, 1).transpose(1, 2)
-    decoder = torch.randn(latents.shape[2], n) * size / latents.shape[2] ** 0.5 / latents.std((0, 1))[:, None].float()
+    decoder = torch.randn(latents.shape[2], n) * size / latents.shape[2] ** 0.5 / latents.std((0, 1)).clamp_min(0.5)[:, None].float()
     words = pack_codes(codes, pad_words=0 if gain else pad_words)
     if gain:
         gains = torch.randint(0, 16, (batch, 1, n_tokens))

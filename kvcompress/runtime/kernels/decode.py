@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvcompress.errors import OptionError
@@ -60,28 +59,26 @@ def angle_table(inv_freq: Tensor, n_positions: int, *, scale: float = 1.0) -> Te
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Launch parameters; the defaults were the fastest in docs/speed.md."""
+    """Launch parameters; the defaults were the fastest of those in docs/speed.md."""
 
     tile_blocks: int = 8
-    places: int = 8
-    small: bool = False
-    dependent_launch: bool = False
     prepare_tokens: int = 64
     prepare_warps: int = 8
     score_warps: int = 2
     score_width: int = 32
-    score_stages: int = 3
-    score_registers: int | None = None
+    score_stages: int = 4
     value_width: int = 128
-    value_warps: int = 2
-    value_blocks: int = 8
+    value_warps: int = 4
+    value_blocks: int = 4
     value_stages: int = 3
-    value_registers: int | None = None
+    value_registers: int = 128
+    value_programs: int = 3  # for each multiprocessor
     output_width: int = 256
     output_warps: int = 8
-    value_programs: int = 4  # for each multiprocessor
 
 
+#: For float16 latents, which need no unpacking.
+RANKS_TUNING = Tuning(value_stages=4, value_registers=168, value_programs=2, output_width=512)
 DEFAULT_TUNING = Tuning()
 
 
@@ -98,7 +95,7 @@ def packed_attention(
     mask: Tensor | None = None,
     angles: Angles | None = None,
     n_splits: int | None = None,
-    tuning: Tuning = DEFAULT_TUNING,
+    tuning: Tuning | None = None,
 ) -> Tensor:
     """Return attention over packed, sink and recent tokens: [batch, n_queries, heads, head_dim], in query's dtype.
 
@@ -109,17 +106,17 @@ def packed_attention(
     batch, n_heads, n_queries, head_dim = query.shape
     if (keys.mean is None) != (angles is None):
         raise OptionError("keys with a mean need the angles of their positions, and others must not have them.")
+    if tuning is None:
+        tuning = RANKS_TUNING if values.counts.get(16) else DEFAULT_TUNING
     n_kv_heads = exact.keys.shape[1]
     group_columns = n_heads // n_kv_heads * n_queries
     columns = 32 if n_heads * n_queries > 16 else 16
     n_columns = -(-n_heads * n_queries // columns) * columns
-    tile_blocks, groups = tuning.tile_blocks, 8 // tuning.places
+    tile_blocks = tuning.tile_blocks
     n_tiles = max(1, -(-n_blocks // tile_blocks))
     device = query.device
     asm = _uses_asm(device)
     query = query if query.stride(3) == 1 else query.contiguous()
-    pdl = asm and tuning.dependent_launch and _knows_dependent_launch(device)
-    follows = {"launch_pdl": True} if pdl else {}
     scale = scaling * math.log2(math.e)
 
     # 1. absorbed query, exact tokens
@@ -146,27 +143,27 @@ def packed_attention(
         *exact.values.stride()[:3], n_chunks, n_k, batch, n_kv_heads, exact.sink_keys.shape[2], exact.keys.shape[2],
         n_queries, group_columns, n_columns, scale,
         HEAD_DIM=head_dim, DIM=dim, WIDTH=_ABSORB_WIDTH, COLUMNS=absorb_columns, ROWS=rows, TOKENS=tuning.prepare_tokens,
-        HAS_MASK=exact.mask is not None, MEAN_DIM=mean_dim, PDL=pdl, num_warps=tuning.prepare_warps,
+        HAS_MASK=exact.mask is not None, MEAN_DIM=mean_dim, num_warps=tuning.prepare_warps,
     )  # fmt: skip
 
     # 2. weights of the packed tokens
     weights = torch.empty(batch, n_tiles, tile_blocks * 32, n_columns, dtype=torch.float16, device=device)
-    tops, totals, weighted = torch.empty(3, batch, n_tiles * groups, n_columns, device=device)
+    tops, totals, weighted = torch.empty(3, batch, n_tiles, n_columns, device=device)
     shifts = _shifts(device)
     key_unit, value_unit = _row_unit(keys), _row_unit(values)
     mask_tensor = first if mask is None else mask
-    score_kernel[(n_tiles * groups, n_columns // columns, batch)](
+    score_kernel[(n_tiles, n_columns // columns, batch)](
         absorbed, bias, keys.words, shifts, first, last, mask_tensor, values.words, mean_query,
         mean_query if angles is None else angles.table, first if angles is None else angles.origin, weights, tops,
         totals, weighted, packed_tops,
         keys.words.stride(0), keys.words.stride(1) // key_unit, values.words.stride(0), values.words.stride(1),
         keys.gain_word, values.gain_word, 0 if angles is None else angles.table.shape[0], n_blocks, n_tiles, n_columns, n_chunks,
         0 if mask is None else mask.stride(0), *keys.class_counts,
-        ROW_UNIT=key_unit, CLASSES=_classes(keys), PLACES=tuning.places, COLUMNS=columns, WIDTH=tuning.score_width,
+        ROW_UNIT=key_unit, CLASSES=_classes(keys), COLUMNS=columns, WIDTH=tuning.score_width,
         STAGES=tuning.score_stages, HAS_MASK=mask is not None, KEY_GAIN=keys.has_gain,
-        VALUE_GAIN=values.has_gain, MEAN_DIM=mean_dim, SMALL=tuning.small and not keys.counts.get(16), ASM=asm,
+        VALUE_GAIN=values.has_gain, MEAN_DIM=mean_dim, SMALL=not keys.counts.get(16), ASM=asm,
         CHUNKS=max(16, triton.next_power_of_2(n_chunks)),
-        BLOCKS=tile_blocks, PDL=pdl, num_warps=tuning.score_warps, **follows, **_registers(tuning.score_registers, asm),
+        BLOCKS=tile_blocks, num_warps=tuning.score_warps,
     )  # fmt: skip
 
     # 3. weighted sums of value codes
@@ -185,10 +182,9 @@ def packed_attention(
         value_kernel[(n_splits, batch * (n_columns // columns), chunks)](
             values.words, shifts, weights, tops, packed_tops, sums, values.words.stride(0), values.words.stride(1) // value_unit,
             n_blocks, n_tiles, per_split, n_columns, sum_stride, *values.class_counts,
-            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=tile_blocks, PLACES=tuning.places,
-            BLOCKS=tuning.value_blocks,
-            STAGES=tuning.value_stages, PDL=pdl, ASM=asm, **follows, num_warps=tuning.value_warps,
-            **_registers(tuning.value_registers, asm),
+            ROW_UNIT=value_unit, CLASSES=_classes(values), COLUMNS=columns, WIDTH=width, TILE=tile_blocks, BLOCKS=tuning.value_blocks,
+            STAGES=tuning.value_stages, ASM=asm, num_warps=tuning.value_warps,
+            **({"maxnreg": tuning.value_registers} if asm else {}),
         )  # fmt: skip
 
     # 4. splits added up, decoded, joined with the exact tokens
@@ -197,10 +193,10 @@ def packed_attention(
     output_kernel[(n_kv_heads, batch, dim // out_dim)](
         sums, _offsets(values), packed_tops, tops, totals, weighted, exact_sums, exact_tops, exact_totals, values.decoder,
         first if values.mean is None else values.mean, out, *out.stride()[:3], values.decoder.stride(0),
-        n_v, sum_stride, n_splits, n_tiles * groups, n_queries, group_columns, n_columns,
+        n_v, sum_stride, n_splits, n_tiles, n_queries, group_columns, n_columns,
         HEAD_DIM=head_dim, DIM=out_dim, GROUP=triton.next_power_of_2(group_columns), ROWS=rows,
         WIDTH=tuning.output_width, SPLITS=min(8, triton.next_power_of_2(n_splits)), TILES=128,
-        HAS_MEAN=values.mean is not None, PDL=pdl, **follows, num_warps=tuning.output_warps,
+        HAS_MEAN=values.mean is not None, num_warps=tuning.output_warps,
     )  # fmt: skip
     return out
 
@@ -208,10 +204,6 @@ def packed_attention(
 def _uses_asm(device: torch.device) -> bool:
     """Inline instructions need a NVIDIA GPU; Triton's interpreter and other GPUs take the plain expressions."""
     return device.type == "cuda" and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
-
-
-def _registers(limit: int | None, asm: bool) -> dict[str, int]:
-    return {"maxnreg": limit} if asm and limit is not None else {}
 
 
 def _classes(site: PackedSite) -> int:
@@ -237,12 +229,6 @@ def _cached_offsets(counts: tuple[tuple[int, int], ...], device: torch.device) -
 def _shifts(device: torch.device) -> Tensor:
     """Return where the two bytes of a half word start, as a tensor: see unpack.raw_tile."""
     return torch.tensor([0, 8], dtype=torch.int16, device=device)
-
-
-@lru_cache(maxsize=64)
-def _knows_dependent_launch(device: torch.device) -> bool:
-    """Whether the GPU (Hopper or newer) and this Triton can start a kernel before the one before it has drained."""
-    return torch.cuda.get_device_capability(device)[0] >= 9 and hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
 
 
 @lru_cache(maxsize=64)

@@ -6,8 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import begin_after
-
 
 @triton.jit
 def _to_rows(x, GROUP: tl.constexpr, ROWS: tl.constexpr):
@@ -25,7 +23,7 @@ def output_kernel(
     sums, offset, packed_tops, tops, totals, weighted_totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
     o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_groups, n_queries, group_columns, n_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
     """Output of one KV head's query heads, DIM channels of it; grid: (KV heads, batch, channels / DIM).
 
@@ -33,7 +31,6 @@ def output_kernel(
     [batch, n_groups, n_columns], of score_kernel;
     packed_tops: [batch, n_columns]; exact_*: of prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
     """
-    begin_after(PDL)
     kv_head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     own = tl.arange(0, GROUP)

@@ -111,7 +111,7 @@ def prepare_kernel(
     v_batch, v_head, v_token, n_chunks, n_components, n_batch, n_kv_heads, n_sinks, n_recent, n_queries,
     group_columns, n_columns, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, MEAN_DIM: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, MEAN_DIM: tl.constexpr,
 ):  # fmt: skip
     """Programs: first one for each (sequence, KV head), for the exact tokens; then those of _absorb.
 
@@ -122,8 +122,6 @@ def prepare_kernel(
     mean: [n_kv_heads * head_dim] of the keys; mean_query: [batch, MEAN_DIM, n_columns], of _absorb_mean;
     MEAN_DIM of 0: no mean.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0)
     n_exact = n_batch * n_kv_heads
     if index < n_exact:

@@ -162,11 +162,3 @@ def gain(packed, TAU: tl.constexpr):
     """Return the gains of place TAU from what `gain_words` gave."""
     code = (packed >> (4 * TAU)) & 15
     return tl.exp2((code.to(tl.float32) - 4.0) * 0.25)
-
-
-@triton.jit
-def begin_after(PDL: tl.constexpr):
-    """Wait for the launch before this one and let the next be scheduled: CUDA's programmatic dependent launch."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()

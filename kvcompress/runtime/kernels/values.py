@@ -6,14 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompress.runtime.kernels.unpack import begin_after, operand, raw_tile
+from kvcompress.runtime.kernels.unpack import operand, raw_tile
 
 
 @triton.jit
 def _store_sums(
     sums, sum_stride, words, shifts, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
-    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,     BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
     acc = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -29,18 +28,14 @@ def _store_sums(
         tile = index // PARTS
         row = tile * (TILE * 32) + (index % PARTS) * (BLOCKS * 4)
         p = weights + row * n_columns + line[:, None] * n_columns + column[None, :]
-        # The sums so far are brought to this group's scale; 60 keeps them finite, and what it cuts off is below 2^-60.
-        now = tl.maximum(tl.load(tops + tile * (8 // PLACES) * n_columns + column), top - 60.0)
+        # The sums so far are brought to this tile's scale; 60 keeps them finite, and what it cuts off is below 2^-60.
+        now = tl.maximum(tl.load(tops + tile * n_columns + column), top - 60.0)
         acc *= tl.exp2(before - now)[None, :]
         before = now
         acc = tl.dot(operand(raw, 0, BITS, False, ASM), tl.load(p), acc)
         acc = tl.dot(operand(raw, 1, BITS, False, ASM), tl.load(p + step), acc)
         acc = tl.dot(operand(raw, 2, BITS, False, ASM), tl.load(p + 2 * step), acc)
         acc = tl.dot(operand(raw, 3, BITS, False, ASM), tl.load(p + 3 * step), acc)
-        if PLACES == 4:
-            now = tl.maximum(tl.load(tops + (tile * 2 + 1) * n_columns + column), top - 60.0)
-            acc *= tl.exp2(before - now)[None, :]
-            before = now
         acc = tl.dot(operand(raw, 4, BITS, False, ASM), tl.load(p + 4 * step), acc)
         acc = tl.dot(operand(raw, 5, BITS, False, ASM), tl.load(p + 5 * step), acc)
         acc = tl.dot(operand(raw, 6, BITS, False, ASM), tl.load(p + 6 * step), acc)
@@ -55,7 +50,7 @@ def value_kernel(
     words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns, sum_stride,
     n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    PLACES: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class, one split of one sequence, COLUMNS query columns.
 
@@ -63,7 +58,6 @@ def value_kernel(
     same number of bits, and so run the same code. weights, tops, packed_tops: of score_kernel.
     sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights relative to the largest score of the sequence.
     """
-    begin_after(PDL)
     groups = n_columns // COLUMNS
     batch = (tl.program_id(1) // groups).to(tl.int64)
     column = tl.program_id(1) % groups * COLUMNS + tl.arange(0, COLUMNS)
@@ -71,7 +65,7 @@ def value_kernel(
     row_words = row_units * ROW_UNIT
     words += batch * batch_words
     weights += batch * n_tiles * (TILE * 32) * n_columns
-    tops += batch * n_tiles * (8 // PLACES) * n_columns
+    tops += batch * n_tiles * n_columns
     sums += (batch * tl.num_programs(0) + split) * n_columns * sum_stride
     a = split * tiles_per_split
     z = tl.minimum(a + tiles_per_split, n_tiles)
@@ -101,17 +95,17 @@ def value_kernel(
                 if index < 2:
                     _store_sums(
                         sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, 4, STAGES, ASM,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4, STAGES, ASM,
                     )  # fmt: skip
                 elif count - start > WIDTH // 2:
                     _store_sums(
                         sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, PLACES, BLOCKS, STAGES, ASM,
+                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
                 else:
                     _store_sums(
                         sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, PLACES, BLOCKS, STAGES, ASM,
+                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
             chunk -= (count + per - 1) // per
             word += count * (16 >> index)
