@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.runtime.kernels.decode import Angles, ExactTokens, angle_table
+from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
 from kvcompress.runtime.kernels.layout import PackedSite
 
 
@@ -40,7 +40,12 @@ def random_site(
         codes.append((bits, code))
         z.append(code.double() - (2.0 ** (bits - 1) - 0.5))
     latents = torch.cat(z, 1).transpose(1, 2)
-    decoder = torch.randn(latents.shape[2], n) * size / latents.shape[2] ** 0.5 / latents.std((0, 1)).clamp_min(0.5)[:, None].float()
+    decoder = (
+        torch.randn(latents.shape[2], n)
+        * size
+        / latents.shape[2] ** 0.5
+        / latents.std((0, 1)).clamp_min(0.5)[:, None].float()
+    )
     words = pack_codes(codes, pad_words=0 if gain else pad_words)
     if gain:
         gains = torch.randint(0, 16, (batch, 1, n_tokens))
@@ -105,9 +110,7 @@ def random_case(
     if key_mean:  # positions of a left padded sequence begin before its first token that counts
         angles = Angles(angle_table(inv_freq, n_tokens), (lo - n_sinks).clamp_min(0))
     blocks = -(-n_tokens // 32)
-    case = Case(
-        query, keys, values, lo, hi, blocks, tokens, mask, head_dim**-0.5, angles, expected=torch.empty(0)
-    )
+    case = Case(query, keys, values, lo, hi, blocks, tokens, mask, head_dim**-0.5, angles, expected=torch.empty(0))
     case.expected = _float64(case, key_latents, value_latents, inv_freq)
     return case
 

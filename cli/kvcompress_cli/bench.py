@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def bench(
     output: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="A directory made by kvcompress compress.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="A directory made by kvcompress compress.", show_default=False),
     ] = None,
     shape: Annotated[str, typer.Option(help="Without OUT: a known shape, filled with random numbers.")] = "llama-3-8b",
     keep: Annotated[str, typer.Option(help="Without OUT: shares of the cache's bytes, with commas between.")] = "0.125",

@@ -111,7 +111,7 @@ def _sdpa_microseconds(
     for name in ("cudnn", "flash", "efficient") if device.type == "cuda" else ("flash", "math"):
         with sdpa_kernel(_BACKENDS[name]):
             works = [
-                lambda cache=cache: F.scaled_dot_product_attention(query, cache[0], cache[1], enable_gqa=True)  # type: ignore[misc]
+                lambda cache=cache: F.scaled_dot_product_attention(query, cache[0], cache[1], enable_gqa=True)
                 for cache in caches
             ]
             try:

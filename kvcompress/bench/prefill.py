@@ -30,7 +30,13 @@ class PrefillTiming:
 
 
 def time_prefill(
-    shape: Shape, keys: dict[int, int], values: dict[int, int], *, context: int, device: torch.device, dtype: torch.dtype
+    shape: Shape,
+    keys: dict[int, int],
+    values: dict[int, int],
+    *,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PrefillTiming:
     """Time a decoder layer without the head (projections, causal attention, MLP), and packing its keys and values."""
     x = torch.randn(context, shape.d_model, device=device, dtype=dtype)

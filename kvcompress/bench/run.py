@@ -34,7 +34,15 @@ class BenchReport:
 
     def to_json(self) -> dict[str, Any]:
         rows = {"attention": [a.to_json() for a in self.attention], "prefill": [p.to_json() for p in self.prefill]}
-        names = ("device", "torch_version", "dtype", "copy_bytes_per_second", "matrix_flops_per_second", "counts", "fits")
+        names = (
+            "device",
+            "torch_version",
+            "dtype",
+            "copy_bytes_per_second",
+            "matrix_flops_per_second",
+            "counts",
+            "fits",
+        )
         return {"shape": asdict(self.shape)} | {name: getattr(self, name) for name in names} | rows
 
 
@@ -56,9 +64,15 @@ def run_bench(
                 if _fits(sizes, context, batch, where, dtype):
                     attention.append(
                         time_attention(
-                            sizes, parts["key"], parts["value"], keep=keep, context=context, batch=batch, device=where,
+                            sizes,
+                            parts["key"],
+                            parts["value"],
+                            keep=keep,
+                            context=context,
+                            batch=batch,
+                            device=where,
                             dtype=dtype,
-                        )  # fmt: skip
+                        )
                     )
             packed = sum(_bits(part) for part in parts.values()) / 8
             fits.append(
@@ -85,7 +99,9 @@ def _workloads(
         keep = (_bits(keys) + _bits(values)) / (32 * shape.width)
         return shape, {keep: {"key": keys, "value": values}}
     if name not in SHAPES:
-        raise OptionError(f"there is no shape {name}. Choose one of {', '.join(SHAPES)}, or name a compressed checkpoint.")
+        raise OptionError(
+            f"there is no shape {name}. Choose one of {', '.join(SHAPES)}, or name a compressed checkpoint."
+        )
     counts = {keep: typical_counts(SHAPES[name].width, keep, ranks_only=ranks_only) for keep in keeps}
     return SHAPES[name], {keep: {"key": c, "value": c} for keep, c in counts.items()}
 

@@ -91,7 +91,9 @@ def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, i
     layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2]
     if plan.form != "coded" or not layers:
         raise OptionError(f"{directory} has no layer whose keys and values are both coded: there is nothing to time.")
-    sizes = {a.layer: sum(b * n for site, c in coded.items() if site.layer == a.layer for b, n in c.items()) for a in layers}
+    sizes = {
+        a.layer: sum(b * n for site, c in coded.items() if site.layer == a.layer for b, n in c.items()) for a in layers
+    }
     middle = sorted(layers, key=lambda a: sizes[a.layer])[len(layers) // 2]
     counts = {site.part: c for site, c in coded.items() if site.layer == middle.layer}
     shape = Shape(

@@ -17,11 +17,11 @@ from torch import Tensor
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache import CompressedLayer, TokenLine
-    from kvcompress.runtime.kernels.decode import Angles, ExactTokens
 
 #: More (heads * query tokens) than this are a prompt: decoding tiles of keys and values is then cheaper.
 _MOST_COLUMNS = 256
@@ -60,8 +60,7 @@ def pack(codec: SiteCodec, x: Tensor) -> Tensor | None:
     dense = _dense_maps(codec)
     row = row_words(dense.counts, has_gain=codec.has_gain)
     words = torch.empty(x.shape[0], x.shape[1] // BLOCK_TOKENS, row, dtype=torch.int32, device=x.device)
-    latents = project(x, dense.encoder) if x.dtype != torch.float32 else x @ dense.encoder.float().T
-    pack_latents(latents, _site(codec, words))
+    pack_latents(project(x, dense.encoder), _site(codec, words))
     return words.view(torch.uint8)
 
 
@@ -103,8 +102,6 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
 
 
 def _exact(layer: CompressedLayer, mask: Tensor) -> ExactTokens:
-    from kvcompress.runtime.kernels.decode import ExactTokens
-
     keys, values = layer.keys, layer.values
     no_sinks = keys[:, :, :0]
     sink_keys = no_sinks if layer.sink_keys is None else layer.sink_keys
@@ -141,8 +138,6 @@ def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> tuple[T
 
 
 def _layer_angles(layer: CompressedLayer) -> Angles:
-    from kvcompress.runtime.kernels.decode import Angles, angle_table
-
     rotary, n_tokens, device = layer.codecs.rotary, layer.get_seq_length(), layer.keys.device
     assert rotary is not None
     table = _angles.get(rotary)

@@ -1,4 +1,4 @@
 """Triton kernels for decode attention over the packed cache; `decode.packed_attention` is the way in.
 
-Only `layout` imports without Triton.
+Only `layout` and `arguments` import without Triton.
 """

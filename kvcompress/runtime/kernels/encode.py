@@ -23,7 +23,8 @@ def project(x: Tensor, encoder: Tensor) -> Tensor:
 
     In float16 the error is 2^-11 of the largest codes, 1/8 of a step at most: less than what rounding adds.
     """
-    return x.to(encoder.dtype) @ encoder.T
+    limit = torch.finfo(encoder.dtype).max
+    return x.clamp(-limit, limit).to(encoder.dtype) @ encoder.T
 
 
 def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0) -> None:
@@ -36,8 +37,8 @@ def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0) -> 
     n_blocks = n_tokens // BLOCK_TOKENS
     if n_tokens % BLOCK_TOKENS or n_components != site.n_components or first_block + n_blocks > site.words.shape[1]:
         raise OptionError(
-            f"latents {tuple(latents.shape)} do not fit packed words {tuple(site.words.shape)} from block {first_block}. "
-            f"Expected whole blocks of {BLOCK_TOKENS} tokens and {site.n_components} components."
+            f"latents {tuple(latents.shape)} do not fit packed words {tuple(site.words.shape)} from block "
+            f"{first_block}. Expected whole blocks of {BLOCK_TOKENS} tokens and {site.n_components} components."
         )
     latents = latents.contiguous()
     words = site.words[:, first_block:]

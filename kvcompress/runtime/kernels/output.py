@@ -18,18 +18,19 @@ def _to_rows(x, GROUP: tl.constexpr, ROWS: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["n_components", "n_splits", "n_groups"])
+@triton.jit(do_not_specialize=["n_components", "n_splits", "n_tiles"])
 def output_kernel(
     sums, offset, packed_tops, tops, totals, weighted_totals, exact_sums, exact_tops, exact_totals, decoder, mean, out,
-    o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_groups, n_queries, group_columns, n_columns,
+    o_batch, o_token, o_head, decoder_stride, n_components, sum_stride, n_splits, n_tiles, n_queries, group_columns,
+    n_columns,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, TILES: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
     """Output of one KV head's query heads, DIM channels of it; grid: (KV heads, batch, channels / DIM).
 
     sums: [batch, splits, n_columns, sum_stride], of value_kernel; tops, totals, weighted_totals:
-    [batch, n_groups, n_columns], of score_kernel;
-    packed_tops: [batch, n_columns]; exact_*: of prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
+    [batch, n_tiles, n_columns], of score_kernel; packed_tops: [batch, n_columns]; exact_*: of
+    prepare_kernel; decoder: [R, n]; out: [batch, n_queries, heads, head_dim].
     """
     kv_head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -43,10 +44,10 @@ def output_kernel(
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.zeros([TILES, GROUP], tl.float32)
     weighted = tl.zeros([TILES, GROUP], tl.float32)
-    for start in range(0, n_groups, TILES):
+    for start in range(0, n_tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        place = (batch * n_groups + tile)[:, None] * n_columns + column[None, :]
-        known = (tile < n_groups)[:, None] & wanted[None, :]
+        place = (batch * n_tiles + tile)[:, None] * n_columns + column[None, :]
+        known = (tile < n_tiles)[:, None] & wanted[None, :]
         height = tl.load(tops + place, mask=known, other=float("-inf"))
         share = tl.exp2(height - safe[None, :])
         weight += tl.load(totals + place, mask=known, other=0.0) * share

@@ -25,7 +25,7 @@ def gain_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     code = tl.arange(0, 16)
     gain = tl.exp2((code.to(tl.float32) - 4.0) * 0.25)
-    error = tl.zeros([TOKENS, 16], tl.float32)
+    error = tl.zeros([TOKENS, 16, WIDTH], tl.float32)
     for start in range(first_component, n_components, WIDTH):
         component = start + tl.arange(0, WIDTH)
         real = component < n_components
@@ -34,8 +34,8 @@ def gain_kernel(
         half = tl.load(halves + component, mask=real, other=1.0)[None, None, :]
         rebuilt = (_rounded(x / gain[None, :, None], half) - half + 0.5) * gain[None, :, None]
         wrong = tl.where(real[None, None, :], rebuilt - x, 0.0)
-        error += tl.sum(wrong * wrong, 2)
-    tl.store(gains + token, tl.argmin(error, 1, tie_break_left=True).to(tl.uint8))
+        error += wrong * wrong
+    tl.store(gains + token, tl.argmin(tl.sum(error, 2), 1, tie_break_left=True).to(tl.uint8))
 
 
 @triton.jit
@@ -97,9 +97,7 @@ def pack_kernel(
         if CLASSES & (16 >> index):
             start = chunk * WIDTH
             if (start >= 0) & (start < count):
-                _pack_class(
-                    latents, gains, words, token_stride, row, word, start, count, 16 >> index, WIDTH, HAS_GAIN
-                )
+                _pack_class(latents, gains, words, token_stride, row, word, start, count, 16 >> index, WIDTH, HAS_GAIN)
             chunk -= (count + WIDTH - 1) // WIDTH
             word += count * (16 >> index)
             row += count

@@ -81,9 +81,7 @@ def _attend(
 
 
 @triton.jit
-def _absorb_mean(
-    q_row, mean, out, wanted, column, n_columns, scale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
-):
+def _absorb_mean(q_row, mean, out, wanted, column, n_columns, scale, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """Store the factors of cos and sin of each frequency in scale q . R(t) mean: [HEAD_DIM, ...] at `out`.
 
     q_row: pointers [ROWS, 1]; mean: of this KV head, before RoPE, in half-split pairs.
@@ -98,9 +96,7 @@ def _absorb_mean(
     m_im = tl.load(mean + HEAD_DIM // 2 + pair, mask=inside, other=0.0)[None, :]
     place = out + pair[None, :] * n_columns + column[:, None]
     tl.store(place, ((q_re * m_re + q_im * m_im) * scale).to(tl.float16), mask=mask)
-    tl.store(
-        place + HEAD_DIM // 2 * n_columns, ((q_im * m_re - q_re * m_im) * scale).to(tl.float16), mask=mask
-    )
+    tl.store(place + HEAD_DIM // 2 * n_columns, ((q_im * m_re - q_re * m_im) * scale).to(tl.float16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_components", "n_batch", "n_sinks", "n_recent"])

@@ -49,9 +49,7 @@ def _times(x, TAU: tl.constexpr, BITS: tl.constexpr, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _scaled(
-    acc, BITS: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr
-):
+def _scaled(acc, BITS: tl.constexpr, SMALL: tl.constexpr, SIGN: tl.constexpr):
     """Bring the accumulators to the scale of a class's codes (SIGN 1), or back (-1); see unpack.codes on SMALL."""
     result = acc
     if SMALL and BITS < 16:
@@ -169,7 +167,8 @@ def _finish(
 
 @triton.jit(
     do_not_specialize=[
-        "key_gain_word", "value_gain_word", "n_positions", "n16", "n8", "n4", "n2", "n1", "n_blocks", "n_chunks", "n_tiles",
+        "key_gain_word", "value_gain_word", "n_positions", "n16", "n8", "n4", "n2", "n1", "n_blocks", "n_chunks",
+        "n_tiles",
     ]
 )  # fmt: skip
 def score_kernel(
@@ -249,9 +248,7 @@ def score_kernel(
     if MEAN_DIM:
         mean_query += batch * MEAN_DIM * n_columns + tl.program_id(1) * COLUMNS
         position = token - tl.load(origin + batch)
-        acc = _add_mean(
-            acc, mean_query, table, position, n_positions * live, n_columns, MEAN_DIM, COLUMNS, STAGES
-        )
+        acc = _add_mean(acc, mean_query, table, position, n_positions * live, n_columns, MEAN_DIM, COLUMNS, STAGES)
     value_gains = line
     if VALUE_GAIN:
         rows = value_words + batch * value_batch_words + tile.to(tl.int64) * BLOCKS * value_row_words

@@ -128,8 +128,9 @@ def raw_tile(
     """Return the raw integers of WIDTH components from `component` on, for BLOCKS blocks: a tuple for `operand`.
 
     words: the first block's row; shifts: [0, 8] in memory (a computed constant would be laid out apart from what is
-    loaded, and every operand would pass through shared memory); row_words: words from block to block; first_word: where the class starts in a row.
-    Components from n_components and blocks from n_blocks on read as zeros.
+    loaded, and every operand would pass through shared memory); row_words: words from block to
+    block; first_word: where the class starts in a row. Components from n_components and blocks from
+    n_blocks on read as zeros.
     """
     # A quarter of a component is BITS bytes: a byte of an int16, an int16, an int32, or 2 or 4 of them.
     WORDS: tl.constexpr = BITS // 4 if BITS > 4 else 1

@@ -11,8 +11,9 @@ from kvcompress.runtime.kernels.unpack import operand, raw_tile
 
 @triton.jit
 def _store_sums(
-    sums, sum_stride, words, shifts, weights, tops, top, row_words, first_word, component, n_components, n_blocks, first_tile, last_tile,
-    n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,     BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    sums, sum_stride, words, shifts, weights, tops, top, row_words, first_word, component, n_components,
+    n_blocks, first_tile, last_tile, n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    TILE: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
     acc = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -24,7 +25,9 @@ def _store_sums(
     for index in tl.range(first_tile * PARTS, last_tile * PARTS, num_stages=STAGES):
         part_words = words + part_stride * index
         left = n_blocks - index * BLOCKS
-        raw = raw_tile(part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False)
+        raw = raw_tile(
+            part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False
+        )
         tile = index // PARTS
         row = tile * (TILE * 32) + (index % PARTS) * (BLOCKS * 4)
         p = weights + row * n_columns + line[:, None] * n_columns + column[None, :]
@@ -47,8 +50,8 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_tiles", "tiles_per_split"])
 def value_kernel(
-    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split, n_columns, sum_stride,
-    n16, n8, n4, n2, n1,
+    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split,
+    n_columns, sum_stride, n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +59,8 @@ def value_kernel(
 
     Grid: (splits, batch * column groups, chunks of components): programs that run at the same time mostly unpack the
     same number of bits, and so run the same code. weights, tops, packed_tops: of score_kernel.
-    sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights relative to the largest score of the sequence.
+    sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights
+    relative to the largest score of the sequence.
     """
     groups = n_columns // COLUMNS
     batch = (tl.program_id(1) // groups).to(tl.int64)
@@ -94,18 +98,18 @@ def value_kernel(
             if (start >= 0) & (start < count):
                 if index < 2:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4, STAGES, ASM,
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
+                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4, STAGES, ASM,
                     )  # fmt: skip
                 elif count - start > WIDTH // 2:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
+                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
                 else:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count, n_blocks, a, z,
-                        n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
+                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, BLOCKS, STAGES, ASM,
                     )  # fmt: skip
             chunk -= (count + per - 1) // per
             word += count * (16 >> index)
