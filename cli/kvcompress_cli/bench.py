@@ -46,23 +46,27 @@ def bench(
 
 
 def print_attention(rows: list[AttentionTiming]) -> None:
-    table = terminal.table(
-        ">keep", ">context", ">batch", ">ours", ">SDPA", "fastest", ">times faster", ">roofline", "bound by", ">of copy"
-    )
+    table = terminal.table(">keep", ">context", ">batch", ">ours, us", ">SDPA", "by", ">faster", ">roofline", "bound by")
     for row in rows:
         table.add_row(
-            f"{row.keep:g}", terminal.tokens(row.context), str(row.batch), f"{row.microseconds:.1f} us",
-            f"{row.sdpa_microseconds[row.opponent]:.1f} us", row.opponent, f"[bold]{row.speedup:.2f}[/bold]",
-            f"{row.roofline_microseconds:.1f} us", row.bound_by, f"{row.copy_share:.0%}",
-        )  # fmt: skip
+            f"{row.keep:.3g}",
+            terminal.tokens(row.context),
+            str(row.batch),
+            f"{row.microseconds:.0f}",
+            f"{row.sdpa_microseconds[row.opponent]:.0f}",
+            row.opponent,
+            f"[bold]{row.speedup:.2f}x[/bold]",
+            f"{row.roofline_microseconds:.1f}",
+            row.bound_by,
+        )
     terminal.stdout().print(table)
 
 
 def _print_rest(document: Any) -> None:
     grid = terminal.facts()
     grid.add_row("device", document.device)
-    grid.add_row("copy, read and written", f"{document.copy_bytes_per_second / 1e12:.3f} TB/s")
-    grid.add_row("matrix product", f"{document.matrix_flops_per_second / 1e12:.0f} TFLOP/s")
+    grid.add_row("copy, read and written", f"{document.copy_bytes_per_second / 1e9:.1f} GB/s")
+    grid.add_row("matrix product", f"{document.matrix_flops_per_second / 1e9:.0f} GFLOP/s")
     for keep, counts in document.counts.items():
         grid.add_row(f"components at {keep}", ", ".join(f"{n} of {bits} bits" for bits, n in counts["key"].items()))
     for row in document.prefill:
