@@ -46,7 +46,9 @@ def bench(
 
 
 def print_attention(rows: list[AttentionTiming]) -> None:
-    table = terminal.table(">keep", ">context", ">batch", ">ours, us", ">SDPA", "by", ">faster", ">roofline", "bound by")
+    table = terminal.table(
+        ">keep", ">context", ">batch", ">ours, us", ">SDPA", "by", ">faster", ">roofline", "bound by"
+    )
     for row in rows:
         table.add_row(
             f"{row.keep:.3g}",
