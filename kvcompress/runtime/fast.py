@@ -36,9 +36,22 @@ class _Dense:
     counts: dict[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The masks of one step, and what they were made for; see _visible."""
+
+    sizes: tuple[int, int, int]
+    mask: Tensor | None
+    start: Tensor
+    exact: Tensor
+    packed: Tensor | None
+    first: Tensor
+    last: Tensor
+
+
 _dense: WeakKeyDictionary[SiteCodec, _Dense] = WeakKeyDictionary()
 _angles: WeakKeyDictionary[Rotary, Tensor] = WeakKeyDictionary()
-_seen: WeakKeyDictionary[TokenLine, tuple[tuple[int, int], Tensor | None, tuple[Tensor, ...]]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[TokenLine, _Seen] = WeakKeyDictionary()
 
 
 def kernels_apply(device: torch.device) -> bool:
@@ -85,18 +98,18 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
     from kvcompress.runtime.kernels.decode import packed_attention
 
     assert layer.packed_keys is not None and layer.packed_values is not None
-    exact_mask, packed_mask, first, last = _visible(layer, mask, batch)
+    seen = _visible(layer, mask, batch)
     key_mean = codecs.rotated_mean
     return packed_attention(
         query,
         _site(codecs.key, layer.packed_keys.view(torch.int32), mean=key_mean),
         _site(codecs.value, layer.packed_values.view(torch.int32), mean=codecs.value.mean),
-        first=first,
-        last=last,
+        first=seen.first,
+        last=seen.last,
         n_blocks=layer.packed_keys.shape[1],
-        exact=_exact(layer, exact_mask),
+        exact=_exact(layer, seen.exact),
         scaling=scaling,
-        mask=packed_mask,
+        mask=seen.packed,
         angles=None if key_mean is None else _layer_angles(layer),
     )
 
@@ -109,32 +122,34 @@ def _exact(layer: CompressedLayer, mask: Tensor) -> ExactTokens:
     return ExactTokens(keys, values, sink_keys, sink_values, mask)
 
 
-def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the masks of exact and packed tokens and the packed tokens [first, last) that count, for all layers.
+def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> _Seen:
+    """Return the masks of exact and packed tokens and the packed tokens [first, last) that count.
 
-    The sinks' packed copies do not count. Worked out once a step: the layers of a step share it.
+    The sinks' packed copies do not count. Worked out once a step: all layers of a step share it.
     """
     tokens, n_encoded, n_tokens = layer.tokens, layer.n_encoded, layer.get_seq_length()
+    sizes = (batch, n_encoded, n_tokens)
     known = _seen.get(tokens)
-    if known is not None and known[0] == (n_encoded, n_tokens) and known[1] is mask:
-        exact_mask, packed_mask, first, last = known[2]
-        return exact_mask, None if packed_mask.numel() == 0 else packed_mask, first, last
+    if known is not None and known.sizes == sizes and known.mask is mask and known.start is tokens.start:
+        return known
     device = layer.keys.device
     sinks = tokens.sink_slots().to(device).expand(batch, -1)
     visible = torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
     if mask is not None:
         row = mask[:, 0, -1, :n_tokens].expand(batch, -1)
         visible = row if row.dtype == torch.bool else row > torch.finfo(torch.float16).min
-    in_cache = sinks.clamp(max=n_tokens - 1)
-    sinks_seen = visible.gather(1, in_cache) & (sinks < n_encoded)
-    exact_mask = torch.cat([sinks_seen, visible[:, n_encoded:]], 1).to(torch.uint8)
-    packed_mask = torch.empty(0, dtype=torch.uint8, device=device)
-    if mask is not None:
-        packed_mask = visible[:, :n_encoded].to(torch.uint8).contiguous()
-    first = (tokens.start.to(device) + sinks.shape[1]).to(torch.int32).expand(batch).contiguous()
-    last = torch.full((batch,), n_encoded, dtype=torch.int32, device=device)
-    _seen[tokens] = ((n_encoded, n_tokens), mask, (exact_mask, packed_mask, first, last))
-    return exact_mask, packed_mask if mask is not None else None, first, last
+    sinks_seen = visible.gather(1, sinks.clamp(max=n_tokens - 1)) & (sinks < n_encoded)
+    seen = _Seen(
+        sizes,
+        mask,
+        tokens.start,
+        exact=torch.cat([sinks_seen, visible[:, n_encoded:]], 1).to(torch.uint8),
+        packed=None if mask is None else visible[:, :n_encoded].to(torch.uint8).contiguous(),
+        first=(tokens.start.to(device) + sinks.shape[1]).to(torch.int32).expand(batch).contiguous(),
+        last=torch.full((batch,), n_encoded, dtype=torch.int32, device=device),
+    )
+    _seen[tokens] = seen
+    return seen
 
 
 def _layer_angles(layer: CompressedLayer) -> Angles:
