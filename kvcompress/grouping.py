@@ -21,7 +21,7 @@ from kvcompress.bases import Components, FittedBasis
 from kvcompress.bases.base import expected_loss, whitened_eigenbasis
 from kvcompress.bases.frequency import Frequency
 from kvcompress.calibration.moments import Moments
-from kvcompress.errors import OptionError
+from kvcompress.errors import BudgetError, OptionError
 from kvcompress.fitting import FittedSite
 from kvcompress.model_spec import DTYPE_BYTES, PARTS, AttentionSpec, ModelSpec, Part, Site
 from kvcompress.options import GROUPED, CompressOptions
@@ -29,6 +29,8 @@ from kvcompress.policies import SiteCurve
 
 #: Up to this many KV heads every partition is looked at; beyond it, swaps improve the partition into neighbours.
 _EXHAUSTIVE_HEADS = 12
+#: Nats that keep every layer's first group ahead of all else: no engine has a layer without a cached head.
+_NEVER_NOTHING = 1e9
 Group = tuple[int, ...]
 
 
@@ -108,12 +110,14 @@ def choose_groups(
     """Return, for every site, the grouping that the policy pays for: the fit, and what it keeps.
 
     Both sites of a layer have the same groups of heads, each keeping `options.per_group` virtual heads; together
-    they cache at most the budget. Raises OptionError where the heads cannot be split so.
+    they cache at most the budget, and at least one group in every layer. Raises OptionError where the heads cannot be
+    split so, BudgetError where the budget is too small.
     """
     layers, curves = [], []
     for attention in spec.layers:
         levels = _fit_levels(_LayerMoments.of(attention, moments, options), options.per_group)
         energy = torch.stack([levels[0][part].energy for part in PARTS]).sum(0)
+        energy[0] += _NEVER_NOTHING
         numbers = torch.tensor([0, *(2 * len(level["key"].basis.energy) for level in levels)]).diff()
         curves.append(SiteCurve(Site(attention.layer, "key"), energy, numbers * attention.head_dim))
         layers.append(levels)
@@ -121,17 +125,23 @@ def choose_groups(
             progress("fit", attention.layer + 1, len(spec.layers))
     budget = int(options.keep * spec.cache_numbers_per_token + 1e-9)
     kept = make_policy(options).allocate(curves, budget)
+    if not all(kept):
+        least = sum(int(c.numbers[0]) for c in curves) / spec.cache_numbers_per_token
+        raise BudgetError(
+            f"keep {options.keep} leaves a layer without a cached head; these groups need at least {least:.3g} in all. "
+            "Raise --keep."
+        )
     fitted: dict[Site, FittedSite] = {}
     chosen: dict[Site, Choice] = {}
     for attention, levels, n_items in zip(spec.layers, layers, kept, strict=True):
         for part in PARTS:
-            site, fit = Site(attention.layer, part), levels[max(0, n_items - 1)][part]
-            components = fit.basis.components(0) if n_items else _identity(0)
-            fitted[site], chosen[site] = fit, _choice(spec, fit, components)
+            site, fit = Site(attention.layer, part), levels[n_items - 1][part]
+            fitted[site], chosen[site] = fit, _choice(spec, fit)
     return fitted, chosen
 
 
-def _choice(spec: ModelSpec, fit: FittedSite, components: Components) -> Choice:
+def _choice(spec: ModelSpec, fit: FittedSite) -> Choice:
+    components = fit.basis.components(0)
     rank = len(components.block)
     loss = 0.0 if rank == fit.blocks.numel() else fit.loss(components)
     bits = torch.full((rank,), 8 * DTYPE_BYTES[spec.dtype], dtype=torch.uint8)
@@ -235,6 +245,6 @@ def _fitted_site(layer: _LayerMoments, part: Part, wanted: Tensor, basis: Groupe
 
 
 def _identity(rank: int) -> Components:
-    """Return components that stand for a site kept whole (it needs no maps), or, with rank 0, for nothing."""
+    """Return components that stand for a site kept whole, which needs no maps."""
     nothing = torch.zeros(rank, 0, dtype=torch.float64)
     return Components(nothing, nothing, torch.zeros(rank, dtype=torch.long))

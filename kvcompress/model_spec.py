@@ -93,7 +93,7 @@ class ModelSpec:
         if any(a.key_norm for a in self.layers):
             return "keys are normalised per head after the projection (key norm), which a linear fold cannot pass"
         if any(a.key.weight == a.value.weight for a in self.layers):
-            return "query, key and value share one fused projection"
+            return "query, key and value share one fused projection (kvcompress export writes a llama without it)"
         if any(0 < a.rotary_dim < a.head_dim for a in self.layers):
             return "RoPE rotates a part of each head only, which a virtual head does not lay out"
         return None

@@ -140,16 +140,25 @@ def choose_options(
 
     if no_calibration and metric not in (None, "weights"):
         raise OptionError(f"--no-calibration cannot measure the metric {metric}. Leave out one of the two.")
-    if chosen.get("folded") and recipe is None and chosen.get("key_basis") is None:
-        chosen["key_basis"] = GROUPED  # keeps head_dim, so that every engine takes the export
-        chosen["policy"] = chosen.get("policy") or "uniform"
-    if chosen.get("folded") and recipe is None and chosen.get("recent") is None:
-        chosen["recent"] = 0  # a fold has no exact window: every query sees every token compressed
+    if chosen.get("folded") and recipe is None:
+        chosen |= folded_defaults(chosen)
     overrides = chosen | {"calibration": calibration, "metric": "weights" if no_calibration else metric}
     options = load_recipe(recipe, **overrides) if recipe else with_overrides(CompressOptions(), **overrides)
     if calibration and options.metric == "weights":
         raise OptionError("metric weights reads no text, so --calibration would do nothing. Choose --metric fisher.")
     return options
+
+
+def folded_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return what --folded means where nothing else was chosen.
+
+    Groups keep head_dim and, with as many in every layer, every engine takes their export. There is no exact window:
+    every query sees every token compressed, so the gradients of all of them count.
+    """
+    defaults: dict[str, Any] = {"keep": 0.5, "recent": 0}
+    if chosen.get("key_basis") is None:
+        defaults |= {"key_basis": GROUPED, "policy": "uniform"}
+    return {name: value for name, value in defaults.items() if chosen.get(name) is None}
 
 
 def run(
@@ -207,3 +216,5 @@ def _print(result: CompressionResult) -> None:
     out = shlex.quote(str(result.output))
     typer.echo(f"\nkvcompress report {out}\nkvcompress eval {out} --text FILE")
     typer.echo(f'kvcompress generate {out} --prompt "Once upon a time"')
+    if result.plan.form == "folded":
+        typer.echo(f"kvcompress export {out} --to hf -o DIR")

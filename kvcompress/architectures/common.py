@@ -56,7 +56,8 @@ def rotary_dim(config: dict[str, Any], head_dim: int) -> int:
     """Return how many channels of a head RoPE rotates. Raises for length-dependent RoPE."""
     rope = rope_parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in _LENGTH_DEPENDENT_ROPE:
+    fixed = kind == "longrope" and rope.get("short_factor") and rope["short_factor"] == rope.get("long_factor")
+    if kind in _LENGTH_DEPENDENT_ROPE and not fixed:
         raise UnsupportedModelError(
             f"RoPE scaling '{kind}' changes its frequencies with the length of the text, so cached keys cannot be "
             "un-rotated. Supported: default, linear, llama3, yarn."

@@ -11,7 +11,7 @@ import torch
 
 from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.checkpoint.reader import Checkpoint, open_folded, read_config
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint, open_folded, read_config
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target
 from kvcompress.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
 from kvcompress.export.card import export_card
@@ -20,7 +20,7 @@ from kvcompress.export.hf import check_llama, write_hf
 from kvcompress.export.layout import StockLayer, stock_layers
 from kvcompress.export.positions import export_positions
 from kvcompress.model_spec import DTYPE_BYTES, ModelSpec, Site
-from kvcompress.plan import PLAN_FILE, Plan
+from kvcompress.plan import PLAN_FILE, Plan, SitePlan
 from kvcompress.runtime.attach import read_output
 
 TARGETS = ("hf", "gguf", "vllm-decilm")
@@ -94,13 +94,17 @@ def export(
     UnsupportedModelError for what cannot be written so, with the reason and the way out; nothing is left behind.
     """
     directory, output = Path(directory), Path(output)
-    _check_source(directory)
-    plan, maps = read_output(directory)
+    plain = _check_source(directory)
+    if plain:
+        with open_checkpoint(directory) as whole:
+            checkpoint, plan = whole, plain_plan(whole)
+            maps: dict[Site, SiteMaps] = {}
+    else:
+        (plan, maps), checkpoint = read_output(directory), open_folded(directory)
     dtype = export_dtype(to, dtype, plan)
     if to == "gguf":
         import_gguf()
     _check_target(output, directory, to, force=force)
-    checkpoint = open_folded(directory)
     layers = plan_layers(checkpoint.spec, maps, to)
     config = _config(directory)
     positions = export_positions(config, checkpoint.spec, layers[0].n_virtual, scaled_by_engine=to != "gguf")
@@ -185,21 +189,63 @@ def _config(directory: Path) -> Any:
         raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
 
 
-def _check_source(directory: Path) -> None:
-    """Raise what stands in the way of an export, for a folded output nothing: first of all what the model itself is."""
+def plain_plan(checkpoint: Checkpoint) -> Plan:
+    """Return the plan of a model that is written as it is: every site whole."""
+    spec = checkpoint.spec
+    bits = 8 * DTYPE_BYTES[spec.dtype]
+    sites = (
+        SitePlan(
+            layer=site.layer,
+            part=site.part,
+            basis="exact",
+            width=spec.width(site),
+            bits=((bits, spec.width(site)),),
+            predicted_loss=0.0,
+            block_width=spec.width(site),
+            rotated=site.part == "key",
+        )
+        for site in spec.sites
+    )
+    return Plan(
+        form="folded",
+        source=str(checkpoint.path.absolute()),
+        source_fingerprint=checkpoint.fingerprint(),
+        architecture=spec.architecture,
+        dtype=spec.dtype,
+        sites=tuple(sites),
+        sinks=0,
+        recent=0,
+        options={},
+        calibration={},
+        loss_in_nats=False,
+        maps_bytes=0,
+        weight_bytes=checkpoint.weight_bytes,
+    )
+
+
+def _check_source(directory: Path) -> bool:
+    """Return whether it is a model with fused projections, to be written whole as a llama; False for a folded output.
+
+    Raises for everything else what stands in its way: first of all what the model itself is.
+    """
     spec = read_model_spec(read_config(directory)) if (directory / "config.json").is_file() else None
+    planned = (directory / PLAN_FILE).is_file()
+    key_norm = spec is not None and any(a.key_norm for a in spec.layers)
+    if spec and not planned and not key_norm and spec.layers[0].key.weight == spec.layers[0].value.weight:
+        return True
     if spec and spec.foldable_obstacle:
         raise UnsupportedModelError(
             f"{directory} cannot be exported: {spec.foldable_obstacle}. "
             "Compress without --folded and run the coded form with kvcompress.load."
         )
-    if spec and not (directory / PLAN_FILE).is_file():
+    if spec and not planned:
         raise OptionError(f"{directory} is a model. Fold it first: kvcompress compress {directory} OUT --folded.")
     form = Plan.load(directory).form
     if form != "folded":
         raise OptionError(
             f"{directory} is in the {form} form, which only kvcompress runs. Compress with --folded to export it."
         )
+    return False
 
 
 def _check_target(output: Path, directory: Path, to: str, *, force: bool) -> None:

@@ -170,6 +170,6 @@ def added_tokens(directory: Path) -> dict[str, bool]:
     """Return whether the tokenizer puts its begin and end tokens around a text, which llama.cpp must be told."""
     tokenizer = load_tokenizer(directory)
     plain, whole = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
-    before, after = whole[: len(whole) - len(plain)], whole[len(plain) :]
-    begins = whole[-len(plain) :] == plain and before[:1] == [tokenizer.bos_token_id]
-    return {"bos": begins, "eos": after[-1:] == [tokenizer.eos_token_id] and not begins}
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    begin, end = (whole[: starts[0]], whole[starts[0] + len(plain) :]) if starts else ([], [])
+    return {"bos": tokenizer.bos_token_id in begin, "eos": tokenizer.eos_token_id in end}

@@ -80,10 +80,10 @@ def hf_config(config: Any, layers: list[StockLayer], positions: Positions, *, dt
     """
     name = str(dtype).removeprefix("torch.")
     sliding = {layer.attention.sliding_window for layer in layers}
-    mistral = config.model_type == "mistral" and sliding != {None}
+    mistral = sliding != {None} and len(sliding) == 1 and not has_biases(layers)
     if sliding != {None} and not mistral:
         raise UnsupportedModelError(
-            "some layers have a sliding window, which no llama checkpoint can say. "
+            "some layers have a sliding window, which no llama or mistral checkpoint can say. "
             "Compress without --folded: the coded form runs them."
         )
     values = config.to_dict()

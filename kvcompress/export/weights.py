@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.export.layout import StockLayer
 from kvcompress.export.positions import Positions
+from kvcompress.model_spec import AttentionSpec
 
 
 def exported_files(
@@ -28,7 +29,7 @@ def exported_files(
     }
     for file in sorted({entry.file for entry in checkpoint.tensors.values()}):
         tensors: dict[str, Tensor] = {}
-        for name, tensor in load_file(checkpoint.path / file).items():
+        for name, tensor in separate(load_file(checkpoint.path / file), layers[0].attention):
             module, _, kind = name.rpartition(".")
             if module in changed:
                 layer, which = changed[module]
@@ -37,6 +38,20 @@ def exported_files(
                     tensors[f"{module}.bias"] = torch.zeros(len(tensor), dtype=dtype)
             tensors[name] = tensor.to(dtype).contiguous()
         yield file, tensors
+
+
+def separate(tensors: dict[str, Tensor], attention: AttentionSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor), phi3's fused projections cut into those that llama has."""
+    widths = [attention.n_heads * attention.head_dim, attention.width, attention.width]
+    for name, tensor in tensors.items():
+        if name.endswith("qkv_proj.weight"):
+            for part, rows in zip("qkv", tensor.split(widths), strict=True):
+                yield name.replace("qkv_proj", f"{part}_proj"), rows
+        elif name.endswith("gate_up_proj.weight"):
+            for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                yield name.replace("gate_up_proj", f"{part}_proj"), rows
+        else:
+            yield name, tensor
 
 
 def exported_tensor(layer: StockLayer, positions: Positions, which: str, tensor: Tensor, kind: str) -> Tensor:

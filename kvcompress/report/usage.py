@@ -47,7 +47,7 @@ def shell_usage(*, form: str, maps_only: bool, base: str | None) -> str:
 def loading_note(*, form: str, maps_only: bool) -> str:
     """Return what else a reader must know: what the directory holds and what plain transformers makes of it."""
     if form == "folded":
-        return "The weights are folded: k_proj and v_proj are smaller, so it needs kvcompress to run."
+        return "The weights are folded: k_proj and v_proj are smaller, so it needs kvcompress to run or be exported."
     if maps_only:
         return (
             "The output holds the maps only; they are attached to the original model, whose weights stay as they are."

@@ -12,7 +12,7 @@ from kvcompress.export import verify as verification
 from kvcompress.export.engines import transformers_engine
 from tests.cli.conftest import FOLDED
 
-GROUPED = FOLDED | {"key_basis": "grouped", "value_basis": "latent", "recent": 0}
+GROUPED = FOLDED | {"key_basis": "grouped", "value_basis": "latent", "recent": 0, "keep": 0.5}
 
 
 def test_json_is_the_promised_object(kvcompress, compressed, tmp_path):

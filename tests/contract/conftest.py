@@ -17,7 +17,7 @@ def folded_output(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> Any:
 
     def make(family: str, options: dict[str, Any], **changes: Any) -> Path:
         small = {"calibration": (str(text_file),), "tokens": 512, "seq_len": 64, "recent": 0, "sinks": 0}
-        whole = CompressOptions(**({"policy": "uniform", "folded": True} | small | options))
+        whole = CompressOptions(**({"keep": 0.5, "policy": "uniform", "folded": True} | small | options))
         compress(tiny_checkpoint(family, **changes), tmp_path / "folded", whole, device="cpu")
         return tmp_path / "folded"
 

@@ -81,6 +81,29 @@ def test_other_bases_fold_as_well(folded_output: Any, tmp_path: Path, options: d
     assert_same(directory, tmp_path / "out", num_key_value_heads=1, head_dim=64)
 
 
+@pytest.mark.parametrize("family", ["phi3", "phi3-partial"])
+def test_fused_projections_are_written_as_a_llama_that_folds(
+    tiny_checkpoint: Any, tiny_model: Any, text_file: Path, tmp_path: Path, family: str
+) -> None:
+    """Partial rotary becomes frequencies of zero; the llama is the model itself, and so are its folds' exports."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": None}
+    sizes["initializer_range"] = 0.1  # wider models than the others: smaller numbers
+    llama = tmp_path / "llama"
+    result = export(tiny_checkpoint(family, **sizes), llama, dtype="float32")
+    assert result.to_json()["keep"] == 1.0
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny_model(family, **sizes)(ids).logits, **EXACT)
+    assert (model.config.rope_parameters["rope_type"] == "longrope") == (family == "phi3-partial")
+    small = {"calibration": (str(text_file),), "tokens": 512, "seq_len": 64, "recent": 0, "keep": 0.5}
+    for basis, n_kv_heads in (("grouped", 2), ("frequency", 1)):
+        options = CompressOptions(folded=True, key_basis=basis, policy="uniform", **small)
+        compress(llama, tmp_path / basis, options, device="cpu")
+        export(tmp_path / basis, tmp_path / f"{basis}-out", dtype="float32")
+        assert_same(tmp_path / basis, tmp_path / f"{basis}-out", num_key_value_heads=n_kv_heads)
+
+
 def test_a_model_that_keeps_everything(folded_output: Any, tmp_path: Path) -> None:
     """No site has maps: the export is the original in llama's words."""
     directory = folded_output("qwen2", GROUPED | {"keep": 1.0})
@@ -151,7 +174,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="sliding window"):
             export(folded_output("mistral-sliding", GROUPED), tmp_path / "out.gguf", to="gguf")
 
-    @pytest.mark.parametrize(("family", "reason"), [("qwen3", "key norm"), ("phi3", "fused projection")])
+    @pytest.mark.parametrize(("family", "reason"), [("qwen3", "key norm")])
     def test_models_that_cannot_be_folded(self, tiny_checkpoint: Any, tmp_path: Path, family: str, reason: str) -> None:
         with pytest.raises(UnsupportedModelError, match=f"{reason}.*coded form"):
             export(tiny_checkpoint(family), tmp_path / "out")

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import kvcompress
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.export.export import export
+from kvcompress.export.gguf_file import added_tokens
 from kvcompress.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, read_vocabulary
 from kvcompress.export.verify import verify
 from tests.export_cases import EXACT, FREQUENCY, GROUPED, WIDE
-from tests.tiny_models import random_ids
+from tests.tiny_models import build_tokenizer, random_ids
 
 
 def contents(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -148,6 +150,14 @@ def write_tokenizer(directory: Path, **changes: Any) -> Path:
     document = {"model": model, "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}} | changes
     (directory / "tokenizer.json").write_text(json.dumps(document))
     return directory
+
+
+@pytest.mark.parametrize(("template", "added"), [("<s> $A", (True, False)), ("$A </s>", (False, True))])
+def test_tokens_that_the_tokenizer_adds(tmp_path: Path, template: str, added: tuple[bool, bool]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save_pretrained(tmp_path)
+    assert added_tokens(tmp_path) == {"bos": added[0], "eos": added[1]}
 
 
 class TestVocabulary:

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.errors import OptionError
+from kvcompress.errors import BudgetError, OptionError
 from kvcompress.grouping import best_partition, choose_groups, group_sizes
 from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.policies import POLICIES
 
 
 def seeded_loss(n_heads: int, seed: int = 0) -> Any:
@@ -59,14 +58,13 @@ def test_duplicated_heads_are_found_and_cost_nothing(tiny_checkpoint: Any, tiny_
     options = CompressOptions(folded=True, key_basis="grouped", keep=0.5, policy="uniform")
     with open_checkpoint(tiny_checkpoint("llama-mha")) as checkpoint:
         spec = checkpoint.spec
-    budget = spec.cache_numbers_per_token // 2
-    chosen = choose_groups(spec, moments, options, policy=POLICIES["uniform"](), budget=budget)
+    fitted, chosen = choose_groups(spec, moments, options)
     for layer in range(3):
         for part in ("key", "value"):
-            fit, components = chosen[Site(layer, part)]  # type: ignore[index]
+            fit, choice = fitted[Site(layer, part)], chosen[Site(layer, part)]  # type: ignore[index]
             whole = float((fit.covariance * fit.fisher).sum()) / 2
-            assert fit.loss(components) < 1e-6 * whole
-            assert len(components.block) == 16
+            assert choice.predicted_loss < 1e-6 * whole
+            assert len(choice.components.block) == 16
             heads = {tuple(sorted(set((row // 8).tolist()))) for row in fit.blocks}
             assert heads == {(0, 2), (1, 3)}
 
@@ -76,11 +74,19 @@ def test_both_sites_of_a_layer_have_the_same_groups(tiny_checkpoint: Any, tiny_m
         spec = checkpoint.spec
     moments = tiny_moments("llama-gqa")
     for policy in ("loss", "uniform"):
-        options = CompressOptions(folded=True, key_basis="grouped", policy=policy)
         for keep in (0.5, 0.7, 1.0):
-            budget = int(keep * spec.cache_numbers_per_token)
-            chosen = choose_groups(spec, moments, options, policy=POLICIES[policy](), budget=budget)
-            ranks = {site: len(components.block) for site, (_, components) in chosen.items()}
-            assert sum(ranks.values()) <= budget
+            options = CompressOptions(folded=True, key_basis="grouped", policy=policy, keep=keep)
+            _, chosen = choose_groups(spec, moments, options)
+            ranks = {site: len(choice.bits) for site, choice in chosen.items()}
+            assert sum(ranks.values()) <= keep * spec.cache_numbers_per_token
             assert all(ranks[Site(i, "key")] == ranks[Site(i, "value")] for i in range(3))
             assert (sum(ranks.values()) == spec.cache_numbers_per_token) == (keep == 1.0)
+            assert all(ranks.values())
+
+
+def test_every_layer_keeps_a_head_or_it_is_told(tiny_checkpoint: Any, tiny_moments: Any) -> None:
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        for policy in ("loss", "uniform"):
+            options = CompressOptions(folded=True, key_basis="grouped", policy=policy, keep=0.49)
+            with pytest.raises(BudgetError, match=r"at least 0\.5 in all"):
+                choose_groups(checkpoint.spec, tiny_moments("llama-gqa"), options)
