@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvcompress_cli.bench import bench
 from kvcompress_cli.compare import compare
 from kvcompress_cli.compress import compress
 from kvcompress_cli.demo import demo
@@ -38,6 +39,7 @@ app.command(epilog="Example: kvcompress compare ./SmolLM2-135M --keep 0.25,0.125
 app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a time" --max-new-tokens 100')(generate)
 app.command(epilog="Example: kvcompress push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")(push)
 app.command(epilog="Example: kvcompress export ./small --to gguf -o small.gguf --verify")(export)
+app.command(epilog="Example: kvcompress bench --shape llama-3-8b --keep 0.125,0.25")(bench)
 app.command(epilog="Example: kvcompress demo --keep 0.25")(demo)
 
 

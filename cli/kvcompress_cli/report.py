@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,10 +24,10 @@ def report(
     ] = None,
     json: flags.Json = False,
 ) -> None:
-    """Show the ranks and the predicted loss of every layer, for keys and values, and the sizes in all.
+    """Show ranks, bits and the predicted loss of every layer, for keys and values, and the sizes in all.
 
-    A rank is how many of a site's numbers remain for each token beyond the recent window. The page of --html shows
-    what kvcompress eval measured as well.
+    A rank is how many components of a site remain for each token beyond the recent window; bits are stored bits for
+    each number that the model caches. The page of --html shows what kvcompress eval measured as well.
     """
     document = read_report(output)
     if html:
@@ -53,7 +54,7 @@ def read_report(output: Path) -> dict[str, Any]:
         document: dict[str, Any] = loads(file.read_text(encoding="utf-8"))
         for row in document["layers"]:
             for part in _PARTS:
-                row[part]["rank"] + row[part]["width"] + row[part]["predicted_loss"]
+                row[part]["rank"] + row[part]["width"] + row[part]["bits_per_token"] + row[part]["predicted_loss"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
     return document
@@ -83,19 +84,20 @@ def print_report(document: dict[str, Any]) -> None:
 
 
 def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:
-    """Return a row for each layer: ranks with bars of the share kept, losses with bars relative to the largest."""
+    """Return a row for each layer: ranks, bits a number, losses with bars relative to the largest."""
     losses = [row[part]["predicted_loss"] for row in document["layers"] for part in _PARTS]
     largest = max(losses) or 1.0
     unit = "nats" if document["predicted_loss_nats"] is not None else "relative"
-    table = terminal.table(">layer", "key rank", f"loss, {unit}", "value rank", f"loss, {unit}")
+    loss = f"loss, {unit}"
+    table = terminal.table(">layer", ">key rank", ">bits", loss, ">value rank", ">bits", loss)
     for row in document["layers"]:
         cells = [str(row["layer"])]
         for part in _PARTS:
             site = row[part]
             ranks = f"{site['rank']}/{site['width']}"
-            kept = terminal.bar(site["rank"] / site["width"], 7, ascii_only=ascii_only)
-            cost = terminal.bar(site["predicted_loss"] / largest, 5, ascii_only=ascii_only)
-            cells += [f"{ranks:>9} [cyan]{kept}[/cyan]", f"{site['predicted_loss']:7.1e} [yellow]{cost}[/yellow]"]
+            cost = terminal.bar(site["predicted_loss"] / largest, 3, ascii_only=ascii_only)
+            bits = f"{site['bits_per_token'] / site['width']:.2f}"
+            cells += [ranks, bits, f"{site['predicted_loss']:7.1e} [yellow]{cost}[/yellow]"]
         table.add_row(*cells)
     return table
 
@@ -104,6 +106,7 @@ def totals(document: dict[str, Any]) -> Table:
     """Return the figures of the whole model."""
     grid = terminal.facts()
     add_budget(grid, document)
+    grid.add_row("components", _levels(document))
     for entry in document["cache_bytes"]:
         grid.add_row(
             f"cache at {terminal.tokens(entry['tokens'])}",
@@ -117,6 +120,17 @@ def totals(document: dict[str, Any]) -> Table:
         f"{flops['attention_on_latent_values']:,} a query head for its values",
     )
     return grid
+
+
+def _levels(document: dict[str, Any]) -> str:
+    """Return how many components have how many bits, over all sites."""
+    counts: Counter[int] = Counter()
+    for row in document["layers"]:
+        for part in _PARTS:
+            counts.update({int(bits): n for bits, n in row[part].get("bits_histogram", {}).items()})
+    total = sum(row[part]["width"] for row in document["layers"] for part in _PARTS)
+    stored = ", ".join(f"{counts[bits]:,} of {bits} bits" for bits in sorted(counts, reverse=True))
+    return f"{stored or 'none'}; {total - sum(counts.values()):,} dropped" if counts else "not in this report"
 
 
 def add_budget(grid: Table, figures: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.runtime import fast
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
@@ -95,7 +96,8 @@ def compressed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     else:
-        output = tiled_attention(state.layer, query, attention_mask, scaling)
+        fused = fast.attention(state.layer, query, attention_mask, scaling)
+        output = tiled_attention(state.layer, query, attention_mask, scaling) if fused is None else fused
     if state.layer is not None:
         state.layer.evict()
         state.layer = None  # the model must not keep a cache alive

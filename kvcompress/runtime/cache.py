@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompress.plan import BLOCK_TOKENS, n_encoded
 from kvcompress.rope import Rotary
+from kvcompress.runtime import fast
 from kvcompress.runtime.codec import SiteCodec
 
 
@@ -105,7 +106,8 @@ class LayerCodecs:
 def _pack(codec: SiteCodec | None, x: Tensor) -> Tensor:
     """x: [batch, n_blocks * 32, n] -> [batch, n_blocks, size of a block]; an exact part keeps its dtype."""
     if codec is not None:
-        return codec.pack(x)
+        packed = fast.pack(codec, x)
+        return codec.pack(x) if packed is None else packed
     return x.reshape(x.shape[0], x.shape[1] // BLOCK_TOKENS, -1).contiguous()
 
 
@@ -286,6 +288,11 @@ class TokenLine:
 
     def n_encoded(self, n_tokens: int) -> int:
         return n_encoded(n_tokens, self.recent)
+
+    @property
+    def start(self) -> Tensor:
+        """The slot of each sequence's first real token: [batch], or [1] before there are tokens."""
+        return self._start
 
     def sink_slots(self) -> Tensor:
         """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""

@@ -63,15 +63,19 @@ class SiteCodec:
 
     def encode(self, x: Tensor) -> Codes:
         """x: [..., n], the mean already subtracted -> what is stored of it."""
-        n_blocks, _, width = self._shape
-        blocked = x.float()[..., self._gather].unflatten(-1, (n_blocks, width))
-        z = torch.einsum("...bw,bsw->...bs", blocked, self.encoder).flatten(-2)[..., self._component]
+        z = self.project(x)
         if not self.has_gain:
             return Codes(self._rounded(z), None)
         code = best_gain(z[..., self._first :], self._half)
         z = z / gain(code).unsqueeze(-1)
         numbers, quantised = self._rounded(z[..., : self._first]), quantise(z[..., self._first :], self._half)
         return Codes(torch.cat([numbers, quantised], -1), code)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x: [..., n] -> E x [..., R], float32, in units of the steps."""
+        n_blocks, _, width = self._shape
+        blocked = x.float()[..., self._gather].unflatten(-1, (n_blocks, width))
+        return torch.einsum("...bw,bsw->...bs", blocked, self.encoder).flatten(-2)[..., self._component]
 
     def latents(self, codes: Codes) -> Tensor:
         """Return z^ [..., R], float32, in units of the steps, gains applied."""

@@ -1,0 +1,96 @@
+"""`kvcompress bench`: how fast attention over the packed cache is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress_cli import flags, terminal
+
+if TYPE_CHECKING:
+    from kvcompress.bench.attention import AttentionTiming
+
+
+def bench(
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="A directory made by kvcompress compress.", show_default=False),
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Without OUT: a known shape, filled with random numbers.")] = "llama-3-8b",
+    keep: Annotated[str, typer.Option(help="Without OUT: shares of the cache's bytes, with commas between.")] = "0.125",
+    ranks_only: Annotated[bool, typer.Option("--ranks-only", help="Without OUT: 16 bits for every component.")] = False,
+    context: Annotated[str, typer.Option(help="Context lengths, with commas between.")] = "8192,32768,131072",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8,32",
+    memory: Annotated[float, typer.Option(help="GB of memory for weights and cache, for the largest batch.")] = 140.0,
+    device: flags.Device = "auto",
+    json: flags.Json = False,
+) -> None:
+    """Time one layer's attention against torch's fastest over the uncompressed cache, and packing a prompt.
+
+    On a GPU the kernels are timed, on a CPU the torch reference, in the same run as their opponents.
+    """
+    from kvcompress.bench.run import run_bench
+
+    document = run_bench(
+        output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), ranks_only=ranks_only,
+        contexts=_numbers(context, int, "--context"), batches=_numbers(batch, int, "--batch"),
+        memory_gb=memory, device=device,
+    )  # fmt: skip
+    if json:
+        terminal.print_json(document.to_json())
+    else:
+        print_attention(document.attention)
+        _print_rest(document)
+
+
+def print_attention(rows: list[AttentionTiming]) -> None:
+    table = terminal.table(
+        ">keep", ">context", ">batch", ">ours, us", ">SDPA", "by", ">faster", ">roofline", "bound by"
+    )
+    for row in rows:
+        table.add_row(
+            f"{row.keep:.3g}",
+            terminal.tokens(row.context),
+            str(row.batch),
+            f"{row.microseconds:.0f}",
+            f"{row.sdpa_microseconds[row.opponent]:.0f}",
+            row.opponent,
+            f"[bold]{row.speedup:.2f}x[/bold]",
+            f"{row.roofline_microseconds:.1f}",
+            row.bound_by,
+        )
+    terminal.stdout().print(table)
+
+
+def _print_rest(document: Any) -> None:
+    grid = terminal.facts()
+    grid.add_row("device", document.device)
+    grid.add_row("copy, read and written", f"{document.copy_bytes_per_second / 1e9:.1f} GB/s")
+    grid.add_row("matrix product", f"{document.matrix_flops_per_second / 1e9:.0f} GFLOP/s")
+    for keep, counts in document.counts.items():
+        grid.add_row(f"components at {keep}", ", ".join(f"{n} of {bits} bits" for bits, n in counts["key"].items()))
+    for row in document.prefill:
+        grid.add_row(
+            f"packing {terminal.tokens(row.context)} tokens",
+            f"{row.encode_milliseconds:.2f} ms a layer, {row.share:.1%} of its prefill",
+        )
+    for line in document.fits:
+        grid.add_row(
+            f"sequences of {terminal.tokens(line['context'])} in {line['memory_gb']:g} GB",
+            f"{line['compressed']} at keep {line['keep']:g}, {line['uncompressed']} uncompressed (computed)",
+        )
+    terminal.stdout().print(grid)
+
+
+def _numbers(text: str, kind: Any, option: str) -> list[Any]:
+    from kvcompress.errors import OptionError
+
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"{option} {text}: numbers with commas between them are expected.") from error
+    if not all(number > 0 for number in numbers):
+        raise OptionError(f"{option} {text}: every number must be above 0.")
+    return numbers

@@ -1,0 +1,127 @@
+"""`bench` from options to a document: every combination that fits the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompress.bench.attention import AttentionTiming, time_attention
+from kvcompress.bench.prefill import PrefillTiming, sequences_that_fit, time_prefill
+from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_second
+from kvcompress.bench.workload import SHAPES, Shape, shape_of_output, typical_counts
+from kvcompress.errors import OptionError
+from kvcompress.options import GAIN_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """What `bench` measured. counts: {keep: {"key" and "value": {bits: components}}}; fits: computed, not measured."""
+
+    shape: Shape
+    device: str
+    torch_version: str
+    dtype: str
+    copy_bytes_per_second: float
+    matrix_flops_per_second: float
+    counts: dict[str, dict[str, dict[int, int]]]
+    attention: list[AttentionTiming]
+    prefill: list[PrefillTiming]
+    fits: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {"attention": [a.to_json() for a in self.attention], "prefill": [p.to_json() for p in self.prefill]}
+        names = (
+            "device",
+            "torch_version",
+            "dtype",
+            "copy_bytes_per_second",
+            "matrix_flops_per_second",
+            "counts",
+            "fits",
+        )
+        return {"shape": asdict(self.shape)} | {name: getattr(self, name) for name in names} | rows
+
+
+def run_bench(
+    *, output: Path | None, shape: str, keeps: Sequence[float], ranks_only: bool, contexts: Sequence[int],
+    batches: Sequence[int], memory_gb: float, device: str,
+) -> BenchReport:  # fmt: skip
+    """Return the timings of every keep, context and batch; combinations too large for the device are left out.
+
+    Raises OptionError for an unknown shape or a device that is not there.
+    """
+    where = _device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    sizes, counts = _workloads(output, shape, keeps, ranks_only)
+    attention, prefill, fits = [], [], []
+    for keep, parts in counts.items():
+        for context in contexts:
+            for batch in batches:
+                if _fits(sizes, context, batch, where, dtype):
+                    attention.append(
+                        time_attention(
+                            sizes,
+                            parts["key"],
+                            parts["value"],
+                            keep=keep,
+                            context=context,
+                            batch=batch,
+                            device=where,
+                            dtype=dtype,
+                        )
+                    )
+            packed = sum(_bits(part) for part in parts.values()) / 8
+            fits.append(
+                {"keep": keep, "context": context, "memory_gb": memory_gb}
+                | {
+                    name: sequences_that_fit(sizes, n_bytes, context=context, memory_bytes=memory_gb * 1e9)
+                    for name, n_bytes in (("compressed", packed), ("uncompressed", 4 * sizes.width))
+                }
+            )
+        longest = min(max(contexts), 32768 if where.type == "cuda" else 1024)
+        prefill.append(time_prefill(sizes, parts["key"], parts["value"], context=longest, device=where, dtype=dtype))
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return BenchReport(
+        sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),
+        matrix_flops_per_second(where), {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
+    )  # fmt: skip
+
+
+def _workloads(
+    output: Path | None, name: str, keeps: Sequence[float], ranks_only: bool
+) -> tuple[Shape, dict[float, dict[str, dict[int, int]]]]:
+    if output is not None:
+        shape, keys, values = shape_of_output(output)
+        keep = (_bits(keys) + _bits(values)) / (32 * shape.width)
+        return shape, {keep: {"key": keys, "value": values}}
+    if name not in SHAPES:
+        raise OptionError(
+            f"there is no shape {name}. Choose one of {', '.join(SHAPES)}, or name a compressed checkpoint."
+        )
+    counts = {keep: typical_counts(SHAPES[name].width, keep, ranks_only=ranks_only) for keep in keeps}
+    return SHAPES[name], {keep: {"key": c, "value": c} for keep, c in counts.items()}
+
+
+def _bits(counts: dict[int, int]) -> int:
+    return sum(b * n for b, n in counts.items()) + (GAIN_BITS if min(counts) < 16 else 0)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: torch sees no GPU here. Use --device cpu.")
+    return device
+
+
+def _fits(shape: Shape, context: int, batch: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the uncompressed cache of this combination takes at most 60% of the memory (2 GB on a CPU)."""
+    n_bytes = 2 * batch * context * shape.width * dtype.itemsize
+    if device.type == "cuda":
+        return n_bytes < 0.6 * float(torch.cuda.get_device_properties(device).total_memory)
+    return n_bytes <= 2e9

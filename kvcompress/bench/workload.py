@@ -1,0 +1,158 @@
+"""What is timed: attention shapes, typical component counts, and layers filled with random codes."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvcompress import blocks
+from kvcompress.architectures import read_model_spec
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.checkpoint.reader import read_config
+from kvcompress.errors import OptionError
+from kvcompress.model_spec import AttentionSpec, Projection
+from kvcompress.options import GAIN_BITS, LEVELS
+from kvcompress.plan import BLOCK_TOKENS, Plan
+from kvcompress.rope import Rotary
+from kvcompress.runtime.cache import CompressedLayer, LayerCodecs, TokenLine
+from kvcompress.runtime.codec import SiteCodec
+
+#: Exact tokens beside the packed ones, as generation has them.
+SINKS, RECENT = 4, 64
+#: c(b): what is left of a component's energy at b bits, for a Gaussian one.
+_LEFT = {0: 1.0, 1: 0.363, 2: 0.119, 4: 0.0115, 8: 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one layer, and of the model around it."""
+
+    name: str
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_layers: int
+    d_model: int
+    d_mlp: int
+
+    @property
+    def width(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("llama-3-8b", 32, 8, 128, 32, 4096, 14336),
+        Shape("llama-3-70b", 64, 8, 128, 80, 8192, 28672),
+        Shape("llama-2-7b", 32, 32, 128, 32, 4096, 11008),
+        Shape("qwen-2.5-1.5b", 12, 2, 128, 28, 1536, 8960),
+        Shape("smollm2-135m", 9, 3, 64, 30, 576, 1536),
+    )
+}
+
+
+def typical_counts(n: int, keep: float, *, ranks_only: bool = False) -> dict[int, int]:
+    """Return how many components have how many bits when `keep` of 16 bits a number is shared out.
+
+    Water-filling over the spectrum l_i = (i + 1)^-0.7 exp(-5 i / n), which falls like those of the models in
+    docs/measurements.md. With ranks_only: the first components, at 16 bits.
+    """
+    if not 0 < keep <= 1:
+        raise OptionError(f"keep is {keep:g}, it must lie between 0 and 1.")
+    if ranks_only:
+        return {16: max(1, round(n * keep))}
+    energy = [(i + 1) ** -0.7 * math.exp(-5 * i / n) for i in range(n)]
+    steps = dict(zip((0, *LEVELS[:-1]), LEVELS, strict=True))
+    bits, left = [0] * n, round(16 * n * keep) - GAIN_BITS
+    heap = [(-e * (1 - _LEFT[LEVELS[0]]) / LEVELS[0], i) for i, e in enumerate(energy)]
+    heapq.heapify(heap)
+    while heap and left > 0:
+        _, i = heapq.heappop(heap)
+        left -= steps[bits[i]] - bits[i]
+        bits[i] = now = steps[bits[i]]
+        if now in steps:
+            after = steps[now]
+            heapq.heappush(heap, (-energy[i] * (_LEFT[now] - _LEFT[after]) / (after - now), i))
+    return {level: bits.count(level) for level in reversed(LEVELS) if bits.count(level)}
+
+
+def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, int]]:
+    """Return the shape and the key and value counts of the middle layer, by bits, of a compressed checkpoint."""
+    plan = Plan.load(directory)
+    home = directory if (directory / "config.json").is_file() else Path(plan.source)
+    spec = read_model_spec(config := read_config(home))
+    coded = {s.site: dict(s.bits) for s in plan.sites if not s.exact}
+    layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2]
+    if plan.form != "coded" or not layers:
+        raise OptionError(f"{directory} has no layer whose keys and values are both coded: there is nothing to time.")
+    sizes = {
+        a.layer: sum(b * n for site, c in coded.items() if site.layer == a.layer for b, n in c.items()) for a in layers
+    }
+    middle = sorted(layers, key=lambda a: sizes[a.layer])[len(layers) // 2]
+    counts = {site.part: c for site, c in coded.items() if site.layer == middle.layer}
+    shape = Shape(
+        directory.name, middle.n_heads, middle.n_kv_heads, middle.head_dim, len(spec.layers),
+        int(config["hidden_size"]), int(config["intermediate_size"]),
+    )  # fmt: skip
+    return shape, counts["key"], counts["value"]
+
+
+def random_layer(
+    shape: Shape, keys: dict[int, int], values: dict[int, int], *, n_tokens: int, batch: int, device: torch.device,
+    dtype: torch.dtype,
+) -> CompressedLayer:  # fmt: skip
+    """Return a layer that holds n_tokens random packed tokens of each sequence, sinks and a full window beside them."""
+    projection = Projection(weight="", bias=None, module="", start=0, stop=shape.width)
+    attention = AttentionSpec(
+        0, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.head_dim, projection, projection
+    )
+    inv_freq = 5e5 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
+    key = _random_codec(keys, blocks.frequencies(attention), device)
+    value = _random_codec(values, torch.arange(shape.width)[None], device)
+    mean, key.mean = key.mean, None
+    codecs = LayerCodecs(key, value, Rotary(inv_freq, 1.0), shape.n_kv_heads, shape.head_dim, True, mean)
+    n_blocks = n_tokens // BLOCK_TOKENS
+    tokens = TokenLine(SINKS, RECENT, counts_bytes=True)
+    tokens.append(torch.arange(n_blocks * BLOCK_TOKENS + RECENT, device=device)[None], batch)
+    layer = CompressedLayer(codecs, tokens)
+    layer.packed_keys, layer.packed_values = (_random_bytes(c, batch, n_blocks, device) for c in (key, value))
+
+    def exact(n: int) -> Tensor:
+        return torch.randn(batch, shape.n_kv_heads, n, shape.head_dim, device=device, dtype=dtype)
+
+    layer.lazy_initialization(exact(0))
+    layer.keys, layer.values, layer.sink_keys, layer.sink_values = (exact(n) for n in (RECENT, RECENT, SINKS, SINKS))
+    return layer
+
+
+def _random_codec(counts: dict[int, int], parts: Tensor, device: torch.device) -> SiteCodec:
+    """Return a codec of random maps whose decoded numbers have a spread of about 1."""
+    n_components, width = sum(counts.values()), parts.shape[1]
+    bits = torch.tensor([b for b in sorted(counts, reverse=True) for _ in range(counts[b])], dtype=torch.uint8)
+    step = torch.where(bits < 16, 2.0 ** (2 - bits.float()), torch.ones(()))
+    maps = torch.randn(n_components, width) / math.sqrt(n_components / len(parts))
+    block = torch.arange(n_components, dtype=torch.int32) % len(parts)
+    mean = torch.randn(parts.numel())
+    return SiteCodec(SiteMaps(parts.int(), maps, maps, block, bits, step, mean), device)
+
+
+def _random_bytes(codec: SiteCodec, batch: int, n_blocks: int, device: torch.device) -> Tensor:
+    """Return random codes, but numbers of spread 1 where components have 16 bits."""
+    parts = []
+    for bits, start, stop in codec.classes:
+        n_bytes = (stop - start) * bits * BLOCK_TOKENS // 8
+        if bits == 16:
+            numbers = torch.randn(batch, n_blocks, n_bytes // 2, device=device, dtype=torch.float16)
+            parts.append(numbers.view(torch.uint8))
+        else:
+            parts.append(torch.randint(0, 256, (batch, n_blocks, n_bytes), dtype=torch.uint8, device=device))
+    if codec.has_gain:  # gains of about 1
+        n_bytes = GAIN_BITS * BLOCK_TOKENS // 8
+        parts.append(torch.full((batch, n_blocks, n_bytes), 0x44, dtype=torch.uint8, device=device))
+    return torch.cat(parts, -1)

@@ -1,0 +1,189 @@
+"""The Triton kernels at the cache's service: used by themselves on a GPU, the torch reference everywhere else.
+
+Every function here returns None where the kernels do not apply, and the caller goes on with the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.rope import Rotary
+from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
+from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
+
+if TYPE_CHECKING:
+    from kvcompress.runtime.cache import CompressedLayer, TokenLine
+
+#: More (heads * query tokens) than this are a prompt: decoding tiles of keys and values is then cheaper.
+_MOST_COLUMNS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """A codec's maps as whole matrices, rows in packed order, steps folded in: [R, n] float16."""
+
+    encoder: Tensor
+    decoder: Tensor
+    counts: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The masks of one step, and what they were made for; see _visible."""
+
+    sizes: tuple[int, int, int]
+    mask: Tensor | None
+    start: Tensor
+    exact: Tensor
+    packed: Tensor | None
+    first: Tensor
+    last: Tensor
+
+
+_dense: WeakKeyDictionary[SiteCodec, _Dense] = WeakKeyDictionary()
+_angles: WeakKeyDictionary[Rotary, Tensor] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[TokenLine, _Seen] = WeakKeyDictionary()
+
+
+def kernels_apply(device: torch.device) -> bool:
+    """Return whether tensors on this device are worked on by the kernels."""
+    return device.type == "cuda" and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def pack(codec: SiteCodec, x: Tensor) -> Tensor | None:
+    """Return what codec.pack returns, or None; x: [batch, n_blocks * 32, n], the mean already subtracted."""
+    if not kernels_apply(x.device) or not _is_packable(codec):
+        return None
+    from kvcompress.runtime.kernels.encode import pack_latents, project
+
+    dense = _dense_maps(codec)
+    row = row_words(dense.counts, has_gain=codec.has_gain)
+    words = torch.empty(x.shape[0], x.shape[1] // BLOCK_TOKENS, row, dtype=torch.int32, device=x.device)
+    pack_latents(project(x, dense.encoder), _site(codec, words))
+    return words.view(torch.uint8)
+
+
+def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
+    """Return what tiled_attention returns, or None; the arguments are its own.
+
+    Applies to a few query tokens over keys that are encoded after RoPE (or without it) and quantised values. Of a
+    mask only what its last query sees is used: all queries see the same packed tokens, and recent ones causally.
+    """
+    codecs = layer.codecs
+    batch, n_heads, n_queries, head_dim = query.shape
+    if not kernels_apply(query.device) or n_heads * n_queries > _MOST_COLUMNS or n_queries > layer.keys.shape[2]:
+        return None
+    if codecs.key is None or codecs.value is None or codecs.key.mean is not None or query.dtype == torch.float32:
+        return None
+    if codecs.rotary is not None and not codecs.cached_rotated:
+        return None
+    if not (_is_packable(codecs.key) and _is_packable(codecs.value)):
+        return None
+    if codecs.rotated_mean is not None and not _whole_rotation(codecs.rotary, head_dim):
+        return None
+    from kvcompress.runtime.kernels.decode import packed_attention
+
+    assert layer.packed_keys is not None and layer.packed_values is not None
+    seen = _visible(layer, mask, batch)
+    key_mean = codecs.rotated_mean
+    return packed_attention(
+        query,
+        _site(codecs.key, layer.packed_keys.view(torch.int32), mean=key_mean),
+        _site(codecs.value, layer.packed_values.view(torch.int32), mean=codecs.value.mean),
+        first=seen.first,
+        last=seen.last,
+        n_blocks=layer.packed_keys.shape[1],
+        exact=_exact(layer, seen.exact),
+        scaling=scaling,
+        mask=seen.packed,
+        angles=None if key_mean is None else _layer_angles(layer),
+    )
+
+
+def _exact(layer: CompressedLayer, mask: Tensor) -> ExactTokens:
+    keys, values = layer.keys, layer.values
+    no_sinks = keys[:, :, :0]
+    sink_keys = no_sinks if layer.sink_keys is None else layer.sink_keys
+    sink_values = no_sinks if layer.sink_values is None else layer.sink_values
+    return ExactTokens(keys, values, sink_keys, sink_values, mask)
+
+
+def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> _Seen:
+    """Return the masks of exact and packed tokens and the packed tokens [first, last) that count.
+
+    The sinks' packed copies do not count. Worked out once a step: all layers of a step share it.
+    """
+    tokens, n_encoded, n_tokens = layer.tokens, layer.n_encoded, layer.get_seq_length()
+    sizes = (batch, n_encoded, n_tokens)
+    known = _seen.get(tokens)
+    if known is not None and known.sizes == sizes and known.mask is mask and known.start is tokens.start:
+        return known
+    device = layer.keys.device
+    sinks = tokens.sink_slots().to(device).expand(batch, -1)
+    visible = torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
+    if mask is not None:
+        row = mask[:, 0, -1, :n_tokens].expand(batch, -1)
+        visible = row if row.dtype == torch.bool else row > torch.finfo(torch.float16).min
+    sinks_seen = visible.gather(1, sinks.clamp(max=n_tokens - 1)) & (sinks < n_encoded)
+    seen = _Seen(
+        sizes,
+        mask,
+        tokens.start,
+        exact=torch.cat([sinks_seen, visible[:, n_encoded:]], 1).to(torch.uint8),
+        packed=None if mask is None else visible[:, :n_encoded].to(torch.uint8).contiguous(),
+        first=(tokens.start.to(device) + sinks.shape[1]).to(torch.int32).expand(batch).contiguous(),
+        last=torch.full((batch,), n_encoded, dtype=torch.int32, device=device),
+    )
+    _seen[tokens] = seen
+    return seen
+
+
+def _layer_angles(layer: CompressedLayer) -> Angles:
+    rotary, n_tokens, device = layer.codecs.rotary, layer.get_seq_length(), layer.keys.device
+    assert rotary is not None
+    table = _angles.get(rotary)
+    if table is None or table.shape[0] < n_tokens or table.device != device:
+        n_positions = max(4096, 1 << (n_tokens - 1).bit_length())
+        table = angle_table(rotary.inv_freq.to(device), n_positions, scale=rotary.scale)
+        _angles[rotary] = table
+    origin = layer.tokens.start.to(device, torch.int32).expand(layer.keys.shape[0]).contiguous()
+    return Angles(table, origin)
+
+
+def _whole_rotation(rotary: Rotary | None, head_dim: int) -> bool:
+    return rotary is not None and 2 * len(rotary.inv_freq) == head_dim
+
+
+def _is_packable(codec: SiteCodec) -> bool:
+    return bool(codec.classes) and all(bits in LEVELS for bits, *_ in codec.classes)
+
+
+def _dense_maps(codec: SiteCodec) -> _Dense:
+    dense = _dense.get(codec)
+    if dense is None:
+        device = codec.encoder.device
+        width = codec.encoder.shape[0] * codec.encoder.shape[2]
+        encoder = codec.project(torch.eye(width, device=device)).T.contiguous()
+        decoder = codec.decode(torch.eye(codec.n_components, device=device))
+        counts = {bits: stop - start for bits, start, stop in codec.classes}
+        dense = _dense[codec] = _Dense(encoder.half(), decoder.half(), counts)
+    return dense
+
+
+def _site(codec: SiteCodec, words: Tensor, *, mean: Tensor | None = None) -> PackedSite:
+    dense = _dense_maps(codec)
+    return PackedSite(words, dense.counts, dense.decoder, mean, codec.has_gain)

@@ -1,0 +1,62 @@
+"""`kvcompress bench`, on a CPU: the reference against SDPA."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvcompress.bench.workload import SHAPES, typical_counts
+
+SMALL = ("--shape", "smollm2-135m", "--context", "64,128", "--batch", "1", "--keep", "0.25", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """The copy and the matrix product that set the roofline are large; tests need only their place in the report."""
+    monkeypatch.setattr("kvcompress.bench.attention.copy_bytes_per_second", lambda device: 2e9)
+    monkeypatch.setattr("kvcompress.bench.attention.matrix_flops_per_second", lambda device: 1e12)
+    monkeypatch.setattr("kvcompress.bench.run.copy_bytes_per_second", lambda device: 2e9)
+    monkeypatch.setattr("kvcompress.bench.run.matrix_flops_per_second", lambda device: 1e12)
+
+
+def test_json_has_a_row_for_every_combination(kvcompress):
+    outcome = kvcompress("bench", *SMALL, "--json")
+    assert outcome.code == 0 and outcome.stderr == ""
+    document = json.loads(outcome.stdout)
+    rows = document["attention"]
+    assert [(r["keep"], r["context"], r["batch"]) for r in rows] == [(0.25, 64, 1), (0.25, 128, 1)]
+    for row in rows:
+        assert row["speedup"] == pytest.approx(min(row["sdpa_microseconds"].values()) / row["microseconds"])
+        assert row["roofline_microseconds"] >= row["packed_bytes"] / 2e9 * 1e6 * 0.999
+    # a quarter of 16 bits for each of 192 keys and values, and 4 bytes for the position
+    extra = rows[1]["packed_bytes"] - rows[0]["packed_bytes"]
+    assert extra == pytest.approx(64 * (2 * 192 * 2 * 0.25 + 4), rel=0.03)
+    assert document["prefill"][0]["encode_milliseconds"] > 0
+
+
+def test_an_output_is_timed_at_its_own_plan(kvcompress, compressed):
+    outcome = kvcompress("bench", compressed(), "--context", "64", "--batch", "2", "--device", "cpu", "--json")
+    document = json.loads(outcome.stdout)
+    assert [r["batch"] for r in document["attention"]] == [2]
+    assert 0 < document["attention"][0]["keep"] < 1
+
+
+def test_the_table_names_the_opponent(kvcompress):
+    outcome = kvcompress("bench", *SMALL)
+    assert outcome.code == 0
+    assert "faster" in outcome.stdout and "(computed)" in " ".join(outcome.stdout.split())
+
+
+def test_bad_requests(fails):
+    assert "llama-3-8b" in fails("bench", "--shape", "nothing")
+    assert "--batch" in fails("bench", "--batch", "1,two")
+    assert "--context" in fails("bench", "--context", "0")
+
+
+@pytest.mark.parametrize("keep", [0.0625, 0.125, 0.25, 0.5])
+def test_typical_counts_spend_the_budget(keep):
+    width = SHAPES["llama-3-8b"].width
+    counts = typical_counts(width, keep)
+    spent = sum(bits * n for bits, n in counts.items())
+    assert 0 <= 16 * width * keep - spent < 16 and sum(counts.values()) <= width

@@ -1,0 +1,88 @@
+"""The kernels in the cache's service, in Triton's interpreter: what the torch reference gives, through a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="needs triton, for its interpreter")
+
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import make_plan
+from kvcompress.runtime import fast
+from kvcompress.runtime.attach import attach_plan, attachment_of
+from tests.tiny_models import PAD, random_ids
+
+
+@pytest.fixture
+def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+    def make(**options: Any) -> Any:
+        options = {"keep": 0.5, "sinks": 2, "recent": 5, "policy": "uniform", "key_basis": "frequency"} | options
+        with open_checkpoint(tiny_checkpoint("llama-bf16")) as checkpoint:
+            plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-bf16"), CompressOptions(**options))
+        return attach_plan(tiny_model("llama-bf16"), plan, maps)
+
+    return make
+
+
+def last_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, n_steps: int) -> torch.Tensor:
+    """Prefill, then decode token by token: [batch, n_steps, vocabulary]."""
+    cache, n_prompt = attachment_of(model).new_cache(), ids.shape[1] - n_steps
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+    logits = []
+    with torch.no_grad():
+        for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, ids.shape[1]))]:
+            logits.append(
+                model(
+                    ids[:, start:stop],
+                    attention_mask=None if mask is None else mask[:, :stop],
+                    position_ids=None if positions is None else positions[:, start:stop],
+                    past_key_values=cache,
+                ).logits[:, -1:]
+            )
+    return torch.cat(logits[1:], 1).float()
+
+
+@pytest.mark.parametrize("ranks_only", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, padded: bool, monkeypatch: Any) -> None:
+    model = attached(ranks_only=ranks_only).to(torch.float16)  # the interpreter multiplies no bfloat16
+    ids, mask = random_ids(2, 75), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, :9] = 0
+        ids = ids.masked_fill(mask == 0, PAD)
+    reference = last_logits(model, ids, mask, 3)
+    calls = []
+    attend = fast.attention
+
+    def counted(*args: Any) -> Any:
+        output = attend(*args)
+        calls.append(output is not None)
+        return output
+
+    monkeypatch.setattr(fast, "kernels_apply", lambda device: True)
+    monkeypatch.setattr(fast, "attention", counted)
+    monkeypatch.setattr(fast, "pack", lambda codec, x: None)
+    fused = last_logits(model, ids, mask, 3)
+    assert sum(calls) == 3 * len(model.model.layers)
+    assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer
+
+
+@pytest.mark.parametrize("ranks_only", [False, True])
+def test_packing_gives_what_the_reference_gives(attached: Any, ranks_only: bool, monkeypatch: Any) -> None:
+    codec = attachment_of(attached(ranks_only=ranks_only)).codecs[0].value
+    x = torch.randn(2, 64, codec.encoder.shape[0] * codec.encoder.shape[2])
+    reference = codec.unpack(codec.pack(x))
+    monkeypatch.setattr(fast, "kernels_apply", lambda device: True)
+    packed = fast.pack(codec, x)
+    assert packed is not None and packed.shape == codec.pack(x).shape
+    difference = (codec.unpack(packed) - reference).abs()
+    # the projection is in float16: some numbers fall on the other side of a step, and with them a few gains
+    assert (difference > 0.02).float().mean() < 0.1
+    assert difference.norm() / reference.norm() < 0.02

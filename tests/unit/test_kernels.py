@@ -1,0 +1,131 @@
+"""The kernels against float64 and against packing written from the format, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="needs triton, for its interpreter")
+
+from kvcompress.errors import OptionError
+from kvcompress.runtime.kernels.decode import packed_attention
+from kvcompress.runtime.kernels.encode import pack_latents
+from kvcompress.runtime.kernels.layout import PackedSite, row_words
+from tests.packed_cases import Case, pack_codes, random_case
+
+MIXED = {8: 3, 4: 40, 2: 67, 1: 21}
+CASES: dict[str, dict[str, Any]] = {
+    "all classes": {"key_counts": MIXED, "value_counts": MIXED},
+    "gains, key mean": {"key_counts": MIXED, "value_counts": MIXED, "gain": True, "key_mean": True, "first": [4, 50]},
+    "ranks only": {"key_counts": {16: 35}, "value_counts": {16: 35}, "head_dim": 128},
+    "masks, two queries": {
+        "key_counts": {4: 30, 1: 40},
+        "value_counts": {2: 50},
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 96,
+        "n_queries": 2,
+        "masked": True,
+    },
+    "unequal lengths, odd rows": {
+        "key_counts": {8: 30},
+        "value_counts": {8: 30},
+        "heads": 8,
+        "kv_heads": 2,
+        "first": [100, 0],
+        "last": [690, 257],
+        "pad_words": 1,
+    },
+    "nothing to see": {
+        "key_counts": {4: 30},
+        "value_counts": {1: 50},
+        "heads": 3,
+        "kv_heads": 1,
+        "first": [0, 700],
+        "n_recent": 1,
+    },
+    "one token": {"key_counts": MIXED, "value_counts": MIXED, "n_tokens": 1, "n_recent": 1, "n_sinks": 0},
+    "wide heads": {"key_counts": {4: 20}, "value_counts": {4: 20}, "n_tokens": 40, "head_dim": 256},
+}
+
+
+def attend(case: Case, **changes: Any) -> torch.Tensor:
+    return packed_attention(
+        case.query, case.keys, case.values, first=case.first, last=case.last, n_blocks=case.n_blocks,
+        exact=case.exact, scaling=case.scaling, mask=case.mask, angles=case.angles, **changes,
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_that_of_float64(name: str) -> None:
+    case = random_case(**CASES[name])
+    error = (attend(case) - case.expected).norm() / case.expected.norm()
+    assert error < 1.5e-3  # float16 weights and queries
+
+
+def test_splits_do_not_change_the_result() -> None:
+    case = random_case(key_counts=MIXED, value_counts=MIXED, gain=True, n_tokens=900)
+    outputs = [attend(case, n_splits=n) for n in (1, 2, 4)]
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_query_that_sees_nothing_gives_zero() -> None:
+    case = random_case(key_counts={4: 8}, value_counts={4: 8}, n_tokens=64, first=[64, 0], n_recent=2, n_sinks=1)
+    blind = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8)
+    case.exact = replace(case.exact, mask=blind)
+    output = attend(case)
+    assert torch.equal(output[0], torch.zeros_like(output[0]))
+    assert torch.isfinite(output).all() and output[1].abs().sum() > 0
+
+
+def test_a_mean_of_keys_needs_positions() -> None:
+    case = random_case(key_counts={4: 8}, value_counts={4: 8}, n_tokens=64, key_mean=True)
+    case.angles = None
+    with pytest.raises(OptionError, match="angles"):
+        attend(case)
+
+
+@pytest.mark.parametrize(("counts", "gain"), [(MIXED, True), (MIXED, False), ({16: 7, 2: 5}, False)])
+def test_packing_is_that_of_the_format(counts: dict[int, int], gain: bool) -> None:
+    torch.manual_seed(0)
+    half = torch.cat([torch.full((n,), 2.0 ** (b % 16 - 1)) for b, n in counts.items()])
+    latents = torch.randn(2, 96, sum(counts.values())) * half * 0.6
+    words = torch.full((2, 4, row_words(counts, has_gain=gain) + 3), -7, dtype=torch.int32)
+    site = PackedSite(words, counts, torch.zeros(len(half), 8).half(), None, gain)
+    pack_latents(latents, site, first_block=1)
+    expected = packed_by_hand(latents, counts, half, gain)
+    assert torch.equal(words[:, 1:, : expected.shape[2]], expected)
+    words[:, 1:, : expected.shape[2]] = -7
+    assert (words == -7).all()  # nothing else was written
+
+
+def packed_by_hand(latents: torch.Tensor, counts: dict[int, int], half: torch.Tensor, gain: bool) -> torch.Tensor:
+    def quantised(g: torch.Tensor) -> torch.Tensor:
+        return ((latents / g).floor() + half).clamp_min(0).minimum(2 * half - 1)
+
+    gains = torch.exp2((torch.arange(16) - 4) / 4)
+    errors = [((quantised(g) - half + 0.5) * g - latents).square().sum(-1) for g in gains]
+    best = torch.stack(errors).argmin(0) if gain else torch.full(latents.shape[:2], 4)
+    all_codes, codes, start = quantised(gains[best].unsqueeze(-1)), [], 0
+    for bits, n in counts.items():
+        part = all_codes[..., start : start + n]
+        if bits == 16:
+            part = latents[..., start : start + n].half().view(torch.int16)
+        codes.append((bits, part.transpose(1, 2)))
+        start += n
+    words = [pack_codes(codes)] + ([pack_codes([(4, best[:, None])])] if gain else [])
+    return torch.cat(words, -1)
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    site = PackedSite(torch.zeros(1, 1, 8, dtype=torch.int32), {4: 2}, torch.zeros(2, 8).half())
+    with pytest.raises(OptionError, match="do not fit"):
+        pack_latents(torch.zeros(1, 64, 2), site)
+    with pytest.raises(OptionError, match="cannot hold"):
+        PackedSite(torch.zeros(1, 1, 7, dtype=torch.int32), {4: 2}, torch.zeros(2, 8).half())
