@@ -29,8 +29,8 @@ class Rotary:
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [batch, n_tokens] -> cos, sin [batch, 1, n_tokens, rotary_dim], without the scale."""
         angles = positions[:, None, :, None].float() * self.inv_freq.to(positions.device)
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x: [batch, heads, n_tokens, head_dim] before RoPE -> after, float32."""

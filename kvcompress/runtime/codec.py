@@ -54,6 +54,8 @@ class SiteCodec:
         self._place = place.to(device)  # number of x -> its place in the blocks' order
         self._component = (block * slots + slot).to(device)
         self._shape = (n_blocks, slots, width)
+        # One block in its own order, as `latent` makes it: nothing to gather or scatter around the matrix product.
+        self._one_block = n_blocks == 1 and bool((place == torch.arange(width)).all())
         self.mean = None if maps.mean is None else maps.mean.float().to(device)
         self.classes = runs(maps.bits.tolist())
         quantised = [c for c in self.classes if c[0] <= 8]
@@ -73,9 +75,7 @@ class SiteCodec:
 
     def project(self, x: Tensor) -> Tensor:
         """x: [..., n] -> E x [..., R], float32, in units of the steps."""
-        n_blocks, _, width = self._shape
-        blocked = x.float()[..., self._gather].unflatten(-1, (n_blocks, width))
-        return torch.einsum("...bw,bsw->...bs", blocked, self.encoder).flatten(-2)[..., self._component]
+        return self._blockwise(x, self.encoder)
 
     def latents(self, codes: Codes) -> Tensor:
         """Return z^ [..., R], float32, in units of the steps, gains applied."""
@@ -91,6 +91,8 @@ class SiteCodec:
 
     def decode(self, z: Tensor) -> Tensor:
         """z: [..., R] in units of the steps -> D z [..., n], float32, without the mean."""
+        if self._one_block:
+            return z.float() @ self.decoder[0]
         n_blocks, slots, _ = self._shape
         padded = torch.zeros(*z.shape[:-1], n_blocks * slots, device=z.device)
         padded[..., self._component] = z.float()
@@ -99,9 +101,15 @@ class SiteCodec:
 
     def absorb(self, query: Tensor) -> Tensor:
         """Return D^T q [..., R], so that q . (D z) = (D^T q) . z; query: [..., n]."""
+        return self._blockwise(query, self.decoder)
+
+    def _blockwise(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x: [..., n]; rows: [n_blocks, slots, width] -> each component's row times its block of x: [..., R]."""
+        if self._one_block:
+            return x.float() @ rows[0].T
         n_blocks, _, width = self._shape
-        blocked = query.float()[..., self._gather].unflatten(-1, (n_blocks, width))
-        return torch.einsum("...bw,bsw->...bs", blocked, self.decoder).flatten(-2)[..., self._component]
+        blocked = x.float()[..., self._gather].unflatten(-1, (n_blocks, width))
+        return torch.einsum("...bw,bsw->...bs", blocked, rows).flatten(-2)[..., self._component]
 
     def pack(self, x: Tensor) -> Tensor:
         """x: [batch, n_blocks * 32, n], the mean already subtracted -> uint8 [batch, n_blocks, bytes of a block]."""
@@ -109,13 +117,19 @@ class SiteCodec:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """packed: uint8 [batch, n_blocks, bytes of a block] -> z^ [batch, n_blocks * 32, R], float32."""
-        parts, start = [packed.new_zeros(packed.shape[0], packed.shape[1] * BLOCK_TOKENS, 0).float()], 0
+        batch, n_blocks, _ = packed.shape
+        z = torch.empty(batch, n_blocks * BLOCK_TOKENS, self.n_components, device=packed.device)
+        start = 0
         for bits, first, last in self.classes:
             stop = start + (last - first) * bits * BLOCK_TOKENS // 8
-            parts.append(unpack_codes(packed[..., start:stop], bits))
+            unpack_codes(packed[..., start:stop], bits, z[..., first:last])
             start = stop
-        code = unpack_codes(packed[..., start:], GAIN_BITS)[..., 0] if self.has_gain else None
-        return self.latents(Codes(torch.cat(parts, -1), code))
+        if self.has_gain:  # in place, as `latents` does it: this is where a step of generation spends its time
+            code = torch.empty(*z.shape[:2], 1, device=packed.device)
+            unpack_codes(packed[..., start:], GAIN_BITS, code)
+            z[..., self._first :] -= self._half - 0.5
+            z *= gain(code)
+        return z
 
     def _packed(self, codes: Codes) -> Tensor:
         batch, n_tokens, _ = codes.components.shape

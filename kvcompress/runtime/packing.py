@@ -25,10 +25,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return together.sum(-1, dtype=torch.uint8).flatten(2)
 
 
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Return codes [batch, n_blocks * 32, C], float32, of what pack_codes gave."""
-    batch, n_blocks, n_bytes = packed.shape
-    n_components = n_bytes // (BLOCK_TOKENS * bits // 8)
+def unpack_codes(packed: Tensor, bits: int, into: Tensor) -> None:
+    """Write the codes of what pack_codes gave into a float32 tensor [batch, n_blocks * 32, C] or a view of one."""
+    batch, n_blocks, _ = packed.shape
+    n_components = into.shape[2]
     if bits >= 16:
         dtype = torch.float16 if bits == 16 else torch.float32
         codes = packed.contiguous().view(dtype)
@@ -36,4 +36,4 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     by_component = codes.reshape(batch, n_blocks, n_components, BLOCK_TOKENS)
-    return by_component.transpose(2, 3).reshape(batch, n_blocks * BLOCK_TOKENS, n_components).float()
+    into.unflatten(1, (n_blocks, BLOCK_TOKENS)).copy_(by_component.transpose(2, 3))

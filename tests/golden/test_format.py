@@ -167,6 +167,7 @@ def test_a_packed_block_byte_for_byte() -> None:
     assert bytes(packed.flatten().tolist()) == expected
     start = 0
     for column, bits in zip(columns, widths, strict=True):
-        back = unpack_codes(packed[..., start : start + 4 * bits], bits)
+        back = torch.full((1, 32, 1), torch.nan)
+        unpack_codes(packed[..., start : start + 4 * bits], bits, back)
         assert torch.equal(back.flatten(), column.float())
         start += 4 * bits
