@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -57,8 +58,10 @@ def watch(args: argparse.Namespace, cache: str) -> dict[str, Any]:
     command = [sys.executable, __file__, args.output, "--text", args.text, "--cache", cache]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
     command += ["--base", args.base] if args.base else []
+    # Freed tensors go back to the system at once, so that resident memory is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     resident, phase = psutil.Process(process.pid), {"name": "start"}
     found: dict[str, Any] = {"cache": cache, "loaded": 0, "peak": 0, "peak_generating": 0}
