@@ -192,7 +192,9 @@ def evaluate(
     mode = _mode(options, retrieval=retrieval, by_position=by_position, generation=generation)
     if mode == "--cache":
         if base is not None:
-            raise typer.BadParameter("--cache measures MODEL itself: leave out --base.")
+            from kvcompress.errors import OptionError
+
+            raise OptionError("--cache measures MODEL itself. Leave out --base.")
         window = {"seq_len": seq_len or 2048, "max_windows": max_windows, "residual": recent}
         show_peer(str(output), str(cache), str(text), **window, device=device, dtype=dtype, json=json)
         return
