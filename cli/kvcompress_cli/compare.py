@@ -24,7 +24,10 @@ def compare(
     text: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT", help="Text to compare on: a file, JSONL, directory or datasets id.", show_default=False
+            "--text",
+            metavar="TEXT",
+            help="Text to compare on: a file, JSONL, directory or datasets id.",
+            show_default=False,
         ),
     ] = None,
     keep: Annotated[str, typer.Option(metavar="K,K,...", help="Shares of the cache's bytes that remain.")] = _KEEPS,

@@ -75,7 +75,8 @@ _KINDS = {
 def evaluate(
     output: flags.CompressedDirectory,
     text: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Perplexity on this text file, JSONL, directory or datasets id.")
+        str | None,
+        typer.Option("--text", metavar="TEXT", help="Perplexity on this text file, JSONL, directory or datasets id."),
     ] = None,
     seq_len: Annotated[
         int | None,

@@ -37,7 +37,7 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run it in every engine that is installed, against the folded model.")
     ] = False,
-    text: Annotated[str, typer.Option(metavar="TEXT", help="Text for --verify.")] = "builtin:prose",
+    text: Annotated[str, typer.Option("--text", metavar="TEXT", help="Text for --verify.")] = "builtin:prose",
     engine_python: Annotated[
         list[str] | None,
         typer.Option(metavar="PYTHON", help="The Python of another environment with engines. May be repeated."),

@@ -110,10 +110,15 @@ def compare(
                 reached(0)
                 done[key] = {"key": key, **bench.measure(cell, reached)}
                 document = _document(bench, request, [done[key] for key in keys if key in done], len(cells))
-                with atomic_file(output / COMPARISON_FILE) as scratch:
-                    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                _write(document, output)
             reached(n_windows)
+        _write(document, output)  # also where an earlier, larger request had measured every cell
     return document
+
+
+def _write(document: dict[str, Any], output: Path) -> None:
+    with atomic_file(output / COMPARISON_FILE) as scratch:
+        scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_window(request: Request) -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import kvcompress as library
 from kvcompress import pipeline
+from kvcompress_cli.app import app
 
-COMMANDS = ("inspect", "compress", "report", "eval", "generate", "push", "demo")
+COMMANDS = ("inspect", "compress", "report", "eval", "compare", "generate", "push", "export", "bench", "demo")
 #: Runs the app as the installed script does, then says on stderr which heavy libraries were imported.
 PROBE = """
 import atexit, sys
@@ -50,6 +52,14 @@ def test_help_shows_the_defaults_that_the_library_has(kvcompress, monkeypatch):
     text = kvcompress("compress", "--help").stdout
     for default in ("(0.25)", "(latent)", "(loss)", "(65536)", "(2048)", "(fisher)", "(0)"):
         assert f"[default: {default}]" in text
+
+
+def test_options_are_named_in_lower_case():
+    """typer 0.27 takes a metavar that equals the parameter's name, such as TEXT, for the option's name."""
+    group = typer.main.get_command(app)
+    names = [name for command in group.commands.values() for p in command.params for name in p.opts]
+    assert len(names) > 50
+    assert [name for name in names if name.startswith("--") and name != name.lower()] == []
 
 
 def test_version(kvcompress):
