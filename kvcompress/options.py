@@ -15,12 +15,16 @@ VALUE_BASES = ("head", "per_head", "latent")
 #: Bits that a component may have beside none and all. Steps of one bit between them were not better on real models
 #: (docs/measurements.md), and these never straddle a byte.
 LEVELS = (1, 2, 4, 8)
+#: Tokens leave the recent window and are packed in blocks of this size.
+BLOCK_TOKENS = 32
 #: Bits of the code of a token's gain, where any component of its site is quantised.
 GAIN_BITS = 4
 #: Bases whose components are single numbers (or complex ones), so that each can have bits of its own.
 BIT_BASES = ("frequency", "band", "per_head", "latent")
 #: Key bases that commute with RoPE and so can be folded into the projections.
 FOLDABLE_KEY_BASES = ("head", "share", "frequency")
+#: Key bases that are encoded before RoPE, un-rotated by the token's own position or by that of its turn.
+UNROTATED_KEY_BASES = ("band", "per_head", "latent")
 #: Heads in groups that share virtual heads, keys and values alike: for folding only (grouping.py).
 GROUPED = "grouped"
 POLICY_NAMES = ("uniform", "middle", "energy", "loss")
@@ -40,6 +44,8 @@ class CompressOptions:
     per_group: int = 1
     #: Channels of each head in a block of `band`.
     band: int = 16
+    #: Tokens whose keys are un-rotated by one position, that of the first of them; 1: each key by its own.
+    turn: int = 1
     policy: str = "loss"
     #: Which layers the policy `middle` compresses: half, deep or START:STOP.
     layers: str = "half"
@@ -92,6 +98,7 @@ class CompressOptions:
             raise OptionError(
                 "key basis 'grouped' is for --folded, with --value-basis latent (values share its groups)."
             )
+        self._check_turn()
         if self.quantised:
             for name in ("key_basis", "value_basis"):
                 if getattr(self, name) not in BIT_BASES:
@@ -109,6 +116,17 @@ class CompressOptions:
         if self.folded and self.maps_only:
             raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
 
+    def _check_turn(self) -> None:
+        if not is_turn(self.turn):
+            raise OptionError(
+                f"turn must be 1 or a power of two of at least {BLOCK_TOKENS} (32, 64, 128, ...), found {self.turn!r}."
+            )
+        if self.turn > 1 and self.key_basis not in UNROTATED_KEY_BASES:
+            raise OptionError(
+                f"turn {self.turn} is for keys that are un-rotated, and key basis '{self.key_basis}' encodes them "
+                f"after RoPE. Choose --key-basis from {', '.join(UNROTATED_KEY_BASES)}, or leave out --turn."
+            )
+
     @property
     def quantised(self) -> bool:
         """Whether components get bits; a fold is linear, so it cannot."""
@@ -116,6 +134,13 @@ class CompressOptions:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"calibration": list(self.calibration)}
+
+
+def is_turn(n_tokens: Any) -> bool:
+    """Return whether keys can be un-rotated in turns of n_tokens: 1, or a power of two that whole blocks fill."""
+    if not isinstance(n_tokens, int) or isinstance(n_tokens, bool):
+        return False
+    return n_tokens == 1 or (n_tokens >= BLOCK_TOKENS and n_tokens & (n_tokens - 1) == 0)
 
 
 def load_recipe(file: Path, **overrides: Any) -> CompressOptions:

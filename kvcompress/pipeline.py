@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
+from kvcompress.turns import turned_moments
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def make_plan(
 ) -> tuple[Plan, dict[Site, SiteMaps], dict[Site, list[float]]]:
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone."""
     spec = checkpoint.spec
+    if options.turn > 1:
+        moments = turned_moments(checkpoint, moments, options.turn, seed=options.seed)
     if options.key_basis == GROUPED:
         fitted, chosen = choose_groups(spec, moments, options, progress)
     else:
@@ -89,7 +92,7 @@ def make_plan(
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     sites, maps = [], {}
     for site, choice in chosen.items():
-        sites.append(_site_plan(site, choice, fitted[site]))
+        sites.append(_site_plan(site, choice, fitted[site], options.turn))
         if not sites[-1].exact:
             maps[site] = _site_maps(fitted[site], choice, moments.sites[site])
     plan = Plan(
@@ -124,8 +127,8 @@ def _fit_sites(
     return fitted
 
 
-def _site_plan(site: Site, choice: Choice, fit: FittedSite) -> SitePlan:
-    return SitePlan(
+def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
+    plan = SitePlan(
         layer=site.layer,
         part=site.part,
         basis=fit.name,
@@ -135,6 +138,7 @@ def _site_plan(site: Site, choice: Choice, fit: FittedSite) -> SitePlan:
         block_width=fit.blocks.shape[1],
         rotated=fit.rotated,
     )
+    return replace(plan, turn=turn) if site.part == "key" and not (plan.rotated or plan.exact) else plan
 
 
 def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMaps:

@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 from kvcompress.errors import CheckpointError
 from kvcompress.model_spec import DTYPE_BYTES, Part, Site
-from kvcompress.options import GAIN_BITS
+from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
+from kvcompress.options import GAIN_BITS, is_turn
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
-
-#: Tokens leave the recent window and are packed in blocks of this size.
-BLOCK_TOKENS = 32
 
 Form = Literal["coded", "folded"]
 
@@ -54,6 +52,8 @@ class SitePlan:
     #: Keys only: encoded after RoPE, because the basis commutes with it, or never rotated; other keys are un-rotated,
     #: encoded and rebuilt.
     rotated: bool
+    #: Tokens whose keys are un-rotated by one position, that of the first of them; 1 where each has its own, or none.
+    turn: int = 1
 
     @property
     def site(self) -> Site:
@@ -189,4 +189,6 @@ class Plan:
 
 def _site_plan(record: dict[str, Any]) -> SitePlan:
     bits = tuple((int(b), int(n)) for b, n in record["bits"])
+    if not is_turn(record["turn"]):
+        raise ValueError(f"turn {record['turn']!r} of layer {record['layer']}")
     return SitePlan(**(record | {"bits": bits}))

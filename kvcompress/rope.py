@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kvcompress.errors import CheckpointError
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -24,6 +27,20 @@ class Rotary:
     def of(cls, model: Any) -> Rotary:
         """Return the RoPE of a transformers model."""
         embedding = model.get_decoder().rotary_emb
+        return cls(embedding.inv_freq, float(embedding.attention_scaling))
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path) -> Rotary:
+        """Return the RoPE of the model that transformers would load from a directory, from its config.json alone."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
+        with torch.device("meta"):  # only to learn which class the model has for it
+            embedding = AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb
+        embedding = type(embedding)(config)
         return cls(embedding.inv_freq, float(embedding.attention_scaling))
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import Plan, SitePlan
+from kvcompress.turns import turned_moments
 
 
 def coded_plan(
@@ -24,6 +25,7 @@ def coded_plan(
     share: float = 1.0,
     sinks: int = 2,
     recent: int = 4,
+    turn: int = 1,
     folded: bool = False,
     basis_arguments: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[Plan, dict[Site, SiteMaps]]:
@@ -32,6 +34,8 @@ def coded_plan(
     With share 1 every site is coded at full rank; the fixture `never_exact` makes the run time use those maps.
     """
     spec = checkpoint.spec
+    if turn > 1:
+        moments = turned_moments(checkpoint, moments, turn, seed=0)
     options = CompressOptions(
         key_basis=key_basis, value_basis=value_basis, sinks=sinks, recent=recent, folded=folded, ranks_only=True
     )
@@ -62,6 +66,7 @@ def coded_plan(
                 predicted_loss=0.0,
                 block_width=blocks.shape[1],
                 rotated=rotated,
+                turn=turn if site.part == "key" and not rotated else 1,
             )
         )
         maps[site] = SiteMaps(

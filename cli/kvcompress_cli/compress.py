@@ -57,6 +57,10 @@ def compress(
         int | None, _option("per_group", "Virtual heads that a group of KV heads keeps, with grouped.", _CACHE)
     ] = None,
     band: Annotated[int | None, _option("band", "Channels of each head in a block of band.", _CACHE)] = None,
+    turn: Annotated[
+        int | None,
+        _option("turn", "Tokens whose keys are un-rotated by one position (band, per_head, latent).", _CACHE),
+    ] = None,
     policy: Annotated[
         str | None, _option("policy", f"How layers share the budget. {_one_of(POLICY_NAMES)}", _CACHE)
     ] = None,

@@ -49,7 +49,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def rebuild_flops(plan: Plan) -> int:
     """Return the flops of rebuilding one cached token's keys in all layers; 0 where the decoder is absorbed in q."""
-    keys = (s for s in plan.sites if s.part == "key" and not s.exact and not s.rotated)
+    keys = (s for s in plan.sites if s.part == "key" and not s.exact and not s.rotated and s.turn == 1)
     return sum(2 * s.rank * s.block_width for s in keys)
 
 

@@ -234,13 +234,22 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
         for part in ("key", "value"):
             site = Site(attention.layer, part)
             codecs[part] = None if plans[site].exact else SiteCodec(maps[site], device)
-        key, rotated = codecs["key"], plans[Site(attention.layer, "key")].rotated
+        key, planned = codecs["key"], plans[Site(attention.layer, "key")]
         rotary = Rotary.of(model) if key is not None and attention.rotary_dim else None
         rotated_mean = None
-        if key is not None and rotated and rotary is not None:
+        if key is not None and planned.rotated and rotary is not None:
             rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
         layers.append(
-            LayerCodecs(key, codecs["value"], rotary, attention.n_kv_heads, attention.head_dim, rotated, rotated_mean)
+            LayerCodecs(
+                key,
+                codecs["value"],
+                rotary,
+                attention.n_kv_heads,
+                attention.head_dim,
+                cached_rotated=planned.rotated,
+                rotated_mean=rotated_mean,
+                turn=planned.turn,
+            )
         )
     return layers
 

@@ -7,16 +7,18 @@ with `simulation` set: the decode-faithful evaluation, all queries of a text at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
-from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs
+from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs, TokenLine
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
 TILE_BLOCKS = 64
@@ -163,6 +165,7 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     few_queries = n_heads * n_queries <= codecs.n_kv_heads * head_dim
     in_latent = codecs.value is not None and few_queries
     absorbed = _absorbed(codecs, rows) if few_queries else None
+    by_turn = few_queries and 1 < codecs.turn >= n_heads * n_queries  # absorbing once a turn costs less, too
     assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
     sink_slots = layer.tokens.sink_slots()
     old_bias = bias[..., :n_encoded].clone()
@@ -175,15 +178,17 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     for block in range(0, layer.packed_keys.shape[1], TILE_BLOCKS):
         tile = slice(block, block + TILE_BLOCKS)
         tokens = slice(block * BLOCK_TOKENS, min((block + TILE_BLOCKS) * BLOCK_TOKENS, n_encoded))
-        positions = layer.tokens.positions[:, tokens]
+        positions = layer.key_positions(tokens.start, tokens.stop)
         key_latents = codecs.unpack_keys(layer.packed_keys[:, tile])
-        if absorbed is None:
-            scores = exact_scores(codecs.decode_keys(key_latents, positions), old_bias[..., tokens])
-        else:
+        if absorbed is not None:
             scores = absorbed @ key_latents.unsqueeze(1).transpose(-1, -2)
             if codecs.rotated_mean is not None:
                 scores = scores + rows @ codecs.mean_keys(positions).transpose(-1, -2)
-            scores = scores + old_bias[..., tokens].repeat(1, 1, groups, 1)
+        elif by_turn:
+            scores = _turn_scores(codecs, rows, key_latents, positions)
+        else:
+            scores = rows @ codecs.decode_keys(key_latents, positions).transpose(-1, -2)
+        scores = scores + old_bias[..., tokens].repeat(1, 1, groups, 1)
         latents = codecs.unpack_values(layer.packed_values[:, tile])
         values = latents.unsqueeze(1) if in_latent else codecs.decode_values(latents)
         softmax.add(scores, values, "latent" if in_latent else "exact")
@@ -206,6 +211,30 @@ def _absorbed(codecs: LayerCodecs, rows: Tensor) -> Tensor | None:
     # each query sees its own KV head only: [batch, kv heads, rows, kv heads, head_dim]
     own = torch.eye(codecs.n_kv_heads, device=rows.device)[:, None, :, None] * rows.unsqueeze(3)
     return codecs.key.absorb(own.flatten(3))
+
+
+def _turn_scores(codecs: LayerCodecs, rows: Tensor, latents: Tensor, positions: Tensor) -> Tensor:
+    """Return the scores of a tile of keys that are un-rotated by turns, none rebuilt: [batch, kv heads, rows, t].
+
+    q . R_c (D z + m) = (D^T R_-c q) . z + (R_-c q) . m: absorbed once for each turn, which begins at position c.
+    rows: [batch, kv heads, rows, head_dim]; latents: [batch, t, R]; positions: [batch, t], those of the turns.
+    """
+    assert codecs.key is not None and codecs.rotary is not None
+    n_tokens, (_, n_kv_heads, n_rows, head_dim) = latents.shape[1], rows.shape
+    length = math.gcd(codecs.turn, TILE_BLOCKS * BLOCK_TOKENS)  # tiles begin and end at whole parts of this length
+    first = positions[:, ::length]  # [batch, n_parts]
+    n_parts = first.shape[1]
+    turned = codecs.rotary.rotate(rows.flatten(1, 2).unsqueeze(2).expand(-1, -1, n_parts, -1), -first)
+    turned = turned.unflatten(1, (n_kv_heads, n_rows)).flatten(2, 3)  # [batch, kv heads, rows * n_parts, head_dim]
+    own = codecs.key.dense_decoder.view(-1, n_kv_heads, head_dim).permute(1, 2, 0)  # [kv heads, head_dim, R]
+    absorbed = (turned @ own).unflatten(2, (n_rows, n_parts)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    parts = functional.pad(latents, (0, 0, 0, -n_tokens % length)).unflatten(1, (n_parts, length))
+    scores = absorbed @ parts.transpose(2, 3)  # [batch, n_parts, kv heads * rows, length]
+    scores = scores.unflatten(2, (n_kv_heads, n_rows)).permute(0, 2, 3, 1, 4)
+    if codecs.key.mean is not None:
+        of_mean = turned @ codecs.key.mean.view(n_kv_heads, head_dim, 1)
+        scores = scores + of_mean.unflatten(2, (n_rows, n_parts))
+    return scores.flatten(3)[..., :n_tokens]
 
 
 def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
@@ -246,7 +275,9 @@ def simulated_attention(
     assert state.simulation is not None and state.positions is not None
     codecs, (batch, n_kv_heads, n_tokens, _) = state.codecs, key.shape
     recent, sinks, block = state.simulation.recent, state.simulation.sinks, state.simulation.block
-    coded_key = codecs.roundtrip_keys(key, state.positions).transpose(-1, -2)
+    tokens = TokenLine(sinks, recent, counts_bytes=False)
+    tokens.append(state.positions, batch)
+    coded_key = codecs.roundtrip_keys(key, tokens.key_positions(0, n_tokens, codecs.turn)).transpose(-1, -2)
     coded_value = codecs.roundtrip_values(value)
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
     by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]

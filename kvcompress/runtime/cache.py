@@ -21,7 +21,9 @@ class LayerCodecs:
 
     `rotary` is None where nothing is rotated: a layer without RoPE, or keys that are stored exactly. `cached_rotated`
     says that keys are encoded after RoPE (a basis that commutes with it); `rotated_mean` [n] is then their mean
-    before RoPE, which turns with the position.
+    before RoPE, which turns with the position. `turn`: tokens whose keys are un-rotated by one position.
+
+    Positions are those that keys are rotated by, as TokenLine.key_positions returns them.
     """
 
     key: SiteCodec | None
@@ -31,6 +33,7 @@ class LayerCodecs:
     head_dim: int
     cached_rotated: bool = False
     rotated_mean: Tensor | None = None
+    turn: int = 1
 
     @property
     def exact(self) -> bool:
@@ -160,7 +163,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.codecs.exact or n_leaving <= 0:
             return
         keys, values = self.keys[:, :, :n_leaving], self.values[:, :, :n_leaving]
-        positions = self.tokens.positions[:, self.n_encoded : self.n_encoded + n_leaving]
+        positions = self.key_positions(self.n_encoded, self.n_encoded + n_leaving)
         self._keep_sinks(keys, values)
         new = self.codecs.pack_keys(keys, positions), self.codecs.pack_values(values)
         if self.packed_keys is None or self.packed_values is None:
@@ -170,6 +173,10 @@ class CompressedLayer(CacheLayerMixin):
             self.packed_values = torch.cat([self.packed_values, new[1]], 1)
         # clone, so that the storage of the encoded tokens is freed
         self.keys, self.values = self.keys[:, :, n_leaving:].clone(), self.values[:, :, n_leaving:].clone()
+
+    def key_positions(self, first: int, stop: int) -> Tensor:
+        """Return the positions by which the layer's keys of slots first..stop are un-rotated: [batch, stop - first]."""
+        return self.tokens.key_positions(first, stop, self.codecs.turn)
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Copy the sinks among the leaving tokens; slots are counted from the first token of the cache."""
@@ -219,7 +226,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         assert self.packed_keys is not None and self.packed_values is not None
         first = block * BLOCK_TOKENS
-        positions = self.tokens.positions[:, first : first + n_tokens]
+        positions = self.key_positions(first, first + n_tokens)
         latents = self.codecs.unpack_keys(self.packed_keys[:, block : block + 1])[:, :n_tokens]
         keys = self.codecs.decode_keys(latents, positions).to(self.dtype)
         latents = self.codecs.unpack_values(self.packed_values[:, block : block + 1])[:, :n_tokens]
@@ -268,6 +275,7 @@ class TokenLine:
         self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
         self._positions: Tensor | None = None  # [batch, n_tokens], int32
         self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
+        self._origin = torch.zeros(1, dtype=torch.int32)  # [batch], the position of slot 0, counted back from there
 
     @property
     def positions(self) -> Tensor:
@@ -282,12 +290,24 @@ class TokenLine:
             # Left padding repeats position 0 or 1, so the first real token is the last one with position 0.
             is_start = (new == 0).flip(1)
             self._start = torch.where(is_start.any(1), new.shape[1] - 1 - is_start.int().argmax(1), 0)
+            self._origin = (new.gather(1, self._start[:, None])[:, 0] - self._start).to(torch.int32)
             self._positions = new.clone()
         else:
             self._positions = torch.cat([self._positions, new], 1)
 
     def n_encoded(self, n_tokens: int) -> int:
         return n_encoded(n_tokens, self.recent)
+
+    def key_positions(self, first: int, stop: int, turn: int) -> Tensor:
+        """Return the position of the first token of the turn of each slot in first..stop: [batch, stop - first].
+
+        Turns are aligned on slots. One that begins inside the left padding begins at a negative position, counted
+        back from the first real token, so that what a turn's position is never depends on the padding's own.
+        """
+        if turn == 1:
+            return self.positions[:, first:stop]
+        slots = torch.arange(first, stop, dtype=torch.int32, device=self.positions.device)
+        return self._origin[:, None] + slots // turn * turn
 
     @property
     def start(self) -> Tensor:
@@ -303,7 +323,8 @@ class TokenLine:
 
     def change_batch(self, function: Any) -> None:
         if self._positions is not None:
-            self._positions, self._start = function(self._positions), function(self._start)
+            self._positions = function(self._positions)
+            self._start, self._origin = function(self._start), function(self._origin)
 
     def clear(self) -> None:
         self._positions = None

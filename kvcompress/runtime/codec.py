@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,11 @@ class SiteCodec:
         padded[..., self._component] = z.float()
         x = torch.einsum("...bs,bsw->...bw", padded.unflatten(-1, (n_blocks, slots)), self.decoder)
         return x.flatten(-2)[..., self._place]
+
+    @cached_property
+    def dense_decoder(self) -> Tensor:
+        """D of all blocks as one matrix, [R, n], float32, kept from its first use on."""
+        return self.decode(torch.eye(self.n_components, device=self.decoder.device))
 
     def absorb(self, query: Tensor) -> Tensor:
         """Return D^T q [..., R], so that q . (D z) = (D^T q) . z; query: [..., n]."""

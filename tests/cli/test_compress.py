@@ -67,6 +67,13 @@ def test_folded_makes_smaller_weights(kvcompress, model, tmp_path):
     assert size < (model / "model.safetensors").stat().st_size
 
 
+def test_turn_is_kept_in_the_plan(kvcompress, model, tmp_path):
+    choices = ("--no-calibration", "--policy", "uniform", "--ranks-only", "--key-basis", "per_head", "--turn", "64")
+    assert kvcompress("compress", model, tmp_path / "out", *choices).code == 0
+    plan = Plan.load(tmp_path / "out")
+    assert {s.turn for s in plan.sites if s.part == "key"} == {64} and plan.options["turn"] == 64
+
+
 def test_force_replaces_the_output(kvcompress, fails, model, tmp_path):
     args = ("compress", model, tmp_path / "out", "--no-calibration")
     assert kvcompress(*args).code == 0
@@ -106,6 +113,8 @@ def test_a_recipe_is_run_with_its_overrides(kvcompress, model, tmp_path):
         (["--keep", "1.5"], "keep must be above 0"),
         (["--key-basis", "magic"], "key_basis 'magic' is unknown"),
         (["--folded", "--key-basis", "latent"], "does not commute with RoPE"),
+        (["--turn", "48"], "turn must be 1 or a power of two"),
+        (["--turn", "64", "--key-basis", "frequency"], "leave out --turn"),
         (["--layers", "lots", "--policy", "middle", "--no-calibration"], "layers 'lots'"),
         (["--no-calibration", "--metric", "fisher"], "--no-calibration cannot"),
         (["--no-calibration", "--calibration", "t.txt"], "--calibration would do nothing"),

@@ -119,10 +119,9 @@ def filled_layer(model: Any, n_tokens: int) -> CompressedLayer:
 
 def visible_cache(layer: CompressedLayer) -> tuple[Tensor, Tensor]:
     """Return the keys and values that attention must see: [batch, kv heads, n_tokens, head_dim], float64."""
-    positions, n = layer.tokens.positions, layer.n_encoded
-    keys = torch.cat(
-        [layer.codecs.decode_keys(layer.codecs.unpack_keys(layer.packed_keys), positions[:, :n]), layer.keys], 2
-    ).double()
+    n = layer.n_encoded
+    rebuilt = layer.codecs.decode_keys(layer.codecs.unpack_keys(layer.packed_keys), layer.key_positions(0, n))
+    keys = torch.cat([rebuilt, layer.keys], 2).double()
     values = torch.cat(
         [layer.codecs.decode_values(layer.codecs.unpack_values(layer.packed_values)), layer.values], 2
     ).double()

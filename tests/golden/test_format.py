@@ -1,6 +1,6 @@
-"""Format version 2, pinned: a file written by any release must read the same in every later one.
+"""Format version 3, pinned: a file written by any release must read the same in every later one.
 
-`v2/` holds the two files byte for byte as `golden_plan` and `golden_maps` write them; `tiny_llama.json` the names,
+`v3/` holds the two files byte for byte as `golden_plan` and `golden_maps` write them; `tiny_llama.json` the names,
 dtypes and shapes of what compress() makes of a fixed model. A change here is a change of the format: it needs a new
 format version and a reader for the old one.
 """
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent
 
 def golden_plan() -> Plan:
     sites = (
-        SitePlan(0, "key", "latent", 4, ((8, 1), (2, 2)), 0.125, 4, False),
+        SitePlan(0, "key", "latent", 4, ((8, 1), (2, 2)), 0.125, 4, False, 64),
         SitePlan(0, "value", "per_head", 4, ((16, 2),), 0.5, 2, False),
         SitePlan(1, "key", "latent", 4, ((16, 4),), 0.0, 4, False),
         SitePlan(1, "value", "per_head", 4, (), 2.0, 2, False),
@@ -80,21 +80,21 @@ def header(file: Path) -> dict[str, Any]:
 
 def test_plan_is_written_byte_for_byte(tmp_path: Path) -> None:
     golden_plan().save(tmp_path)
-    assert (tmp_path / PLAN_FILE).read_bytes() == (GOLDEN / "v2" / PLAN_FILE).read_bytes()
+    assert (tmp_path / PLAN_FILE).read_bytes() == (GOLDEN / "v3" / PLAN_FILE).read_bytes()
 
 
 def test_maps_are_written_byte_for_byte(tmp_path: Path) -> None:
     save_maps(golden_maps(), tmp_path / MAPS_FILE)
-    assert (tmp_path / MAPS_FILE).read_bytes() == (GOLDEN / "v2" / MAPS_FILE).read_bytes()
+    assert (tmp_path / MAPS_FILE).read_bytes() == (GOLDEN / "v3" / MAPS_FILE).read_bytes()
 
 
 def test_golden_plan_is_read() -> None:
-    assert FORMAT_VERSION == 2
-    assert Plan.load(GOLDEN / "v2") == golden_plan()
+    assert FORMAT_VERSION == 3
+    assert Plan.load(GOLDEN / "v3") == golden_plan()
 
 
 def test_golden_maps_are_read() -> None:
-    maps = load_maps(GOLDEN / "v2")
+    maps = load_maps(GOLDEN / "v3")
     assert list(maps) == sorted(golden_maps())
     for site, expected in golden_maps().items():
         for name in ("blocks", "encoder", "decoder", "block", "bits", "step"):
@@ -107,7 +107,7 @@ def test_golden_maps_are_read() -> None:
 
 def test_maps_bytes_are_those_of_the_file() -> None:
     """What a plan calls maps_bytes is the file's tensors, header aside."""
-    data = (GOLDEN / "v2" / MAPS_FILE).read_bytes()
+    data = (GOLDEN / "v3" / MAPS_FILE).read_bytes()
     (n,) = struct.unpack("<Q", data[:8])
     assert sum(m.nbytes for m in golden_maps().values()) == len(data) - 8 - n == golden_plan().maps_bytes
 

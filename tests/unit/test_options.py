@@ -37,6 +37,14 @@ def test_defaults_are_those_of_the_design() -> None:
         ({"recent": -1}, "recent"),
         ({"band": 1}, "band"),
         ({"seed": -1}, "seed"),
+        ({"turn": 0}, "turn must be 1 or a power of two"),
+        ({"turn": 16}, "turn must be 1 or a power of two"),
+        ({"turn": 96}, "turn must be 1 or a power of two"),
+        ({"turn": 64.0}, "turn must be 1 or a power of two"),
+        ({"turn": True}, "turn must be 1 or a power of two"),
+        ({"turn": 64, "key_basis": "frequency"}, "turn 64 is for keys that are un-rotated"),
+        ({"turn": 64, "key_basis": "head", "ranks_only": True}, "key basis 'head'"),
+        ({"turn": 64, "key_basis": "grouped", "folded": True}, "key basis 'grouped'"),
         ({"group": 0}, "group"),
         ({"group": -2}, "group"),
         ({"group": "two"}, "group"),
@@ -57,6 +65,12 @@ def test_edges_of_keep(keep: float) -> None:
     assert CompressOptions(keep=keep).keep == keep
 
 
+@pytest.mark.parametrize("key_basis", ["band", "per_head", "latent"])
+@pytest.mark.parametrize("turn", [1, 32, 64, 1024])
+def test_turns_of_bases_that_do_not_commute(key_basis: str, turn: int) -> None:
+    assert CompressOptions(key_basis=key_basis, turn=turn).turn == turn
+
+
 def test_options_are_json() -> None:
     options = CompressOptions(keep=0.25, calibration=("a.txt", "b.txt"))
     document = json.loads(json.dumps(options.to_json()))
@@ -70,8 +84,8 @@ def recipe(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_recipe_sets_options(tmp_path: Path) -> None:
-    file = recipe(tmp_path, 'keep = 0.25\nkey_basis = "band"\nband = 8\ncalibration = ["a.txt", "b.txt"]\n')
-    expected = CompressOptions(keep=0.25, key_basis="band", band=8, calibration=("a.txt", "b.txt"))
+    file = recipe(tmp_path, 'keep = 0.25\nkey_basis = "band"\nband = 8\nturn = 64\ncalibration = ["a.txt", "b.txt"]\n')
+    expected = CompressOptions(keep=0.25, key_basis="band", band=8, turn=64, calibration=("a.txt", "b.txt"))
     assert load_recipe(file) == expected
 
 

@@ -120,7 +120,7 @@ def test_round_trip(tmp_path: Path) -> None:
     plan().save(tmp_path)
     assert Plan.load(tmp_path) == plan()
     document = json.loads((tmp_path / PLAN_FILE).read_text())
-    assert document["format_version"] == 2
+    assert document["format_version"] == 3
     assert document["bytes_per_token"] == {"original": 128, "compressed": 88}
     assert document["keep"] == plan().keep and document["predicted_loss"] == plan().predicted_loss
 
@@ -156,7 +156,9 @@ DAMAGES = {
     "bits that are no numbers": damaged(lambda d: d | {"sites": [d["sites"][0] | {"bits": [["four", 1]]}]}),
     "an unknown dtype": damaged(lambda d: d | {"dtype": "int3"}),
     "an unknown field": damaged(lambda d: d | {"surprise": 1}),
-    "a later version": damaged(lambda d: d | {"format_version": 3}),
+    "a turn that no blocks fill": damaged(lambda d: d | {"sites": [d["sites"][0] | {"turn": 48}]}),
+    "an earlier version": damaged(lambda d: d | {"format_version": 2}),
+    "a later version": damaged(lambda d: d | {"format_version": 4}),
 }
 
 
@@ -164,7 +166,9 @@ DAMAGES = {
 def test_damaged_files(tmp_path: Path, damage: str) -> None:
     plan().save(tmp_path)
     DAMAGES[damage](tmp_path / PLAN_FILE)
-    with pytest.raises(CheckpointError, match="version 3" if "later" in damage else "damaged") as error:
+    with pytest.raises(
+        CheckpointError, match="this kvcompress reads version 3" if "er version" in damage else "damaged"
+    ) as error:
         Plan.load(tmp_path)
     assert "\n" not in str(error.value) and PLAN_FILE in str(error.value)
 
@@ -203,6 +207,8 @@ class TestReport:
         assert self.document["maps"] == {"bytes": 3000, "share_of_weights": 0.03}
         flops = self.document["flops_per_cached_token"]
         assert flops["rebuild_keys"] == 2 * 4 * 16  # the exact layer rebuilds nothing
+        turns = plan(sites=(dataclasses.replace(site(0, "key", 4), turn=64), *plan().sites[1:]))
+        assert report_document(turns, {})["flops_per_cached_token"]["rebuild_keys"] == 0
         assert flops["attention_on_latent_values"] == 2 * (8 + 16)
 
     def test_names_the_model_and_not_where_it_lay(self) -> None:
