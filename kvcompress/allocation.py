@@ -33,6 +33,8 @@ def choose_ranks(spec: ModelSpec, options: CompressOptions, fitted: dict[Site, F
     chosen = {}
     for (site, fit), n_items in zip(fitted.items(), kept, strict=True):
         components = fit.basis.components(n_items)
+        if not options.folded:
+            components = _taken(components, _stored_order(torch.zeros_like(components.block), components.block))
         rank = len(components.block)
         loss = 0.0 if rank == spec.width(site) else fit.loss(components)
         bits = torch.full((rank,), 8 * DTYPE_BYTES[spec.dtype], dtype=torch.uint8)
@@ -56,10 +58,9 @@ def choose_bits(
     chosen = {}
     for (site, fit), curve, n_items in zip(fitted.items(), curves, kept, strict=True):
         bits = curve.component_bits(n_items)
-        order = bits.argsort(descending=True, stable=True)[: int((bits > 0).sum())]
         whole = fit.basis.components(len(fit.basis.energy))
-        components = Components(whole.encoder[order], whole.decoder[order], whole.block[order])
-        bits = bits[order]
+        order = _stored_order(bits, whole.block)[: int((bits > 0).sum())]
+        components, bits = _taken(whole, order), bits[order]
         loss = 0.0 if len(order) == spec.width(site) else fit.loss(components)
         step = torch.ones(len(order))
         for level in LEVELS:
@@ -68,6 +69,19 @@ def choose_bits(
             loss += float(curve.loss[level][order[mine]].sum())
         chosen[site] = Choice(components, bits.to(torch.uint8), step, loss)
     return chosen
+
+
+def _stored_order(bits: Tensor, block: Tensor) -> Tensor:
+    """Return the order in which components are stored: bits falling, blocks rising, then as the basis has them.
+
+    So what a kernel needs of one block of heads lies together for each number of bits.
+    """
+    by_block = block.argsort(stable=True)
+    return by_block[bits[by_block].argsort(descending=True, stable=True)]
+
+
+def _taken(components: Components, order: Tensor) -> Components:
+    return Components(components.encoder[order], components.decoder[order], components.block[order])
 
 
 def make_policy(options: CompressOptions) -> Policy:

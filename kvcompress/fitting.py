@@ -12,7 +12,7 @@ from kvcompress.bases import BASES, Basis, Components, FittedBasis
 from kvcompress.bases.base import expected_loss
 from kvcompress.calibration.moments import SiteMoments
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.map_budget import default_group
+from kvcompress.map_budget import default_group, turn_group
 from kvcompress.model_spec import AttentionSpec, Part
 from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.policies.base import tail_energy
@@ -25,7 +25,7 @@ def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
     """Return the basis for keys that the options name, blocks chosen to keep the maps light."""
     name = options.key_basis
     if name == "latent":
-        return BASES[name](options.group or default_group(checkpoint, options.keep))  # type: ignore[call-arg]
+        return BASES[name](_group(checkpoint, options))  # type: ignore[call-arg]
     if name == "band":
         return BASES[name](options.band)  # type: ignore[call-arg]
     if name in ("frequency", GROUPED):  # a group's keys are mixed as `frequency` mixes all heads
@@ -36,10 +36,16 @@ def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
 def value_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
     """Return the basis for values that the options name."""
     if options.value_basis == "latent":
-        group = options.group or (None if options.folded else default_group(checkpoint, options.keep))
+        group = options.group if options.folded else _group(checkpoint, options)
         unit = checkpoint.spec.layers[0].head_dim if options.folded else 1  # a fold caches whole virtual heads
         return BASES["latent"](group, unit=unit)  # type: ignore[call-arg]
     return BASES[options.value_basis]()
+
+
+def _group(checkpoint: Checkpoint, options: CompressOptions) -> int:
+    """Return how many KV heads a block of `latent` has, unless that is chosen; with turns one that the kernels take."""
+    group = options.group or default_group(checkpoint, options.keep)
+    return group if options.turn == 1 or options.group else min(group, turn_group(checkpoint.spec.layers[0]))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.model_spec import AttentionSpec
 
+#: With turns a GPU kernel works on groups of KV heads, of at most so many query heads and so many numbers together.
+_TURN_HEADS, _TURN_WIDTH = 8, 256
 #: All maps together may take this share of the weight bytes, by default.
 MAPS_SHARE = 0.03
 #: Moments are kept for the groups of heads that would fit into the share at this keep; smaller keeps use the same.
@@ -21,6 +24,12 @@ def default_group(checkpoint: Checkpoint, keep: float) -> int:
 def moments_group(checkpoint: Checkpoint) -> int:
     """Return the KV heads per block for which moments are worth keeping: the group at the smallest keep."""
     return _largest_group(checkpoint, checkpoint.spec.layers[0].n_kv_heads, _LEAST_KEEP)
+
+
+def turn_group(attention: AttentionSpec) -> int:
+    """Return the most KV heads per block of `latent` that the kernel for keys in turns takes."""
+    most = min(_TURN_HEADS * attention.n_kv_heads // attention.n_heads, _TURN_WIDTH // attention.head_dim)
+    return next((g for g in range(most, 1, -1) if attention.n_kv_heads % g == 0), 1)
 
 
 def _largest_group(checkpoint: Checkpoint, n_heads: int, keep: float) -> int:

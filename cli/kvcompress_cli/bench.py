@@ -23,6 +23,9 @@ def bench(
     ranks_only: Annotated[bool, typer.Option("--ranks-only", help="Without OUT: 16 bits for every component.")] = False,
     context: Annotated[str, typer.Option(help="Context lengths, with commas between.")] = "8192,32768,131072",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8,32",
+    turn: Annotated[
+        int, typer.Option(min=1, help="Tokens of a turn, as in kvcompress compress; 1: keys that commute with RoPE.")
+    ] = 256,
     memory: Annotated[float, typer.Option(help="GB of memory for weights and cache, for the largest batch.")] = 140.0,
     device: flags.Device = "auto",
     json: flags.Json = False,
@@ -36,7 +39,7 @@ def bench(
     document = run_bench(
         output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), ranks_only=ranks_only,
         contexts=_numbers(context, int, "--context"), batches=_numbers(batch, int, "--batch"),
-        memory_gb=memory, device=device,
+        turn=turn, memory_gb=memory, device=device,
     )  # fmt: skip
     if json:
         terminal.print_json(document.to_json())

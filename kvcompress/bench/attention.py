@@ -17,6 +17,7 @@ from kvcompress.bench.timing import (
     median_replay_seconds,
 )
 from kvcompress.bench.workload import RECENT, SINKS, Shape, random_layer
+from kvcompress.map_budget import turn_group
 from kvcompress.runtime import fast
 from kvcompress.runtime.attention import tiled_attention
 from kvcompress.runtime.cache import CompressedLayer
@@ -58,23 +59,24 @@ class AttentionTiming:
 
 
 def time_attention(
-    shape: Shape, keys: dict[int, int], values: dict[int, int], *, keep: float, context: int, batch: int,
+    shape: Shape, keys: dict[int, int], values: dict[int, int], *, keep: float, context: int, batch: int, turn: int,
     device: torch.device, dtype: torch.dtype,
 ) -> AttentionTiming:  # fmt: skip
     """Time ours and SDPA in this run; the roofline is of what ours must read and multiply at the measured rates."""
     rates = copy_bytes_per_second(device), matrix_flops_per_second(device)
     sdpa = _sdpa_microseconds(shape, context, batch, device, dtype)
-    layer = random_layer(shape, keys, values, n_tokens=context, batch=batch, device=device, dtype=dtype)
-    packed = layer.nbytes()
-    layers = [layer] + [
-        random_layer(shape, keys, values, n_tokens=context, batch=batch, device=device, dtype=dtype)
-        for _ in range(cold_copies(packed, device) - 1)
-    ]
+
+    def filled() -> CompressedLayer:
+        return random_layer(shape, keys, values, n_tokens=context, batch=batch, device=device, dtype=dtype, turn=turn)
+
+    layers = [filled()]
+    packed = layers[0].nbytes()
+    layers += [filled() for _ in range(cold_copies(packed, device) - 1)]
     query = torch.randn(batch, shape.n_heads, 1, shape.head_dim, device=device, dtype=dtype)
     scaling = shape.head_dim**-0.5
     seconds = median_replay_seconds([lambda one=one: _attend(one, query, scaling) for one in layers], device)  # type: ignore[misc]
-    n_components = sum(keys.values()) + sum(values.values())
-    flops = 2 * batch * context * shape.n_heads * (n_components + shape.head_dim)
+    products = _products(shape, sum(keys.values()), sum(values.values()), turn)
+    flops = round(2 * batch * context * shape.n_heads * products)
     by_bytes, by_flops = packed / rates[0], flops / rates[1]
     return AttentionTiming(
         keep=keep,
@@ -89,6 +91,17 @@ def time_attention(
         bound_by="bytes" if by_bytes >= by_flops else "arithmetic",
         copy_share=packed / seconds / rates[0],
     )
+
+
+def _products(shape: Shape, n_keys: int, n_values: int, turn: int) -> float:
+    """Return the multiplications for each packed token and query head.
+
+    Keys after RoPE: all components, and the rotated mean. Turns: those of the head's group, absorbed once a turn.
+    """
+    if turn == 1:
+        return n_keys + n_values + shape.head_dim
+    share = turn_group(shape.attention) / shape.n_kv_heads
+    return share * (n_keys + n_values + n_keys * shape.head_dim / turn)
 
 
 def _attend(layer: CompressedLayer, query: Tensor, scaling: float) -> Tensor:

@@ -35,13 +35,14 @@ def time_prefill(
     values: dict[int, int],
     *,
     context: int,
+    turn: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> PrefillTiming:
     """Time a decoder layer without the head (projections, causal attention, MLP), and packing its keys and values."""
     x = torch.randn(context, shape.d_model, device=device, dtype=dtype)
     weights = _weights(shape, device, dtype)
-    layer = random_layer(shape, keys, values, n_tokens=32, batch=1, device=device, dtype=dtype)
+    layer = random_layer(shape, keys, values, n_tokens=32, batch=1, device=device, dtype=dtype, turn=turn)
     kv = torch.randn(2, 1, shape.n_kv_heads, context // 32 * 32, shape.head_dim, device=device, dtype=dtype)
     positions = torch.arange(kv.shape[3], device=device)[None]
 

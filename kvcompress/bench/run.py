@@ -48,7 +48,7 @@ class BenchReport:
 
 def run_bench(
     *, output: Path | None, shape: str, keeps: Sequence[float], ranks_only: bool, contexts: Sequence[int],
-    batches: Sequence[int], memory_gb: float, device: str,
+    batches: Sequence[int], turn: int, memory_gb: float, device: str,
 ) -> BenchReport:  # fmt: skip
     """Return the timings of every keep, context and batch; combinations too large for the device are left out.
 
@@ -70,6 +70,7 @@ def run_bench(
                             keep=keep,
                             context=context,
                             batch=batch,
+                            turn=turn,
                             device=where,
                             dtype=dtype,
                         )
@@ -83,7 +84,9 @@ def run_bench(
                 }
             )
         longest = min(max(contexts), 32768 if where.type == "cuda" else 1024)
-        prefill.append(time_prefill(sizes, parts["key"], parts["value"], context=longest, device=where, dtype=dtype))
+        prefill.append(
+            time_prefill(sizes, parts["key"], parts["value"], context=longest, turn=turn, device=where, dtype=dtype)
+        )
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return BenchReport(
         sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),

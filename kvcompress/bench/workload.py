@@ -15,6 +15,7 @@ from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import read_config
 from kvcompress.errors import OptionError
+from kvcompress.map_budget import turn_group
 from kvcompress.model_spec import AttentionSpec, Projection
 from kvcompress.options import GAIN_BITS, LEVELS
 from kvcompress.plan import BLOCK_TOKENS, Plan
@@ -43,6 +44,11 @@ class Shape:
     @property
     def width(self) -> int:
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def attention(self) -> AttentionSpec:
+        nowhere = Projection(weight="", bias=None, module="", start=0, stop=self.width)
+        return AttentionSpec(0, self.n_heads, self.n_kv_heads, self.head_dim, self.head_dim, nowhere, nowhere)
 
 
 SHAPES = {
@@ -105,18 +111,24 @@ def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, i
 
 def random_layer(
     shape: Shape, keys: dict[int, int], values: dict[int, int], *, n_tokens: int, batch: int, device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype, turn: int = 1,
 ) -> CompressedLayer:  # fmt: skip
-    """Return a layer that holds n_tokens random packed tokens of each sequence, sinks and a full window beside them."""
-    projection = Projection(weight="", bias=None, module="", start=0, stop=shape.width)
-    attention = AttentionSpec(
-        0, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.head_dim, projection, projection
-    )
+    """Return a layer that holds n_tokens random packed tokens of each sequence, sinks and a full window beside them.
+
+    turn: of `latent` keys and values in groups of heads that the kernels take; 1: `frequency` keys, `latent` values.
+    """
+    attention = shape.attention
     inv_freq = 5e5 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    key = _random_codec(keys, blocks.frequencies(attention), device)
-    value = _random_codec(values, torch.arange(shape.width)[None], device)
-    mean, key.mean = key.mean, None
-    codecs = LayerCodecs(key, value, Rotary(inv_freq, 1.0), shape.n_kv_heads, shape.head_dim, True, mean)
+    rotary = Rotary(inv_freq, 1.0)
+    if turn > 1:
+        groups = blocks.head_groups(attention, turn_group(attention))
+        key, value = _random_codec(keys, groups, device), _random_codec(values, groups, device)
+        codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, turn=turn)
+    else:
+        key = _random_codec(keys, blocks.frequencies(attention), device)
+        value = _random_codec(values, torch.arange(shape.width)[None], device)
+        mean, key.mean = key.mean, None
+        codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, True, mean)
     n_blocks = n_tokens // BLOCK_TOKENS
     tokens = TokenLine(SINKS, RECENT, counts_bytes=True)
     tokens.append(torch.arange(n_blocks * BLOCK_TOKENS + RECENT, device=device)[None], batch)
@@ -137,7 +149,8 @@ def _random_codec(counts: dict[int, int], parts: Tensor, device: torch.device) -
     bits = torch.tensor([b for b in sorted(counts, reverse=True) for _ in range(counts[b])], dtype=torch.uint8)
     step = torch.where(bits < 16, 2.0 ** (2 - bits.float()), torch.ones(()))
     maps = torch.randn(n_components, width) / math.sqrt(n_components / len(parts))
-    block = torch.arange(n_components, dtype=torch.int32) % len(parts)
+    # each class evenly over the blocks, which rise within it as they do in a plan
+    block = torch.cat([torch.arange(counts[b]) * len(parts) // counts[b] for b in sorted(counts, reverse=True)]).int()
     mean = torch.randn(parts.numel())
     return SiteCodec(SiteMaps(parts.int(), maps, maps, block, bits, step, mean), device)
 

@@ -314,6 +314,11 @@ class TokenLine:
         """The slot of each sequence's first real token: [batch], or [1] before there are tokens."""
         return self._start
 
+    @property
+    def origin(self) -> Tensor:
+        """The position of slot 0 of each sequence, counted back from its first real token: [batch], int32."""
+        return self._origin
+
     def sink_slots(self) -> Tensor:
         """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""
         return self._start[:, None] + torch.arange(self.sinks, device=self._start.device)

@@ -55,8 +55,11 @@ class SiteCodec:
         self._place = place.to(device)  # number of x -> its place in the blocks' order
         self._component = (block * slots + slot).to(device)
         self._shape = (n_blocks, slots, width)
-        # One block in its own order, as `latent` makes it: nothing to gather or scatter around the matrix product.
-        self._one_block = n_blocks == 1 and bool((place == torch.arange(width)).all())
+        #: Whether blocks are whole neighbouring heads, as `latent` and `per_head` make them.
+        self.by_heads = bool((place == torch.arange(n_blocks * width)).all())
+        self.block = block.tolist()  # of each component
+        # One block in its own order: nothing to gather or scatter around the matrix product.
+        self._one_block = n_blocks == 1 and self.by_heads
         self.mean = None if maps.mean is None else maps.mean.float().to(device)
         self.classes = runs(maps.bits.tolist())
         quantised = [c for c in self.classes if c[0] <= 8]

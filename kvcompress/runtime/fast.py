@@ -1,4 +1,4 @@
-"""The Triton kernels at the cache's service: used by themselves on a GPU, the torch reference everywhere else.
+"""The kernels at the cache's service: used by themselves on a GPU, the torch reference everywhere else.
 
 Every function here returns None where the kernels do not apply, and the caller goes on with the reference.
 """
@@ -19,6 +19,16 @@ from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
 from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
+from kvcompress.runtime.kernels.turned import (
+    MOST_EXACT,
+    UNIT_TOKENS,
+    GroupedSite,
+    applies,
+    class_table,
+    compiler_works,
+    decoder_fragments,
+    turned_attention,
+)
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache import CompressedLayer, TokenLine
@@ -49,7 +59,27 @@ class _Seen:
     last: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """A codec's maps as the kernels for turns take them; see kernels.turned.GroupedSite. For keys with fragments."""
+
+    classes: Tensor
+    chunks: tuple[int, ...]
+    fragments: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnAngles:
+    """table: cos and sin at the first position of each turn, [1 or batch, turns, rotary_dim / 2, 2]; and of what."""
+
+    origin: Tensor
+    turn: int
+    table: Tensor
+
+
 _dense: WeakKeyDictionary[SiteCodec, _Dense] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[SiteCodec, _Groups | None] = WeakKeyDictionary()
+_turn_angles: WeakKeyDictionary[TokenLine, _TurnAngles] = WeakKeyDictionary()
 _angles: WeakKeyDictionary[Rotary, Tensor] = WeakKeyDictionary()
 _seen: WeakKeyDictionary[TokenLine, _Seen] = WeakKeyDictionary()
 
@@ -80,10 +110,13 @@ def pack(codec: SiteCodec, x: Tensor) -> Tensor | None:
 def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
     """Return what tiled_attention returns, or None; the arguments are its own.
 
-    Applies to a few query tokens over keys that are encoded after RoPE (or without it) and quantised values. Of a
-    mask only what its last query sees is used: all queries see the same packed tokens, and recent ones causally.
+    Applies to a few query tokens over keys that are encoded after RoPE (or without it), or one over keys in turns, and
+    coded values. Of a mask only what its last query sees is used: all queries see the same packed tokens, and recent
+    ones causally.
     """
     codecs = layer.codecs
+    if codecs.turn > 1:
+        return _turned(layer, query, mask, scaling)
     batch, n_heads, n_queries, head_dim = query.shape
     if not kernels_apply(query.device) or n_heads * n_queries > _MOST_COLUMNS or n_queries > layer.keys.shape[2]:
         return None
@@ -112,6 +145,83 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
         mask=seen.packed,
         angles=None if key_mean is None else _layer_angles(layer),
     )
+
+
+def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
+    codecs = layer.codecs
+    batch, n_heads, n_queries, head_dim = query.shape
+    if n_queries != 1 or query.dtype == torch.float32 or codecs.turn % UNIT_TOKENS:
+        return None
+    if not 0 < layer.keys.shape[2] <= MOST_EXACT:
+        return None
+    if codecs.key is None or codecs.value is None or not _whole_rotation(codecs.rotary, head_dim):
+        return None
+    if query.device.type != "cuda" or not compiler_works(query.device):
+        return None
+    keys, values = (
+        _grouped(codec, codecs.n_kv_heads, for_keys=codec is codecs.key) for codec in (codecs.key, codecs.value)
+    )
+    if keys is None or values is None or keys.classes.shape[0] != values.classes.shape[0]:
+        return None
+    group_heads = codecs.n_kv_heads // keys.classes.shape[0]
+    if not applies(n_heads, codecs.n_kv_heads, group_heads, head_dim, keys.chunks, values.chunks):
+        return None
+    assert layer.packed_keys is not None and layer.packed_values is not None
+    seen = _visible(layer, mask, batch)
+    return turned_attention(
+        query,
+        _grouped_site(codecs.key, keys, layer.packed_keys),
+        _grouped_site(codecs.value, values, layer.packed_values),
+        turn=codecs.turn,
+        angles=_angles_of_turns(layer),
+        first=seen.first,
+        last=seen.last,
+        n_blocks=layer.packed_keys.shape[1],
+        exact=_exact(layer, seen.exact),
+        scaling=scaling,
+        mask=seen.packed,
+    )
+
+
+def _grouped(codec: SiteCodec, n_kv_heads: int, *, for_keys: bool) -> _Groups | None:
+    """Return what the kernels for turns need of a codec, or None where its blocks are no groups of heads."""
+    if codec not in _groups:
+        _groups[codec] = None
+        bits = [b for b, first, last in codec.classes for _ in range(last - first)]
+        n_groups = codec.encoder.shape[0]
+        table = class_table(bits, codec.block, n_groups) if codec.by_heads and bits else None
+        if table is not None and n_kv_heads % n_groups == 0:
+            classes, chunks = table
+            decoder = _dense_maps(codec).decoder
+            fragments = decoder_fragments(decoder, classes, chunks, n_kv_heads) if for_keys else None
+            _groups[codec] = _Groups(classes.to(decoder.device), chunks, fragments)
+    return _groups[codec]
+
+
+def _grouped_site(codec: SiteCodec, groups: _Groups, packed: Tensor) -> GroupedSite:
+    dense = _dense_maps(codec)
+    gain_word = sum(bits * n for bits, n in dense.counts.items()) if codec.has_gain else None
+    return GroupedSite(
+        packed.view(torch.int32), groups.classes, groups.chunks, dense.decoder, codec.mean, gain_word, groups.fragments
+    )
+
+
+def _angles_of_turns(layer: CompressedLayer) -> Tensor:
+    """Return cos and sin at the first position of every turn, kept for all layers and steps of a cache."""
+    tokens, rotary, turn = layer.tokens, layer.codecs.rotary, layer.codecs.turn
+    assert rotary is not None
+    n_turns = -(-layer.n_encoded // turn)
+    known = _turn_angles.get(tokens)
+    if known is None or known.origin is not tokens.origin or known.turn != turn or known.table.shape[1] < n_turns:
+        n_turns = max(64, 1 << (n_turns - 1).bit_length())
+        origin = tokens.origin.to(layer.keys.device)
+        same = bool((origin == origin[0]).all())
+        turns = torch.arange(n_turns, device=origin.device) * turn
+        angles = (origin[:1] if same else origin)[:, None, None] + turns[:, None]
+        angles = angles.float() * rotary.inv_freq.to(origin.device)
+        table = torch.stack([angles.cos(), angles.sin()], -1) * rotary.scale
+        known = _turn_angles[tokens] = _TurnAngles(tokens.origin, turn, table)
+    return known.table
 
 
 def _exact(layer: CompressedLayer, mask: Tensor) -> ExactTokens:
