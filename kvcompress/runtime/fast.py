@@ -156,7 +156,7 @@ def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling:
         return None
     if codecs.key is None or codecs.value is None or not _whole_rotation(codecs.rotary, head_dim):
         return None
-    if query.device.type != "cuda" or not compiler_works(query.device):
+    if not compiler_works(query.device):
         return None
     keys, values = (
         _grouped(codec, codecs.n_kv_heads, for_keys=codec is codecs.key) for codec in (codecs.key, codecs.value)

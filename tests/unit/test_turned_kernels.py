@@ -1,4 +1,4 @@
-"""The CUDA kernels for keys in turns: against float64 on a GPU, and how the host lays things out, everywhere."""
+"""The CUDA kernels for keys in turns against float64: on a GPU, and in the emulator where there is a C++ compiler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.turned import (
     GroupedSite,
@@ -18,15 +19,25 @@ from kvcompress.runtime.kernels.turned import (
     decoder_fragments,
     turned_attention,
 )
+from tests import emulator
 
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or not compiler_works(torch.device("cuda", 0)), reason="needs an NVIDIA GPU"
-)
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: Any, monkeypatch: Any) -> str:
+    if request.param == "cpu":
+        if emulator.COMPILER is None:
+            pytest.skip("needs g++, for the emulator")
+        monkeypatch.setattr(turned, "_kernels", emulator.kernels)
+    elif not torch.cuda.is_available() or not compiler_works(torch.device("cuda", 0)):
+        pytest.skip("needs an NVIDIA GPU")
+    return str(request.param)
+
+
 SITE = {8: [1, 3], 4: [40, 17], 2: [30, 37], 1: [5, 16]}  # components of each group
 CASES: dict[str, dict[str, Any]] = {
     "no gains": {"counts": SITE},
     "gains, unequal lengths, bfloat16": {
-        "counts": SITE, "gain": True, "turn": 256, "dtype": torch.bfloat16, "first": [4, 50], "last": [690, 257],
+        "counts": SITE, "gain": True, "turn": 256, "dtype": torch.bfloat16, "first": [4, 50], "last": [402, 257],
     },
     "ranks only": {"counts": {16: [20, 35]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
     "masks, an empty class in one group": {
@@ -70,8 +81,8 @@ def random_site(
     table = class_table(bits, group, n_groups)
     assert table is not None
     words = torch.randint(-(2**31), 2**31 - 1, (batch, n_blocks, sum(bits) + 4 * gain), dtype=torch.int32)
-    n_numbers = 16 * bits.count(16)
-    words[..., :n_numbers] = torch.randn(batch, n_blocks, 2 * n_numbers).half().view(torch.int32)
+    if n_numbers := 16 * bits.count(16):
+        words[..., :n_numbers] = torch.randn(batch, n_blocks, 2 * n_numbers).half().view(torch.int32)
     decoder, share = torch.zeros(len(bits), width), width // n_groups
     for row, (b, g) in enumerate(zip(bits, group, strict=True)):
         size = (2.0 ** (1 - b) if b < 16 else 1.0) / group.count(g) ** 0.5
@@ -99,7 +110,7 @@ def unpacked(words: Tensor, bits: list[int], gain_word: int | None) -> Tensor:
 
 
 def random_case(
-    *, counts: dict[int, list[int]], batch: int = 2, heads: int = 8, kv_heads: int = 4, head_dim: int = 64,
+    device: str, *, counts: dict[int, list[int]], batch: int = 2, heads: int = 8, kv_heads: int = 4, head_dim: int = 64,
     n_blocks: int = 22, turn: int = 128, gain: bool = False, masked: bool = False, dtype: torch.dtype = torch.float16,
     first: list[int] | None = None, last: list[int] | None = None, n_recent: int = 70, n_sinks: int = 4,
 ) -> Case:  # fmt: skip
@@ -135,35 +146,36 @@ def random_case(
 
     def moved(site: GroupedSite) -> GroupedSite:
         names = ("words", "classes", "decoder", "mean", "fragments")
-        return replace(site, **{name: getattr(site, name).cuda() for name in names})
+        return replace(site, **{name: getattr(site, name).to(device) for name in names})
 
     arguments = {
         "turn": turn,
-        "angles": torch.stack([angle.cos(), angle.sin()], -1).float().cuda(),
-        "first": lo.int().cuda(),
-        "last": hi.int().cuda(),
+        "angles": torch.stack([angle.cos(), angle.sin()], -1).float().to(device),
+        "first": lo.int().to(device),
+        "last": hi.int().to(device),
         "n_blocks": n_blocks,
-        "exact": ExactTokens(*(e.cuda() for e in exact), None if exact_mask is None else exact_mask.cuda()),
+        "exact": ExactTokens(*(e.to(device) for e in exact), None if exact_mask is None else exact_mask.to(device)),
         "scaling": head_dim**-0.5,
-        "mask": None if mask is None else mask.cuda(),
+        "mask": None if mask is None else mask.to(device),
     }
-    return Case(query.cuda(), moved(keys), moved(values), arguments, expected.cuda())
+    return Case(query.to(device), moved(keys), moved(values), arguments, expected.to(device))
 
 
-@on_gpu
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_that_of_float64(name: str) -> None:
-    case = random_case(**CASES[name])
+def test_attention_is_that_of_float64(name: str, device: str) -> None:
+    sizes = CASES[name]
+    if device == "cpu":  # the emulator takes a second for two units of 128 tokens
+        sizes = sizes | {"n_blocks": min(sizes.get("n_blocks", 13), 9 if sizes.get("heads", 8) > 8 else 13)}
+    case = random_case(device, **sizes)
     limit = 3e-3 if case.query.dtype == torch.bfloat16 else 1e-3  # the output is rounded to it
     for n_splits in (None, 1, 3):
         error = (case.attend(n_splits=n_splits) - case.expected).norm() / case.expected.norm()
         assert error < limit
 
 
-@on_gpu
-def test_a_query_that_sees_nothing_gives_zero() -> None:
-    case = random_case(counts=SITE, first=[704, 0], n_recent=2, n_sinks=1)
-    blind = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8, device="cuda")
+def test_a_query_that_sees_nothing_gives_zero(device: str) -> None:
+    case = random_case(device, counts=SITE, first=[288, 0], n_blocks=9, n_recent=2, n_sinks=1)
+    blind = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8, device=device)
     output = case.attend(exact=replace(case.arguments["exact"], mask=blind))
     assert torch.equal(output[0], torch.zeros_like(output[0]))
     assert torch.isfinite(output).all() and output[1].abs().sum() > 0

@@ -1,7 +1,7 @@
 // Decode attention over a packed cache whose keys are un-rotated turn by turn: three launches, compiled by NVRTC.
 //
 // 1. prepare: q' = D^T R_-c q for every turn, laid out as the matrix units want it; attention over exact tokens.
-// 2. attend: every warp scores 128 packed tokens of one group of KV heads at a time, online softmax, value sums.
+// 2. attend: two warps score 128 packed tokens of one group of KV heads at a time, online softmax, value sums.
 // 3. combine: splits added up, values decoded, joined with the exact tokens.
 //
 // Compile-time constants, defined in front of this text by turned.py:
@@ -12,8 +12,8 @@
 //   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for bfloat16 queries, keys, values and outputs, 0 for float16.
 //
 // Words of mma.sync.m16n8k16: lane = 4 r + c. Codes stay integers: as the bits of float16 numbers they are
-// code * 2^(place - 24) (subnormal), exactly, and the other factor is scaled by 2^-place. A unit is 4 packed blocks = 16 quarters of 8 tokens; quarter r (blocks 0, 1) and
-// r + 8 (blocks 2, 3) are the rows of a product, and there is one product for each place in a quarter. Two warps share
+// code * 2^(place - 24) (subnormal), exactly, and the other factor is scaled by 2^-place. A unit is 4 packed blocks = 16
+// quarters of 8 tokens; quarter r (blocks 0, 1) and r + 8 (blocks 2, 3) are the rows of a product, and there is one product for each place in a quarter. Two warps share
 // a unit: side 0 takes places 0..3 and side 1 places 4..7, each with a softmax and sums of its own.
 
 typedef unsigned int u32;
@@ -31,6 +31,12 @@ typedef unsigned char u8;
 #define QUERY_SCALE 64.0f        // of absorbed queries, so that the smallest stay normal float16 numbers
 #define WEIGHT_BITS 8.0f         // weights are stored times 2^8, for the same reason
 
+// ------------------------------------------------------------------------------------------------------- instructions
+// Everything that is not plain C++; tests/emulator has the same in C++, so that the kernels run on a CPU there.
+#ifndef EMULATED
+
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+
 __device__ __forceinline__ float from_half(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -43,21 +49,9 @@ __device__ __forceinline__ u32 to_half2(float low, float high) {
     return h;
 }
 
-__device__ __forceinline__ float number(u16 bits) {
-#if QUERY_BF16
-    return __uint_as_float((u32)bits << 16);
-#else
-    return from_half(bits);
-#endif
-}
-
-__device__ __forceinline__ u16 stored(float x) {
+__device__ __forceinline__ u16 to_bfloat16(float x) {
     u16 h;
-#if QUERY_BF16
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-#endif
     return h;
 }
 
@@ -67,7 +61,11 @@ __device__ __forceinline__ float exp_2(float x) {
     return y;
 }
 
-__device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+__device__ __forceinline__ u32 half2_product(u32 x, u32 y) {
+    u32 z;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
 
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -81,18 +79,6 @@ __device__ __forceinline__ u32 transposed(u32 x) {
     return y;
 }
 
-// What a row of the packed cache holds of one group: for 16, 8, 4, 2 and 1 bits the first word, the first row of the
-// decoder, and the number of components.
-struct Class {
-    int word, row, count;
-};
-
-// ------------------------------------------------------------------------------------------------------------ prepare
-
-#define STEPS (HEAD_DIM / 32)  // products of 16 dimensions for each half of a head
-#define TURN_ROWS (16 / (GROUP_COLUMNS <= 1 ? 1 : GROUP_COLUMNS <= 2 ? 2 : GROUP_COLUMNS <= 4 ? 4 : 8))  // turns a warp
-#define PADDED_COLUMNS (16 / TURN_ROWS)
-
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void copy_16(u32 to, const void* from) {
@@ -105,6 +91,32 @@ template <int PENDING>
 __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+__device__ __forceinline__ void meet(int pair) {  // of a pair's two warps
+    asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
+}
+
+#endif
+
+__device__ __forceinline__ float number(u16 bits) {
+    return QUERY_BF16 ? __uint_as_float((u32)bits << 16) : from_half(bits);
+}
+
+__device__ __forceinline__ u16 stored(float x) { return QUERY_BF16 ? to_bfloat16(x) : (u16)(to_half2(x, 0.0f) & 0xffff); }
+
+__device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+
+// What a row of the packed cache holds of one group: for 16, 8, 4, 2 and 1 bits the first word, the first row of the
+// decoder, and the number of components.
+struct Class {
+    int word, row, count;
+};
+
+// ------------------------------------------------------------------------------------------------------------ prepare
+
+#define STEPS (HEAD_DIM / 32)  // products of 16 dimensions for each half of a head
+#define TURN_ROWS (16 / (GROUP_COLUMNS <= 1 ? 1 : GROUP_COLUMNS <= 2 ? 2 : GROUP_COLUMNS <= 4 ? 4 : 8))  // turns a warp
+#define PADDED_COLUMNS (16 / TURN_ROWS)
 
 // Offset of the codes of a chunk: 2^(bits - 1) - 1/2.
 __device__ __forceinline__ float offset_of(int chunk) {
@@ -313,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     int s_batch, int s_head, int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token,
     double scaling
 ) {
-    extern __shared__ __align__(16) float scores[];
+    DYNAMIC_SHARED(float, scores);
     const float scale = (float)scaling;
     const int n_exact = n_batch * n_kv_heads, block = blockIdx.x;
     if (block < n_exact) {
@@ -356,10 +368,7 @@ __device__ __forceinline__ u32 codes(u32 packed, int t) {
 __device__ __forceinline__ u32 byte_of(int from) { return from | from << 4 | (4 + from) << 8 | (4 + from) << 12; }
 
 __device__ __forceinline__ u32 scaled(u32 x, int place) {  // two float16 numbers times 2^-place
-    if (place == 0) return x;
-    u32 y;
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(y) : "r"(x), "r"((u32)(15 - place) << 10 | (u32)(15 - place) << 26));
-    return y;
+    return place ? half2_product(x, (u32)(15 - place) << 10 | (u32)(15 - place) << 26) : x;
 }
 
 // Chunks of 16 components of one class into the eight accumulators: rows are quarters, columns queries.
@@ -530,10 +539,6 @@ __device__ __forceinline__ const u32* class_of(const u32* row, const u32* staged
     return STAGED ? staged + 4 * pieces_before + ((size_t)(row + word) / 4) % 4 : row + word;
 }
 
-__device__ __forceinline__ void meet(int pair) {  // of a pair's two warps
-    asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
-}
-
 struct Sizes {
     int lo, hi, n_blocks, key_row, value_row, key_gain_word, value_gain_word, last_staged;
 };
@@ -683,13 +688,13 @@ __device__ __forceinline__ void attend_unit(
     }
 }
 
-// Grid: (splits, groups, batch). Each pair of warps takes every PAIRS-th unit of the split's.
+// Grid: (splits, groups, batch). Each pair of warps takes every PAIRS-th unit of the split's; splits share the units of a sequence.
 // stats: [batch, groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains;
 // sums: [batch, groups, splits, 16 VALUE_CHUNKS, 8].
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     const u32* key_words, const u32* value_words, const Class* key_classes, const Class* value_classes,
     const uint2* absorbed, const float2* biases, const int* first, const int* last, const u8* mask, float* stats,
-    float* sums, int n_blocks, int n_turns, int units_per_turn, int units_per_split, int key_row, int value_row,
+    float* sums, int n_blocks, int n_turns, int units_per_turn, int key_row, int value_row,
     int key_blocks, int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
 ) {
     __shared__ float shared[WARPS][3][8];
@@ -701,7 +706,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     value_words += (size_t)batch * value_blocks * value_row;
     const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
     const int n_units = (n_blocks + 3) / 4;
-    const int begin = max(split * units_per_split, lo / 128), end = min(min((split + 1) * units_per_split, n_units), (hi + 127) / 128);
+    // Splits share what counts of this sequence, however long the others are.
+    const int start = lo / 128, n_used = max((hi + 127) / 128 - start, 0), per_split = (n_used + gridDim.x - 1) / gridDim.x;
+    const int begin = start + split * per_split, end = start + min((split + 1) * per_split, n_used);
     const Class *kc = key_classes + group * 5, *vc = value_classes + group * 5;
 
     if (HAS_MASK) mask += (size_t)batch * mask_stride;
@@ -719,7 +726,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     };
     int unit = begin + pair;
 #if STAGED_UNITS
-    extern __shared__ __align__(16) u32 all_memory[];
+    DYNAMIC_SHARED(u32, all_memory);
     u32* memory = all_memory + pair * STAGE_WORDS;
     if (unit < sizes.last_staged) stage_keys(memory, key_words, kc, queries(unit), unit, key_row, 32 * side + lane);
     commit();
@@ -813,7 +820,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* mean, const Class* value_classes, u16* out, int n_splits, int decoder_stride, int out_batch, int out_head,
     int has_mean
 ) {
-    extern __shared__ float memory[];
+    DYNAMIC_SHARED(float, memory);
     float* scale = memory;                                 // [splits, GROUP_COLUMNS]
     float* z = scale + n_splits * GROUP_COLUMNS;           // [16 VALUE_CHUNKS, GROUP_COLUMNS]
     float* halves = z + 16 * VALUE_CHUNKS * GROUP_COLUMNS;  // [PARTS, HEAD_DIM, GROUP_COLUMNS]

@@ -110,8 +110,8 @@ def applies(
 
 @lru_cache(maxsize=64)
 def compiler_works(device: torch.device) -> bool:
-    """Return whether a GPU has what the kernels need, and this torch an NVRTC that compiles for it."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+    """Return whether this is a GPU that has what the kernels need, and this torch an NVRTC that compiles for it."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         _compiled('extern "C" __global__ void attend() {}', device)
@@ -177,16 +177,15 @@ def turned_attention(
         max(4 * group_columns * (n_exact + 64 * _PREPARE_WARPS), _RING * head_dim * 32),
     )  # fmt: skip
     if n_splits is None:
-        n_splits = max(1, launch.blocks * _multiprocessors(device) // (batch * n_groups))
-    per_split = max(1, -(-n_units // n_splits))
-    n_splits = max(1, -(-n_units // per_split))
+        n_splits = max(1, launch.blocks * _multiprocessors(device)[0] // (batch * n_groups))
+    n_splits = min(n_splits, n_units)
     stats = torch.empty(batch, n_groups, n_splits, 3, MOST_COLUMNS, device=device)
     sums = torch.empty(batch, n_groups, n_splits, 16 * value_chunks, MOST_COLUMNS, device=device)
     attend(
         (n_splits, n_groups, batch), (32 * launch.warps, 1, 1),
         [
             keys.words, values.words, keys.classes, values.classes, absorbed, biases, first, last,
-            nothing if mask is None else mask, stats, sums, n_blocks, n_turns, units_per_turn, per_split,
+            nothing if mask is None else mask, stats, sums, n_blocks, n_turns, units_per_turn,
             keys.words.stride(1), values.words.stride(1), keys.words.stride(0) // keys.words.stride(1),
             values.words.stride(0) // values.words.stride(1), keys.gain_word or 0, values.gain_word or 0,
             0 if mask is None else mask.stride(0),
@@ -225,7 +224,7 @@ def _launch(key_chunks: tuple[int, ...], value_chunks: tuple[int, ...], device: 
     """Pass units through shared memory where that leaves room for enough warps to keep the matrix units busy."""
     each = _stage_bytes(key_chunks, value_chunks)
     own = 1024 + 512 * sum(value_chunks) + 512  # of a block, beside
-    fit = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    fit = _multiprocessors(device)[1]
     for warps, blocks in ((8, 2), (10, 1), (8, 1), (6, 1)):
         if blocks * (warps // 2 * each + own) <= fit:
             return _Launch(warps, blocks, warps // 2 * each)
@@ -291,8 +290,12 @@ def _compiled(source: str, device: torch.device) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """Return how many there are and the bytes of shared memory of one; where tests emulate, four of an H100."""
+    if device.type != "cuda":
+        return 4, 233472
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,72 @@
+"""The kernels for keys in turns in the cache's service, emulated: what the torch reference gives, through a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvcompress
+from kvcompress.options import CompressOptions
+from kvcompress.runtime import fast
+from kvcompress.runtime.attach import attachment_of
+from kvcompress.runtime.kernels import turned
+from tests import emulator
+from tests.tiny_models import PAD, random_ids, save_tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++, for the emulator")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: Any) -> Path:
+    directory = tmp_path_factory.mktemp("wide") / "source"
+    return save_tiny_checkpoint(directory, "llama-bf16", head_dim=64, max_position_embeddings=512)
+
+
+def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor, n_steps: int) -> torch.Tensor:
+    """Prefill, then decode token by token: [batch, n_steps, vocabulary]."""
+    cache, n_prompt = attachment_of(model).new_cache(), ids.shape[1] - n_steps
+    positions, logits = (mask.cumsum(1) - 1).clamp_min(0), []
+    with torch.no_grad():
+        for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, ids.shape[1]))]:
+            part = slice(start, stop)
+            output = model(
+                ids[:, part], attention_mask=mask[:, :stop], position_ids=positions[:, part], past_key_values=cache
+            )
+            logits.append(output.logits[:, -1:])
+    return torch.cat(logits[1:], 1).float()
+
+
+@pytest.mark.parametrize(
+    ("options", "padding"),
+    [
+        ({"key_basis": "per_head", "value_basis": "per_head", "keep": 0.3}, 0),
+        ({"group": 2, "keep": 0.5, "ranks_only": True}, 0),
+        ({"keep": 0.3}, 50),  # with turns the blocks of `latent` are as wide as the kernels take
+    ],
+)
+def test_kernels_give_what_the_reference_gives(
+    source: Path, tmp_path: Path, options: dict[str, Any], padding: int, monkeypatch: Any
+) -> None:
+    chosen = CompressOptions(metric="weights", turn=128, sinks=2, recent=5, **options)
+    kvcompress.compress(source, tmp_path / "out", chosen)
+    model = kvcompress.load(tmp_path / "out", dtype=torch.float16)
+    ids, mask = random_ids(2, 300), torch.ones(2, 300, dtype=torch.long)
+    mask[1, :padding] = 0
+    ids = ids.masked_fill(mask == 0, PAD)
+    reference = decoded(model, ids, mask, 2)
+    calls, attend = [], fast.attention
+
+    def counted(*args: Any) -> Any:
+        output = attend(*args)
+        calls.append(output is not None)
+        return output
+
+    monkeypatch.setattr(fast, "compiler_works", lambda device: True)
+    monkeypatch.setattr(turned, "_kernels", emulator.kernels)
+    monkeypatch.setattr(fast, "attention", counted)
+    fused = decoded(model, ids, mask, 2)
+    assert calls == [True] * (2 * len(model.model.layers))
+    assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer
