@@ -11,6 +11,7 @@ from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
     from kvcompress.bench.attention import AttentionTiming
+    from kvcompress.bench.decode import DecodeTiming
 
 
 def bench(
@@ -27,24 +28,34 @@ def bench(
         int, typer.Option(min=1, help="Tokens of a turn, as in kvcompress compress; 1: keys that commute with RoPE.")
     ] = 256,
     memory: Annotated[float, typer.Option(help="GB of memory for weights and cache, for the largest batch.")] = 140.0,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Also decode end to end, with a model of random weights.")
+    ] = False,
+    decode_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --decode: sequences, instead of the most that fit.", show_default=False),
+    ] = None,
     device: flags.Device = "auto",
     json: flags.Json = False,
 ) -> None:
     """Time one layer's attention against torch's fastest over the uncompressed cache, and packing a prompt.
 
     On a GPU the kernels are timed, on a CPU the torch reference, in the same run as their opponents.
+    With --decode a model of the shape decodes, too, at the largest batch that fits the device with each cache.
     """
     from kvcompress.bench.run import run_bench
 
     document = run_bench(
         output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), ranks_only=ranks_only,
         contexts=_numbers(context, int, "--context"), batches=_numbers(batch, int, "--batch"),
-        turn=turn, memory_gb=memory, device=device,
+        turn=turn, memory_gb=memory, device=device, decode=decode, decode_batch=decode_batch,
     )  # fmt: skip
     if json:
         terminal.print_json(document.to_json())
     else:
         print_attention(document.attention)
+        if decode:
+            print_decode(document.decode)
         _print_rest(document)
 
 
@@ -63,6 +74,23 @@ def print_attention(rows: list[AttentionTiming]) -> None:
             f"[bold]{row.speedup:.2f}x[/bold]",
             f"{row.roofline_microseconds:.1f}",
             row.bound_by,
+        )
+    terminal.stdout().print(table)
+
+
+def print_decode(rows: list[DecodeTiming]) -> None:
+    """Print one line for every cache; the batch that bytes alone would allow stands beside the one that ran."""
+    table = terminal.table("cache", ">keep", ">context", ">batch", ">computed", ">ms a step", ">tokens/s", ">faster")
+    for row in rows:
+        table.add_row(
+            row.cache,
+            f"{row.keep:.3g}",
+            terminal.tokens(row.context),
+            str(row.batch),
+            str(row.computed_batch),
+            f"{row.milliseconds:.1f}",
+            f"{row.tokens_per_second:.0f}",
+            "-" if row.speedup is None else f"[bold]{row.speedup:.2f}x[/bold]",
         )
     terminal.stdout().print(table)
 

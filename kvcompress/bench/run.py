@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvcompress.bench.attention import AttentionTiming, time_attention
+from kvcompress.bench.decode import DecodeTiming, time_decode
 from kvcompress.bench.prefill import PrefillTiming, sequences_that_fit, time_prefill
 from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_second
 from kvcompress.bench.workload import SHAPES, Shape, shape_of_output, typical_counts
@@ -31,9 +32,10 @@ class BenchReport:
     attention: list[AttentionTiming]
     prefill: list[PrefillTiming]
     fits: list[dict[str, Any]]
+    decode: list[DecodeTiming]
 
     def to_json(self) -> dict[str, Any]:
-        rows = {"attention": [a.to_json() for a in self.attention], "prefill": [p.to_json() for p in self.prefill]}
+        rows = {name: [row.to_json() for row in getattr(self, name)] for name in ("attention", "prefill", "decode")}
         names = (
             "device",
             "torch_version",
@@ -48,16 +50,29 @@ class BenchReport:
 
 def run_bench(
     *, output: Path | None, shape: str, keeps: Sequence[float], ranks_only: bool, contexts: Sequence[int],
-    batches: Sequence[int], turn: int, memory_gb: float, device: str,
+    batches: Sequence[int], turn: int, memory_gb: float, device: str, decode: bool = False,
+    decode_batch: int | None = None,
 ) -> BenchReport:  # fmt: skip
     """Return the timings of every keep, context and batch; combinations too large for the device are left out.
 
-    Raises OptionError for an unknown shape or a device that is not there.
+    decode: also time a whole model, at decode_batch sequences or the most that fit in memory_gb.
+    Raises OptionError for an unknown shape, a device that is not there, or a model to decode with that does not fit.
     """
     where = _device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     sizes, counts = _workloads(output, shape, keeps, ranks_only)
-    attention, prefill, fits = [], [], []
+    attention, prefill, fits, decoded = [], [], [], []
+    if decode:
+        decoded = time_decode(
+            sizes,
+            counts,
+            contexts=contexts,
+            batch=decode_batch,
+            turn=turn,
+            memory_gb=memory_gb,
+            device=where,
+            dtype=dtype,
+        )
     for keep, parts in counts.items():
         for context in contexts:
             for batch in batches:
@@ -91,6 +106,7 @@ def run_bench(
     return BenchReport(
         sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),
         matrix_flops_per_second(where), {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
+        decoded,
     )  # fmt: skip
 
 

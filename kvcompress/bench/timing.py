@@ -18,7 +18,7 @@ def median_seconds(work: Work, device: torch.device, *, repeats: int = 30, warmu
         warmup, repeats = 1, min(repeats, 5)
     for _ in range(warmup):
         work()
-    return statistics.median(_seconds(work, device) for _ in range(repeats))
+    return statistics.median(seconds(work, device) for _ in range(repeats))
 
 
 def median_replay_seconds(works: Sequence[Work], device: torch.device) -> float:
@@ -41,7 +41,8 @@ def median_replay_seconds(works: Sequence[Work], device: torch.device) -> float:
     return median_seconds(graph.replay, device) / len(works)
 
 
-def _seconds(work: Work, device: torch.device) -> float:
+def seconds(work: Work, device: torch.device) -> float:
+    """Return the time of one call of `work`; the device is idle before and after it."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()

@@ -16,7 +16,7 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import read_config
 from kvcompress.errors import OptionError
 from kvcompress.map_budget import turn_group
-from kvcompress.model_spec import AttentionSpec, Projection
+from kvcompress.model_spec import AttentionSpec, Part, Projection
 from kvcompress.options import GAIN_BITS, LEVELS
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.rope import Rotary
@@ -40,6 +40,7 @@ class Shape:
     n_layers: int
     d_model: int
     d_mlp: int
+    n_vocab: int
 
     @property
     def width(self) -> int:
@@ -54,11 +55,12 @@ class Shape:
 SHAPES = {
     s.name: s
     for s in (
-        Shape("llama-3-8b", 32, 8, 128, 32, 4096, 14336),
-        Shape("llama-3-70b", 64, 8, 128, 80, 8192, 28672),
-        Shape("llama-2-7b", 32, 32, 128, 32, 4096, 11008),
-        Shape("qwen-2.5-1.5b", 12, 2, 128, 28, 1536, 8960),
-        Shape("smollm2-135m", 9, 3, 64, 30, 576, 1536),
+        Shape("llama-3-8b", 32, 8, 128, 32, 4096, 14336, 128256),
+        Shape("llama-3-70b", 64, 8, 128, 80, 8192, 28672, 128256),
+        Shape("llama-2-7b", 32, 32, 128, 32, 4096, 11008, 32000),
+        Shape("qwen-2.5-1.5b", 12, 2, 128, 28, 1536, 8960, 151936),
+        Shape("smollm2-135m", 9, 3, 64, 30, 576, 1536, 49152),
+        Shape("tiny", 4, 2, 32, 2, 128, 256, 512),
     )
 }
 
@@ -104,7 +106,7 @@ def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, i
     counts = {site.part: c for site, c in coded.items() if site.layer == middle.layer}
     shape = Shape(
         directory.name, middle.n_heads, middle.n_kv_heads, middle.head_dim, len(spec.layers),
-        int(config["hidden_size"]), int(config["intermediate_size"]),
+        int(config["hidden_size"]), int(config["intermediate_size"]), int(config["vocab_size"]),
     )  # fmt: skip
     return shape, counts["key"], counts["value"]
 
@@ -115,44 +117,58 @@ def random_layer(
 ) -> CompressedLayer:  # fmt: skip
     """Return a layer that holds n_tokens random packed tokens of each sequence, sinks and a full window beside them.
 
-    turn: of `latent` keys and values in groups of heads that the kernels take; 1: `frequency` keys, `latent` values.
+    turn: see random_maps.
     """
-    attention = shape.attention
-    inv_freq = 5e5 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    rotary = Rotary(inv_freq, 1.0)
+    rotary = Rotary(5e5 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim), 1.0)
+    key = SiteCodec(random_maps(shape, "key", keys, turn=turn), device)
+    value = SiteCodec(random_maps(shape, "value", values, turn=turn), device)
     if turn > 1:
-        groups = blocks.head_groups(attention, turn_group(attention))
-        key, value = _random_codec(keys, groups, device), _random_codec(values, groups, device)
         codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, turn=turn)
     else:
-        key = _random_codec(keys, blocks.frequencies(attention), device)
-        value = _random_codec(values, torch.arange(shape.width)[None], device)
         mean, key.mean = key.mean, None
         codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, True, mean)
     n_blocks = n_tokens // BLOCK_TOKENS
     tokens = TokenLine(SINKS, RECENT, counts_bytes=True)
     tokens.append(torch.arange(n_blocks * BLOCK_TOKENS + RECENT, device=device)[None], batch)
     layer = CompressedLayer(codecs, tokens)
-    layer.packed_keys, layer.packed_values = (_random_bytes(c, batch, n_blocks, device) for c in (key, value))
-
-    def exact(n: int) -> Tensor:
-        return torch.randn(batch, shape.n_kv_heads, n, shape.head_dim, device=device, dtype=dtype)
-
-    layer.lazy_initialization(exact(0))
-    layer.keys, layer.values, layer.sink_keys, layer.sink_values = (exact(n) for n in (RECENT, RECENT, SINKS, SINKS))
+    fill_layer(layer, n_blocks=n_blocks, n_recent=RECENT, batch=batch, device=device, dtype=dtype)
     return layer
 
 
-def _random_codec(counts: dict[int, int], parts: Tensor, device: torch.device) -> SiteCodec:
-    """Return a codec of random maps whose decoded numbers have a spread of about 1."""
+def fill_layer(
+    layer: CompressedLayer, *, n_blocks: int, n_recent: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put random packed blocks, n_recent exact tokens, and sinks (where anything is packed) into an empty layer."""
+    codecs = layer.codecs
+
+    def exact(n: int) -> Tensor:
+        return torch.randn(batch, codecs.n_kv_heads, n, codecs.head_dim, device=device, dtype=dtype)
+
+    layer.lazy_initialization(exact(0))
+    layer.keys, layer.values = exact(n_recent), exact(n_recent)
+    if n_blocks and codecs.key is not None and codecs.value is not None:
+        layer.sink_keys, layer.sink_values = exact(layer.tokens.sinks), exact(layer.tokens.sinks)
+        layer.packed_keys = _random_bytes(codecs.key, batch, n_blocks, device)
+        layer.packed_values = _random_bytes(codecs.value, batch, n_blocks, device)
+
+
+def random_maps(shape: Shape, part: Part, counts: dict[int, int], *, turn: int = 1) -> SiteMaps:
+    """Return random maps whose decoded numbers have a spread of about 1.
+
+    turn: of `latent` keys and values in groups of heads that the kernels take; 1: `frequency` keys, `latent` values.
+    """
+    attention = shape.attention
+    if turn > 1:
+        parts = blocks.head_groups(attention, turn_group(attention))
+    else:
+        parts = blocks.frequencies(attention) if part == "key" else torch.arange(shape.width)[None]
     n_components, width = sum(counts.values()), parts.shape[1]
     bits = torch.tensor([b for b in sorted(counts, reverse=True) for _ in range(counts[b])], dtype=torch.uint8)
     step = torch.where(bits < 16, 2.0 ** (2 - bits.float()), torch.ones(()))
     maps = torch.randn(n_components, width) / math.sqrt(n_components / len(parts))
     # each class evenly over the blocks, which rise within it as they do in a plan
     block = torch.cat([torch.arange(counts[b]) * len(parts) // counts[b] for b in sorted(counts, reverse=True)]).int()
-    mean = torch.randn(parts.numel())
-    return SiteCodec(SiteMaps(parts.int(), maps, maps, block, bits, step, mean), device)
+    return SiteMaps(parts.int(), maps, maps, block, bits, step, torch.randn(parts.numel()))
 
 
 def _random_bytes(codec: SiteCodec, batch: int, n_blocks: int, device: torch.device) -> Tensor:

@@ -228,6 +228,7 @@ def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> n
 def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]) -> list[LayerCodecs]:
     device = next(model.parameters()).device
     plans = {s.site: s for s in plan.sites}
+    rotated = Rotary.of(model) if any(a.rotary_dim for a in spec.layers) else None  # one, and one table of its angles
     layers = []
     for attention in spec.layers:
         codecs: dict[str, SiteCodec | None] = {}
@@ -235,7 +236,7 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
             site = Site(attention.layer, part)
             codecs[part] = None if plans[site].exact else SiteCodec(maps[site], device)
         key, planned = codecs["key"], plans[Site(attention.layer, "key")]
-        rotary = Rotary.of(model) if key is not None and attention.rotary_dim else None
+        rotary = rotated if key is not None and attention.rotary_dim else None
         rotated_mean = None
         if key is not None and planned.rotated and rotary is not None:
             rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know

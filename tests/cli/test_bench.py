@@ -48,6 +48,26 @@ def test_the_table_names_the_opponent(kvcompress):
     assert "faster" in outcome.stdout and "(computed)" in " ".join(outcome.stdout.split())
 
 
+def test_decode_times_a_whole_model(kvcompress):
+    tiny = ("--shape", "tiny", "--context", "64", "--batch", "1", "--keep", "0.25", "--device", "cpu")
+    document = json.loads(kvcompress("bench", *tiny, "--json").stdout)
+    assert document["decode"] == []
+    document = json.loads(kvcompress("bench", *tiny, "--decode", "--decode-batch", "3", "--json").stdout)
+    rows = document["decode"]
+    assert [(r["cache"], r["keep"], r["context"], r["batch"]) for r in rows] == [
+        ("preallocated", 1.0, 64, 3), ("dynamic", 1.0, 64, 3), ("compressed", 0.25, 64, 3),
+    ]  # fmt: skip
+    assert rows[2]["computed_batch"] > rows[0]["computed_batch"] > 3
+    assert all(r["tokens_per_second"] == pytest.approx(3e3 / r["milliseconds"]) for r in rows)
+    shown = kvcompress("bench", *tiny, "--decode", "--decode-batch", "1")
+    assert shown.code == 0 and "tokens/s" in shown.stdout and "preallocated" in shown.stdout
+
+
+def test_decode_says_what_does_not_fit(fails):
+    assert "--memory" in fails("bench", "--shape", "tiny", "--device", "cpu", "--decode", "--memory", "0.0001")
+    assert "--decode-batch" in fails("bench", "--decode", "--decode-batch", "0")
+
+
 def test_bad_requests(fails):
     assert "llama-3-8b" in fails("bench", "--shape", "nothing")
     assert "--batch" in fails("bench", "--batch", "1,two")
