@@ -233,6 +233,15 @@ inline void copy_16(u32 to, const void* from) {
     emulator::fibers[emulator::current].groups.back().push_back({to, from});
 }
 
+inline u32 shared_word(u32 address) {
+    if (address % 4 || address + 4 > emulator::shared.size()) emulator::fail("a read beyond shared memory");
+    u32 x;
+    std::memcpy(&x, emulator::shared.data() + address, 4);
+    return x;
+}
+
+inline void pin(u32&) {}
+inline void pin(u32&, const char*&) {}
 inline void commit() { emulator::fibers[emulator::current].groups.emplace_back(); }
 
 template <int PENDING>

@@ -85,6 +85,16 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
+__device__ __forceinline__ u32 shared_word(u32 address) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+// The compiler would work these out anew for every access.
+__device__ __forceinline__ void pin(u32& address) { asm volatile("" : "+r"(address)); }
+__device__ __forceinline__ void pin(u32& to, const char*& from) { asm volatile("" : "+r"(to), "+l"(from)); }
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING>
@@ -374,14 +384,30 @@ __device__ __forceinline__ u32 scaled(u32 x, int place) {  // two float16 number
 // Chunks of 16 components of one class into the eight accumulators: rows are quarters, columns queries.
 // row0, row1: this lane's two blocks. Where a chunk has fewer components, what follows them is read as if they were there:
 // their queries are 0. CLAMP: not so near the end of the cache, where nothing follows.
+// Words of a class of a block from some component on: in memory, or (STAGED) in shared memory.
+struct Words {
+    const u32* memory;
+    u32 staged;
+};
+
 template <bool STAGED>
-__device__ __forceinline__ u32 word_at(const u32* p) {
-    return STAGED ? *p : __ldg(p);
+__device__ __forceinline__ u32 word_at(const Words& from, int i) {
+    return STAGED ? shared_word(from.staged + 4 * i) : __ldg(from.memory + i);
+}
+
+template <bool STAGED>
+__device__ __forceinline__ void advance(Words& words, int n) {
+    if (STAGED) {
+        words.staged += 4 * n;
+        pin(words.staged);
+    } else {
+        words.memory += n;
+    }
 }
 
 template <int BITS, int CHUNKS, bool CLAMP, bool STAGED>
 __device__ __forceinline__ void score_class(
-    float (&s)[4][4], const u32* row0, const u32* row1, const Class* own, const uint2* q, int c, int quarter, int side
+    float (&s)[4][4], Words row0, Words row1, const Class* own, const uint2* q, int c, int quarter, int side
 ) {
     if (CHUNKS == 0) return;
     constexpr bool clamp = CLAMP || BITS == 16;  // what follows might be no number
@@ -389,21 +415,21 @@ __device__ __forceinline__ void score_class(
     const u32 pick = BITS == 4 ? (side ? 0x7632u : 0x5410u) : byte_of(BITS == 2 ? (quarter & 1) * 2 + side : quarter);
     const int last = clamp ? max(own->count - 1, 0) : 0;
     const int lane = quarter_word<BITS>(clamp ? 0 : c, quarter) + (BITS > 4 ? side * (BITS / 8) : 0);
-    row0 += lane;
-    row1 += lane;
+    advance<STAGED>(row0, lane);
+    advance<STAGED>(row1, lane);
 #pragma unroll(STAGED || CHUNKS < 1 ? 1 : CHUNKS)
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const uint2 b = STAGED ? q[chunk * 32] : __ldg(q + chunk * 32);
+    for (int chunk = 0; chunk < CHUNKS; chunk++, q += 32) {
+        const uint2 b = STAGED ? *q : __ldg(q);
         int at[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) at[i] = BITS * (clamp ? min(chunk * 16 + c + 4 * i, last) : chunk * 16 + 4 * i);
+        for (int i = 0; i < 4; i++) at[i] = BITS * (clamp ? min(chunk * 16 + c + 4 * i, last) : 4 * i);
 #pragma unroll
         for (int word = 0; word < (BITS == 16 ? 2 : 1); word++) {
             u32 x[4][2];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                x[i][0] = word_at<STAGED>(row0 + at[i] + word);
-                x[i][1] = word_at<STAGED>(row1 + at[i] + word);
+                x[i][0] = word_at<STAGED>(row0, at[i] + word);
+                x[i][1] = word_at<STAGED>(row1, at[i] + word);
             }
             if (BITS <= 4) {
                 u32 a0 = __byte_perm(x[0][0], x[1][0], pick), a1 = __byte_perm(x[0][1], x[1][1], pick);
@@ -423,6 +449,10 @@ __device__ __forceinline__ void score_class(
                 }
             }
         }
+        if (!clamp) {
+            advance<STAGED>(row0, 16 * BITS);
+            advance<STAGED>(row1, 16 * BITS);
+        }
     }
 }
 
@@ -430,30 +460,30 @@ __device__ __forceinline__ void score_class(
 // 2c and 2c + 1; weights[t]: of place t, transposed. Rows beyond the last component are sums of nothing in particular.
 template <int BITS, int FIRST, int CHUNKS, bool CLAMP, bool STAGED>
 __device__ __forceinline__ void sum_class(
-    float (&sums)[VALUE_CHUNKS + 1][4], const u32* row, const Class* own, const u32 (&weights)[4], int r, int quarter, int side
+    float (&sums)[VALUE_CHUNKS + 1][4], Words row, const Class* own, const u32 (&weights)[4], int r, int quarter, int side
 ) {
     if (CHUNKS == 0) return;
     const int last = CLAMP ? max(own->count - 1, 0) : 0;
     const u32 halves = side ? 0x7632u : 0x5410u;
     // 2 bits: both quarters lie in one word, a half each; 1 bit: a byte each.
     const u32 bytes = BITS == 2 ? (side ? 0x3311u : 0x2200u) : quarter | quarter << 4 | (quarter + 1) << 8 | (quarter + 1) << 12;
-    row += quarter_word<BITS>(CLAMP ? 0 : r, quarter) + (BITS > 4 ? side * (BITS / 8) : 0);
+    advance<STAGED>(row, quarter_word<BITS>(CLAMP ? 0 : r, quarter) + (BITS > 4 ? side * (BITS / 8) : 0));
     u32 p[4];
 #pragma unroll
     for (int t = 0; t < 4; t++) p[t] = scaled(weights[t], place_of<BITS>(t));
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         float(&o)[4] = sums[FIRST + chunk];
-        const u32* x0 = row + BITS * (CLAMP ? min(16 * chunk + r, last) : 16 * chunk);
-        const u32* x1 = row + BITS * (CLAMP ? min(16 * chunk + r + 8, last) : 16 * chunk + 8);
+        const int x0 = BITS * (CLAMP ? min(16 * chunk + r, last) : 16 * chunk);
+        const int x1 = BITS * (CLAMP ? min(16 * chunk + r + 8, last) : 16 * chunk + 8);
         if (BITS <= 4) {
             u32 y0, y1;
             if (BITS == 4) {
-                y0 = __byte_perm(word_at<STAGED>(x0), word_at<STAGED>(x0 + 1), halves);
-                y1 = __byte_perm(word_at<STAGED>(x1), word_at<STAGED>(x1 + 1), halves);
+                y0 = __byte_perm(word_at<STAGED>(row, x0), word_at<STAGED>(row, x0 + 1), halves);
+                y1 = __byte_perm(word_at<STAGED>(row, x1), word_at<STAGED>(row, x1 + 1), halves);
             } else {
-                y0 = __byte_perm(word_at<STAGED>(x0), 0, bytes);
-                y1 = __byte_perm(word_at<STAGED>(x1), 0, bytes);
+                y0 = __byte_perm(word_at<STAGED>(row, x0), 0, bytes);
+                y1 = __byte_perm(word_at<STAGED>(row, x1), 0, bytes);
                 if (BITS == 1) y0 >>= 4 * side, y1 >>= 4 * side;
             }
 #pragma unroll
@@ -462,8 +492,8 @@ __device__ __forceinline__ void sum_class(
         } else {
 #pragma unroll
             for (int word = 0; word < (BITS == 16 ? 2 : 1); word++) {
-                const u32 a = word_at<STAGED>(x0 + word), b = word_at<STAGED>(x0 + QUARTER_WORDS(BITS) + word);
-                const u32 d = word_at<STAGED>(x1 + word), e = word_at<STAGED>(x1 + QUARTER_WORDS(BITS) + word);
+                const u32 a = word_at<STAGED>(row, x0 + word), b = word_at<STAGED>(row, x0 + QUARTER_WORDS(BITS) + word);
+                const u32 d = word_at<STAGED>(row, x1 + word), e = word_at<STAGED>(row, x1 + QUARTER_WORDS(BITS) + word);
 #pragma unroll
                 for (int i = 0; i < 32 / BITS; i += 2) {
                     const u32 even = BITS == 16 ? 0x5410u : byte_of(i), odd = BITS == 16 ? 0x7632u : byte_of(i + 1);
@@ -501,10 +531,13 @@ template <int BITS, int CHUNKS>
 __device__ __forceinline__ void stage_class(u32 to, const u32* from, const Class* own, int lane) {
     if (CHUNKS == 0) return;
     const size_t first = (size_t)(from + own->word), begin = first & ~(size_t)15;
-    const int pieces = (int)((first + 4 * BITS * own->count + 15 - begin) / 16) - lane % 16;
+    const int left = (int)(first - begin) + 4 * BITS * own->count - 16 * (lane % 16);  // bytes from this lane's first piece on
+    const char* source = (const char*)begin + 16 * (lane % 16);
+    to += 16 * (lane % 16);
+    pin(to, source);
 #pragma unroll
-    for (int i = 0; i < PIECES(CHUNKS, BITS); i += 16)
-        if (i < pieces) copy_16(to + 16 * (lane % 16 + i), (const void*)(begin + 16 * (lane % 16 + i)));
+    for (int i = 0; i < 16 * PIECES(CHUNKS, BITS); i += 256)
+        if (i < left) copy_16(to + i, source + i);
 }
 
 __device__ __forceinline__ void stage_keys(
@@ -517,10 +550,12 @@ __device__ __forceinline__ void stage_keys(
     stage_class<4, K4>(to += 16 * PIECES(K8, 8), from, kc + 2, lane);
     stage_class<2, K2>(to += 16 * PIECES(K4, 4), from, kc + 3, lane);
     stage_class<1, K1>(to += 16 * PIECES(K2, 2), from, kc + 4, lane);
-    const u32 queries = shared_address(memory + 4 * KEY_BLOCK + 4 * VALUE_BLOCK);
+    u32 queries = shared_address(memory + 4 * KEY_BLOCK + 4 * VALUE_BLOCK) + 16 * lane;
+    const char* query = (const char*)absorbed + 16 * lane;
+    pin(queries, query);
 #pragma unroll
     for (int i = 0; i < KEY_CHUNKS * 16; i += 64)
-        if (i + lane < KEY_CHUNKS * 16) copy_16(queries + 16 * (i + lane), absorbed + 2 * (i + lane));
+        if (i + lane < KEY_CHUNKS * 16) copy_16(queries + 16 * i, query + 16 * i);
 }
 
 __device__ __forceinline__ void stage_values(u32* memory, const u32* words, const Class* vc, int unit, int row, int lane) {
@@ -533,10 +568,9 @@ __device__ __forceinline__ void stage_values(u32* memory, const u32* words, cons
     stage_class<1, V1>(to += 16 * PIECES(V2, 2), from, vc + 4, lane);
 }
 
-// Where a class of a block begins: in memory, or in shared memory as stage_class put it.
-template <bool STAGED>
-__device__ __forceinline__ const u32* class_of(const u32* row, const u32* staged, int pieces_before, int word) {
-    return STAGED ? staged + 4 * pieces_before + ((size_t)(row + word) / 4) % 4 : row + word;
+// Where a class of a block begins, in memory and in shared memory as stage_class put it. staged: the block's address there.
+__device__ __forceinline__ Words class_of(const u32* row, u32 staged, int pieces_before, int word) {
+    return {row + word, staged + 16 * pieces_before + 4 * (((u32)((size_t)row >> 2) + word) % 4)};
 }
 
 struct Sizes {
@@ -575,10 +609,10 @@ __device__ __forceinline__ void attend_unit(
     float s[4][4];
 #pragma unroll
     for (int t = 0; t < 4; t++) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0f;
-    const u32 *here0 = memory + r / 4 * KEY_BLOCK, *here1 = here0 + 2 * KEY_BLOCK;
+    const u32 here0 = STAGED ? shared_address(memory + r / 4 * KEY_BLOCK) : 0, here1 = here0 + 8 * KEY_BLOCK;
 #define SCORE_CLASS(BITS, CHUNKS, I, CHUNKS_BEFORE, PIECES_BEFORE)                                                             \
     score_class<BITS, CHUNKS, CLAMP, STAGED>(                                                                                \
-        s, class_of<STAGED>(row0, here0, PIECES_BEFORE, __ldg(&kc[I].word)), class_of<STAGED>(row1, here1, PIECES_BEFORE, __ldg(&kc[I].word)), kc + I, \
+        s, class_of(row0, here0, PIECES_BEFORE, kc[I].word), class_of(row1, here1, PIECES_BEFORE, kc[I].word), kc + I, \
         q + (CHUNKS_BEFORE) * 32, c, quarter, side)
     if (K16) {
         SCORE_CLASS(16, K16, 0, 0, 0);
@@ -667,14 +701,14 @@ __device__ __forceinline__ void attend_unit(
 #pragma unroll
         for (int t = 0; t < 4; t++) weights[t] = half ? p[1][t] : p[0][t];
         const u32* row = value_words + (size_t)block_of<CLAMP>(unit * 4 + 2 * half + c / 2, n_blocks) * sizes.value_row;
-        const u32* here = memory + 4 * KEY_BLOCK + (2 * half + c / 2) * VALUE_BLOCK;
+        const u32 here = STAGED ? shared_address(memory + 4 * KEY_BLOCK + (2 * half + c / 2) * VALUE_BLOCK) : 0;
         const int even = c % 2 * 2;
         const u32 one = 0x3c003c00u;
 #pragma unroll
         for (int t = 0; t < 4; t += 2) mma(o[VALUE_CHUNKS], one, one, one, one, weights[t], weights[t + 1]);
 #define SUM_CLASS(BITS, FIRST, CHUNKS, I, PIECES_BEFORE)          \
     sum_class<BITS, FIRST, CHUNKS, CLAMP, STAGED>(               \
-        o, class_of<STAGED>(row, here, PIECES_BEFORE, __ldg(&vc[I].word)), vc + I, weights, r, even, side)
+        o, class_of(row, here, PIECES_BEFORE, vc[I].word), vc + I, weights, r, even, side)
         SUM_CLASS(16, 0, V16, 0, 0);
         SUM_CLASS(8, V16, V8, 1, PIECES(V16, 16));
         SUM_CLASS(4, V16 + V8, V4, 2, PIECES(V16, 16) + PIECES(V8, 8));
@@ -694,7 +728,7 @@ __device__ __forceinline__ void attend_unit(
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     const u32* key_words, const u32* value_words, const Class* key_classes, const Class* value_classes,
     const uint2* absorbed, const float2* biases, const int* first, const int* last, const u8* mask, float* stats,
-    float* sums, int n_blocks, int n_turns, int units_per_turn, int key_row, int value_row,
+    float* sums, int n_blocks, int n_turns, int turn_shift, int key_row, int value_row,
     int key_blocks, int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
 ) {
     __shared__ float shared[WARPS][3][8];
@@ -709,7 +743,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     // Splits share what counts of this sequence, however long the others are.
     const int start = lo / 128, n_used = max((hi + 127) / 128 - start, 0), per_split = (n_used + gridDim.x - 1) / gridDim.x;
     const int begin = start + split * per_split, end = start + min((split + 1) * per_split, n_used);
-    const Class *kc = key_classes + group * 5, *vc = value_classes + group * 5;
+    __shared__ Class classes[10];
+    if (threadIdx.x < 10) classes[threadIdx.x] = (threadIdx.x < 5 ? key_classes : value_classes)[group * 5 + threadIdx.x % 5];
+    __syncthreads();
+    const Class *kc = classes, *vc = classes + 5;
 
     if (HAS_MASK) mask += (size_t)batch * mask_stride;
     float o[VALUE_CHUNKS + 1][4];
@@ -718,11 +755,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     float top[2] = {NEVER, NEVER}, total[2] = {0.0f, 0.0f};
 
     const Sizes sizes = {lo, hi, n_blocks, key_row, value_row, key_gain_word, value_gain_word, min(end, n_units - 1)};
+    // A turn has 2^turn_shift units.
     auto queries = [&](int unit) {
-        return absorbed + ((size_t)(batch * n_turns + unit / units_per_turn) * n_groups + group) * KEY_CHUNKS * 32;
+        return absorbed + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * KEY_CHUNKS * 32;
     };
     auto bias = [&](int unit) {  // offset and mean of columns 2c and 2c + 1
-        return *(const float4*)(biases + ((size_t)(batch * n_turns + unit / units_per_turn) * n_groups + group) * 8 + 2 * c);
+        return *(const float4*)(biases + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * 8 + 2 * c);
     };
     int unit = begin + pair;
 #if STAGED_UNITS

@@ -137,7 +137,7 @@ def turned_attention(
 ) -> Tensor:
     """Return attention of one query token a sequence over packed, sink and recent tokens: [batch, 1, heads, head_dim].
 
-    query: [batch, heads, 1, head_dim] after RoPE, float16 or bfloat16, as the exact tokens. turn: a multiple of 128.
+    query: [batch, heads, 1, head_dim] after RoPE, float16 or bfloat16, as the exact tokens. turn: 128, 256, 512, ...
     angles: [1 or batch, >= n_turns, head_dim / 2, 2] float32, cos and sin at the position of each turn's first token.
     first, last, mask, n_blocks: as for decode.packed_attention. The result does not depend on n_splits beyond rounding.
     """
@@ -145,8 +145,8 @@ def turned_attention(
     n_kv_heads, n_groups = exact.keys.shape[1], keys.classes.shape[0]
     group_columns, group_heads = n_heads // n_kv_heads, n_kv_heads // n_groups
     device, n_units = query.device, -(-n_blocks * BLOCK_TOKENS // UNIT_TOKENS)
-    units_per_turn = turn // UNIT_TOKENS
-    n_turns = -(-n_units // units_per_turn)
+    turn_shift = (turn // UNIT_TOKENS).bit_length() - 1
+    n_turns = -(-n_units >> turn_shift)
     launch = _launch(keys.chunks, values.chunks, device)
     constants = _constants(keys, values, launch, head_dim, group_heads, group_columns, mask is not None, query.dtype)
     prepare, attend, combine = _kernels(constants, launch.memory, device)
@@ -185,7 +185,7 @@ def turned_attention(
         (n_splits, n_groups, batch), (32 * launch.warps, 1, 1),
         [
             keys.words, values.words, keys.classes, values.classes, absorbed, biases, first, last,
-            nothing if mask is None else mask, stats, sums, n_blocks, n_turns, units_per_turn,
+            nothing if mask is None else mask, stats, sums, n_blocks, n_turns, turn_shift,
             keys.words.stride(1), values.words.stride(1), keys.words.stride(0) // keys.words.stride(1),
             values.words.stride(0) // values.words.stride(1), keys.gain_word or 0, values.gain_word or 0,
             0 if mask is None else mask.stride(0),
