@@ -192,12 +192,18 @@ __device__ __forceinline__ void absorb(
     const int chunk_size = 4 * STEPS * 32;  // in uint2
     decoder += head * (KEY_CHUNKS * chunk_size);
     const float to_stored = scale * QUERY_SCALE;
+    u32 to = shared_address(memory) + 16 * threadIdx.x;
+    const char* source = (const char*)decoder + 16 * threadIdx.x;
+    pin(to, source);
     auto fetch = [&](int chunk) {
-        if (chunk < KEY_CHUNKS)
-            for (int i = threadIdx.x; i < chunk_size / 2; i += 32 * PREPARE_WARPS)
-                copy_16(shared_address(memory + chunk % RING * chunk_size + 2 * i), decoder + chunk * chunk_size + 2 * i);
+        const int pieces = chunk < KEY_CHUNKS ? chunk_size / 2 - threadIdx.x : 0;
+#pragma unroll
+        for (int i = 0; i < chunk_size / 2; i += 32 * PREPARE_WARPS)
+            if (i < pieces) copy_16(to + chunk % RING * (8 * chunk_size) + 16 * i, source + 16 * i);
+        source += 8 * chunk_size;
         commit();
     };
+#pragma unroll
     for (int chunk = 0; chunk < RING - 1; chunk++) fetch(chunk);
 #pragma unroll 1
     for (int chunk = 0; chunk < KEY_CHUNKS; chunk++) {
