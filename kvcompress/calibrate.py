@@ -12,7 +12,7 @@ import torch
 
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
+from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
@@ -102,6 +102,7 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
     whole = group == checkpoint.spec.layers[0].n_kv_heads  # then bands are parts of what is kept anyway
     return {
         "mode": "fisher",
+        "format": MOMENTS_FORMAT,
         "model": checkpoint.fingerprint(),
         "sources": list(sources),
         "source_sha256": [_source_digest(s) for s in sources],
@@ -118,9 +119,13 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
 
 
 def _source_digest(source: str) -> str:
-    """Return the SHA-256 of a text file, so that changed text is calibrated anew; of the name for other sources."""
+    """Return the SHA-256 of a text's files, so that changed text is calibrated anew; of the name for other sources."""
     path = Path(source)
-    return hashlib.sha256(path.read_bytes() if path.is_file() else source.encode()).hexdigest()
+    files = calibration_text.text_files(path) if path.is_dir() else [path] if path.is_file() else []
+    digest = hashlib.sha256(b"" if files else source.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _calibration_windows(

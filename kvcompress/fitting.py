@@ -45,7 +45,7 @@ def value_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
 def _group(checkpoint: Checkpoint, options: CompressOptions) -> int:
     """Return how many KV heads a block of `latent` has, unless that is chosen; with turns one that the kernels take."""
     group = options.group or default_group(checkpoint, options.keep)
-    return group if options.turn == 1 or options.group else min(group, turn_group(checkpoint.spec.layers[0]))
+    return group if options.turn == 1 or options.group else turn_group(checkpoint.spec.layers[0], group)
 
 
 @dataclass(frozen=True)

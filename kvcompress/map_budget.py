@@ -26,10 +26,10 @@ def moments_group(checkpoint: Checkpoint) -> int:
     return _largest_group(checkpoint, checkpoint.spec.layers[0].n_kv_heads, _LEAST_KEEP)
 
 
-def turn_group(attention: AttentionSpec) -> int:
-    """Return the most KV heads per block of `latent` that the kernel for keys in turns takes."""
+def turn_group(attention: AttentionSpec, group: int | None = None) -> int:
+    """Return the most KV heads per block of `latent` that the kernel for keys in turns takes, a divisor of `group`."""
     most = min(_TURN_HEADS * attention.n_kv_heads // attention.n_heads, _TURN_WIDTH // attention.head_dim)
-    return next((g for g in range(most, 1, -1) if attention.n_kv_heads % g == 0), 1)
+    return next((g for g in range(most, 1, -1) if (group or attention.n_kv_heads) % g == 0), 1)
 
 
 def _largest_group(checkpoint: Checkpoint, n_heads: int, keep: float) -> int:

@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
-app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.5 --calibration notes.txt")(compress)
+app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.25 --calibration notes.txt")(compress)
 app.command(epilog="Example: kvcompress report ./small --html report.html")(report)
 app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
 app.command(epilog="Example: kvcompress compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")(compare)

@@ -16,6 +16,9 @@ from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.model_spec import AttentionSpec, ModelSpec, Site
 
+#: Of the file; part of what names it, so that files of another format are not taken for these.
+MOMENTS_FORMAT = 2
+
 
 @dataclass
 class SiteMoments:

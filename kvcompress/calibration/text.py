@@ -43,13 +43,18 @@ def documents(source: str) -> Iterator[str]:
         return _builtin_code()
     path = Path(source)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES)
+        files = text_files(path)
         if not files:
             raise CalibrationError(f"{source} holds no text files ({', '.join(_TEXT_SUFFIXES)}).")
         return (document for file in files for document in _file_documents(file))
     if path.is_file():
         return _file_documents(path)
     return _dataset_documents(source)
+
+
+def text_files(directory: Path) -> list[Path]:
+    """Return the files of a directory, and of those below, that are read as text."""
+    return sorted(f for f in directory.rglob("*") if f.is_file() and f.suffix in _TEXT_SUFFIXES)
 
 
 def token_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tensor:

@@ -12,7 +12,7 @@ from kvcompress.bases import BASES
 from kvcompress.calibration.moments import usable_partitions
 from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
 from kvcompress.fitting import key_basis
-from kvcompress.map_budget import MAPS_SHARE, default_group, moments_group
+from kvcompress.map_budget import MAPS_SHARE, default_group, moments_group, turn_group
 from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection
 from kvcompress.options import CompressOptions
 
@@ -104,3 +104,17 @@ def test_moments_are_bounded(shape: tuple[int, int, int]) -> None:
     stored = stored_moments(model)
     per_site = sum(2 * 8 * p.shape[0] * p.shape[1] ** 2 for p in stored)
     assert per_site * len(model.spec.sites) <= model.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group"),
+    [((32, 8, 128), 2), ((64, 8, 128), 1), ((32, 32, 64), 4), ((9, 3, 64), 1), ((12, 12, 32), 6), ((8, 1, 256), 1)],
+)
+def test_turns_have_groups_of_at_most_eight_query_heads_and_256_numbers(
+    sizes: tuple[int, int, int], group: int
+) -> None:
+    assert turn_group(checkpoint(*sizes).spec.layers[0]) == group
+
+
+def test_a_turns_group_lies_within_the_stored_one() -> None:
+    assert turn_group(checkpoint(12, 12, 32).spec.layers[0], 4) == 4

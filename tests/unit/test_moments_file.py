@@ -158,12 +158,20 @@ class TestReuse:
         compress(source, tmp_path / "b", dataclasses.replace(options, **change), device="cpu")
         assert len(calibrations) == 2
 
+    @pytest.mark.parametrize("as_directory", [False, True])
     def test_changed_text(
-        self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions, calibrations: list[int], text_file: Path
+        self,
+        tiny_checkpoint: Any,
+        tmp_path: Path,
+        options: CompressOptions,
+        calibrations: list[int],
+        text_file: Path,
+        as_directory: bool,
     ) -> None:
-        text = tmp_path / "t.txt"
+        text = tmp_path / "texts" / "t.txt"
+        text.parent.mkdir()
         text.write_text(text_file.read_text())
-        options = dataclasses.replace(options, calibration=(str(text),))
+        options = dataclasses.replace(options, calibration=(str(text.parent if as_directory else text),))
         for name, content in (("a", text.read_text()), ("b", text.read_text()[::-1])):
             text.write_text(content)
             compress(tiny_checkpoint("llama-gqa"), tmp_path / name, options, device="cpu")
