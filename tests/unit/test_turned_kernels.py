@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +24,17 @@ from tests import emulator
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request: Any, monkeypatch: Any) -> str:
+def device(request: Any, monkeypatch: Any) -> Iterator[str]:
+    """Where the kernels run; memory that nothing was written to reads as NaN there."""
     if request.param == "cpu":
         if emulator.COMPILER is None:
             pytest.skip("needs g++, for the emulator")
         monkeypatch.setattr(turned, "_kernels", emulator.kernels)
     elif not torch.cuda.is_available() or not compiler_works(torch.device("cuda", 0)):
         pytest.skip("needs an NVIDIA GPU")
-    return str(request.param)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield str(request.param)
+    torch.use_deterministic_algorithms(False)
 
 
 SITE = {8: [1, 3], 4: [40, 17], 2: [30, 37], 1: [5, 16]}  # components of each group
