@@ -40,7 +40,7 @@ app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a t
 app.command(epilog="Example: kvcompress push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")(push)
 app.command(epilog="Example: kvcompress export ./small --to gguf -o small.gguf --verify")(export)
 app.command(epilog="Example: kvcompress bench --shape llama-3-8b --keep 0.125,0.25")(bench)
-app.command(epilog="Example: kvcompress demo --keep 0.25")(demo)
+app.command(epilog="Example: kvcompress demo --keep 0.125")(demo)
 
 
 @app.callback(invoke_without_command=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvcompress.options import CompressOptions
 from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
@@ -42,14 +43,13 @@ class Samples:
 
 
 def demo(
-    keep: Annotated[float, typer.Option(help="Share of the cache's bytes that remains.")] = 0.5,
+    keep: Annotated[float, typer.Option(help="Share of the cache's bytes that remains.")] = CompressOptions().keep,
     json: flags.Json = False,
 ) -> None:
     """Compress the small model that comes with kvcompress, report, evaluate, and show a sample before and after.
 
     It needs no network and no text, and everything it writes is removed again.
     """
-    from kvcompress.options import CompressOptions
 
     options = CompressOptions(keep=keep, tokens=_CALIBRATION_TOKENS, seq_len=_SEQ_LEN)
     started = time.monotonic()
