@@ -52,8 +52,6 @@ class GraphDecoder:
         self.cache.reset()
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        if self._token is None:
-            self._token = ids[:, -1:].clone()
         return output.logits[:, -1]
 
     @torch.no_grad()
@@ -62,9 +60,11 @@ class GraphDecoder:
 
         Raises OptionError before a prompt was read, and at the capacity, where what was read stays.
         """
-        if self._token is None or self.cache.get_seq_length() == 0:
+        if self.cache.get_seq_length() == 0:
             raise OptionError("no prompt has been read yet: call prefill first.")
         self.cache.make_room()
+        if self._token is None:
+            self._token = torch.empty_like(token.view(-1, 1))
         self._token.copy_(token.view(-1, 1))
         if self._replay is not None:
             self.cache.tokens.count()  # the host's part of a step, all else is on the device
