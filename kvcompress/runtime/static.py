@@ -130,6 +130,15 @@ class StaticLayer(CompressedLayer):
             view.sink_keys, view.sink_values = self.sink_keys, self.sink_values
         return view
 
+    def copy_from(self, layer: CompressedLayer) -> None:
+        """Take over what a growing layer holds; the line must have counted those tokens."""
+        self.lazy_initialization(layer.keys)
+        names = {"keys": 2, "values": 2, "packed_keys": 1, "packed_values": 1, "sink_keys": 2, "sink_values": 2}
+        for name, dim in names.items():
+            source = getattr(layer, name)
+            if source is not None:
+                getattr(self, name).narrow(dim, 0, source.shape[dim]).copy_(source)
+
     def _store_prompt(self, keys: Tensor, values: Tensor) -> None:
         n_leaving = self.n_encoded
         if n_leaving:
