@@ -49,6 +49,7 @@ class GraphDecoder:
         What was read before is forgotten. All prompts are of one length, without padding. Raises OptionError if they
         do not fit.
         """
+        self.cache.check_capacity(ids.shape[1])
         self.cache.reset()
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -60,8 +61,11 @@ class GraphDecoder:
 
         Raises OptionError before a prompt was read, and at the capacity, where what was read stays.
         """
-        if self.cache.get_seq_length() == 0:
+        counters = self.cache.tokens.counters
+        if counters is None or self.cache.get_seq_length() == 0:
             raise OptionError("no prompt has been read yet: call prefill first.")
+        if token.numel() != len(counters.last):
+            raise OptionError(f"the cache holds {len(counters.last)} sequences, and here are {token.numel()} tokens.")
         self.cache.make_room()
         if self._token is None:
             self._token = torch.empty_like(token.view(-1, 1))

@@ -204,7 +204,7 @@ class StaticCache(CompressedCache):
                 f"the cache was allocated for {len(known.last)} sequences, and here are {batch}: make another."
             )
         if tokens.in_prefill:
-            self._check_room(n_new)
+            self.check_capacity(n_new)
             _check_prompt(positions, mask)
             tokens.begin_prefill(positions, batch)
             return
@@ -221,7 +221,7 @@ class StaticCache(CompressedCache):
     def make_room(self) -> None:
         """Encode a block if the window is full. Raises OptionError, and changes nothing, if the capacity is reached."""
         tokens = self.tokens
-        self._check_room(1)
+        self.check_capacity(tokens.n_tokens + 1)
         if tokens.n_tokens - tokens.n_packed < tokens.window:
             return
         for layer in self.layers:
@@ -230,8 +230,8 @@ class StaticCache(CompressedCache):
         tokens.n_packed += BLOCK_TOKENS
         tokens.counters.last.add_(BLOCK_TOKENS)
 
-    def _check_room(self, n_new: int) -> None:
-        n_tokens = self.tokens.n_tokens + n_new
+    def check_capacity(self, n_tokens: int) -> None:
+        """Raise OptionError unless there is room for n_tokens of a sequence in all."""
         if n_tokens > self.tokens.capacity:
             raise OptionError(
                 f"the cache has room for {self.tokens.capacity} tokens of a sequence, and {n_tokens} are to be read. "
