@@ -1,7 +1,8 @@
 """kvcompress: make the KV cache of a trained LLM several times smaller, and run the result.
 
 `load(directory)` and `attach(model, directory)` run a compressed checkpoint in transformers;
-`compress(source, output, options)` makes one. Importing this package imports neither torch nor transformers.
+`compress(source, output, options)` makes one; `GraphDecoder(model, capacity=n)` decodes by replaying a CUDA graph.
+Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from kvcompress.options import CompressOptions
     from kvcompress.pipeline import compress
     from kvcompress.runtime.attach import attach, detach, load
+    from kvcompress.runtime.graph import GraphDecoder
 
-__all__ = ["CompressOptions", "attach", "compress", "detach", "load"]
+__all__ = ["CompressOptions", "GraphDecoder", "attach", "compress", "detach", "load"]
 
 _HOMES = {
     "CompressOptions": "kvcompress.options",
     "compress": "kvcompress.pipeline",
+    "GraphDecoder": "kvcompress.runtime.graph",
     "attach": "kvcompress.runtime.attach",
     "detach": "kvcompress.runtime.attach",
     "load": "kvcompress.runtime.attach",

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from kvcompress.bench.random_model import (
     cache_nbytes,
     fill_compressed,
+    fill_fixed,
     random_model,
     random_plan,
     uncompressed_cache,
@@ -28,6 +29,7 @@ from kvcompress.bench.workload import Shape
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
+from kvcompress.runtime.graph import GraphDecoder
 
 #: One whole round of evictions each: every layer encodes a block once in BLOCK_TOKENS steps.
 WARM_UP, STEPS = BLOCK_TOKENS, 2 * BLOCK_TOKENS
@@ -36,14 +38,16 @@ _WORKSPACE = 1 / 32
 #: Bytes of caches on a CPU, where whatever fits would take hours.
 _CPU_CACHE = 2e9
 
-MakeCache = Callable[[int], Cache]
+#: A batch -> a Decoder or a FixedDecoder.
+MakeDecoder = Callable[[int], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiming:
     """One row of the table. Times in milliseconds, of one step: one token of each sequence.
 
-    cache: `preallocated` and `dynamic` are uncompressed. computed_batch: from bytes alone; batch: what ran.
+    cache: `preallocated` and `dynamic` are uncompressed; `fixed` is a compressed one of a fixed capacity, over which a
+    GPU replays a recorded step. computed_batch: from bytes alone; batch: what ran.
     milliseconds: the mean, in which evictions have their share; one step in 32 has them, so the median has none.
     speedup: in tokens a second, over the fastest uncompressed row of the same context; None where none fits.
     """
@@ -85,11 +89,25 @@ class Decoder:
         self.positions = self.positions + 1
 
 
+class FixedDecoder:
+    """The same through GraphDecoder, over a compressed cache of a fixed capacity."""
+
+    def __init__(self, model: PreTrainedModel, context: int, batch: int) -> None:
+        device = next(model.parameters()).device
+        self._decoder = GraphDecoder(model, capacity=context + WARM_UP + STEPS)
+        self.cache = self._decoder.cache
+        fill_fixed(self.cache, context, batch, device=device, dtype=model.dtype)
+        self.token = torch.randint(model.config.vocab_size, (batch,), device=device)
+
+    def step(self) -> None:
+        self.token = self._decoder.step(self.token).argmax(-1)
+
+
 def time_decode(
     shape: Shape, counts: Mapping[float, Mapping[str, dict[int, int]]], *, contexts: Sequence[int], batch: int | None,
     turn: int, memory_gb: float, device: torch.device, dtype: torch.dtype,
 ) -> list[DecodeTiming]:  # fmt: skip
-    """Return rows for every context: both uncompressed caches, then every keep; those of which none fits are left out.
+    """Return rows of every context: two uncompressed caches, then two for every keep; without those of which none fits.
 
     batch: the same for all, instead of the largest that fits. counts: {keep: {"key" and "value": {bits: components}}}.
     Raises OptionError if the weights alone do not fit.
@@ -111,7 +129,10 @@ def time_decode(
                 attachment = attachment_of(attach_plan(model, plan, maps))
                 make = partial(_compressed, attachment.new_cache, context, device=device, dtype=dtype)
                 found.append(run.time("compressed", keep, make, bytes_per_sequence(plan, context, dtype)))
-                del attachment, make
+                fixed = partial(FixedDecoder, model, context)
+                n_fixed = fixed_bytes_per_sequence(plan, context, dtype)
+                found.append(run.time_decoder("fixed", keep, fixed, n_fixed))
+                del attachment, make, fixed
                 detach(model)
             rows += _with_speedups([row for row in found if row is not None])
     return rows
@@ -121,6 +142,13 @@ def bytes_per_sequence(plan: Plan, context: int, dtype: torch.dtype) -> int:
     """Return the most bytes that the compressed cache of one sequence takes between its steps."""
     last = context + WARM_UP + STEPS
     return max(plan.cache_bytes(n, exact_number_bytes=dtype.itemsize) for n in range(last - BLOCK_TOKENS, last + 1))
+
+
+def fixed_bytes_per_sequence(plan: Plan, context: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one sequence in a cache of a fixed capacity: when full, and room for a block more."""
+    n_tokens = plan.n_encoded(context + WARM_UP + STEPS) + plan.recent
+    room = BLOCK_TOKENS * sum(s.width for s in plan.sites) * dtype.itemsize
+    return plan.cache_bytes(n_tokens, exact_number_bytes=dtype.itemsize) + room
 
 
 def largest_batch(bytes_of_one: int, fixed_bytes: int, limit: float, device: torch.device) -> int:
@@ -136,13 +164,21 @@ class _Run:
     batch: int | None
     limit: float
 
-    def time(self, name: str, keep: float, make_cache: MakeCache, bytes_of_one: int) -> DecodeTiming | None:
+    def time(
+        self, name: str, keep: float, make_cache: Callable[[int], Cache], bytes_of_one: int
+    ) -> DecodeTiming | None:
+        def make(batch: int) -> Decoder:
+            return Decoder(self.model, make_cache(batch), self.context, batch)
+
+        return self.time_decoder(name, keep, make, bytes_of_one)
+
+    def time_decoder(self, name: str, keep: float, make: MakeDecoder, bytes_of_one: int) -> DecodeTiming | None:
         """Return the row of the largest batch that runs, or None if not even one sequence does."""
         device = next(self.model.parameters()).device
-        computed = largest_batch(bytes_of_one, self._fixed_bytes(make_cache), self.limit, device)
+        computed = largest_batch(bytes_of_one, self._fixed_bytes(make), self.limit, device)
         batch = self.batch or computed
         while batch > 0:
-            measured = self._steps(make_cache, batch, WARM_UP, STEPS)
+            measured = self._steps(make, batch, WARM_UP, STEPS)
             _free(device)
             if measured is not None:
                 times, n_bytes, peak = measured
@@ -161,7 +197,7 @@ class _Run:
             batch -= max(1, batch // 10)
         return None
 
-    def _fixed_bytes(self, make_cache: MakeCache) -> int:
+    def _fixed_bytes(self, make: MakeDecoder) -> int:
         """Return the bytes that do not grow with the batch: weights, maps, tables and workspaces of libraries.
 
         On a GPU one sequence is decoded first, for what is made on first use, kernels and dense maps among it.
@@ -169,12 +205,12 @@ class _Run:
         device = next(self.model.parameters()).device
         if device.type != "cuda":
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self._steps(make_cache, 1, BLOCK_TOKENS, 1)
+        self._steps(make, 1, BLOCK_TOKENS, 1)
         _free(device)
         return torch.cuda.memory_allocated(device)
 
     def _steps(
-        self, make_cache: MakeCache, batch: int, n_warm_up: int, n_steps: int
+        self, make: MakeDecoder, batch: int, n_warm_up: int, n_steps: int
     ) -> tuple[list[float], int, int | None] | None:
         """Return the seconds of each step, the cache's bytes after them and the most allocated, or None: no memory."""
         device = next(self.model.parameters()).device
@@ -182,7 +218,7 @@ class _Run:
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            decoder = Decoder(self.model, make_cache(batch), self.context, batch)
+            decoder = make(batch)
             _free(device)  # what filling left behind
             times = [seconds(decoder.step, device) for _ in range(n_warm_up + n_steps)][n_warm_up:]
         except torch.OutOfMemoryError:
@@ -205,7 +241,7 @@ def _compressed(
 
 
 def _with_speedups(rows: list[DecodeTiming]) -> list[DecodeTiming]:
-    plain = [row.tokens_per_second for row in rows if row.cache != "compressed"]
+    plain = [row.tokens_per_second for row in rows if row.cache in ("preallocated", "dynamic")]
     return [replace(row, speedup=row.tokens_per_second / max(plain)) for row in rows] if plain else rows
 
 

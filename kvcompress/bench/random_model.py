@@ -14,7 +14,8 @@ from kvcompress.bench.workload import RECENT, SINKS, Shape, fill_layer, random_m
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.model_spec import Part, Site
 from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache import CompressedCache, CompressedLayer
+from kvcompress.runtime.static import StaticCache
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
@@ -84,16 +85,23 @@ def fill_compressed(
     """Return an empty cache of `attach`, now as if `context` tokens of each sequence had been read."""
     cache.tokens.append(torch.arange(context, device=device)[None], batch)
     for layer in cache.layers:
-        encoded = 0 if layer.codecs.exact else cache.tokens.n_encoded(context)
-        fill_layer(
-            layer,
-            n_blocks=encoded // BLOCK_TOKENS,
-            n_recent=context - encoded,
-            batch=batch,
-            device=device,
-            dtype=dtype,
-        )
+        _fill(layer, context, batch, device=device, dtype=dtype)
     return cache
+
+
+def _fill(layer: CompressedLayer, context: int, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    encoded = 0 if layer.codecs.exact else layer.tokens.n_encoded(context)
+    n_blocks, n_recent = encoded // BLOCK_TOKENS, context - encoded
+    fill_layer(layer, n_blocks=n_blocks, n_recent=n_recent, batch=batch, device=device, dtype=dtype)
+
+
+def fill_fixed(cache: StaticCache, context: int, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Change an empty cache of a fixed capacity to one as if `context` tokens of each sequence had been read."""
+    cache.tokens.begin_prefill(torch.arange(context, device=device)[None], batch)
+    for layer in cache.layers:
+        source = CompressedLayer(layer.codecs, cache.tokens)
+        _fill(source, context, batch, device=device, dtype=dtype)
+        layer.copy_from(source)
 
 
 class PreallocatedLayer(DynamicLayer):

@@ -22,6 +22,7 @@ from kvcompress.rope import Rotary
 from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
 from kvcompress.runtime.cache import CompressedCache, LayerCodecs
 from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"
 
@@ -48,10 +49,18 @@ class Attachment:
             self._generate = model.generate
             model.generate = self._generate_compressed
 
-    def new_cache(self) -> CompressedCache:
-        """Return an empty compressed cache for this model, to be passed as past_key_values."""
+    def new_cache(self, capacity: int | None = None) -> CompressedCache:
+        """Return an empty compressed cache for this model, to be passed as past_key_values.
+
+        capacity: tokens of a sequence for which everything is allocated at once, at the first prompt; then addresses
+        never change. Such a cache takes a prompt without padding, then a token at a time. Raises OptionError where the
+        model cannot have one.
+        """
         plan = self.plan
-        return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent)
+        if capacity is None:
+            return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent)
+        self._check_capacity(capacity)
+        return StaticCache(self.codecs, sinks=plan.sinks, recent=plan.recent, capacity=capacity)
 
     @contextmanager
     def simulated(self, *, sinks: int, recent: int, block: int = 1) -> Iterator[None]:
@@ -77,6 +86,18 @@ class Attachment:
         if "generate" in self.model.__dict__:
             del self.model.generate
         self.model.set_attn_implementation(self._implementation)
+
+    def _check_capacity(self, capacity: int) -> None:
+        if capacity < 1:
+            raise OptionError(f"capacity is {capacity}, it must be at least 1 token.")
+        if self.plan.form == "folded":
+            raise OptionError("a folded checkpoint keeps its cache in a DynamicCache: it has no fixed capacity.")
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is not None and capacity >= window:
+            raise OptionError(
+                f"capacity is {capacity}, and the model's sliding window of {window} tokens would hide some of them: a "
+                "cache of a fixed capacity must be shorter. Use new_cache() without a capacity."
+            )
 
     def _states(self) -> list[AttentionState]:
         return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]

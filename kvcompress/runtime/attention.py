@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs, TokenLine
+from kvcompress.runtime.static import StaticLayer
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
 TILE_BLOCKS = 64
@@ -69,7 +70,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(cache, CompressedCache):
         state.layer = cache.layers[module.layer_idx]
         if module.layer_idx == 0:
-            cache.tokens.append(positions, hidden.shape[0])
+            cache.begin(positions, hidden.shape[0], kwargs.get("attention_mask"))
 
 
 def compressed_attention(
@@ -93,7 +94,9 @@ def compressed_attention(
         return simulated_attention(state, query, key, value, attention_mask, scaling), None
     if state.folded:
         key, value = expand_virtual_heads(state.codecs, key, value)
-    if state.layer is None or state.layer.n_encoded == 0:
+    if isinstance(state.layer, StaticLayer) and not state.layer.tokens.in_prefill:
+        output = _static_attention(module, state.layer, query, scaling)
+    elif isinstance(state.layer, StaticLayer | None) or state.layer.n_encoded == 0:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -104,6 +107,22 @@ def compressed_attention(
         state.layer.evict()
         state.layer = None  # the model must not keep a cache alive
     return output, None
+
+
+def _static_attention(module: nn.Module, layer: StaticLayer, query: Tensor, scaling: float) -> Tensor:
+    """Return attention of one new token of each sequence over a cache of a fixed capacity."""
+    counters = layer.tokens.counters
+    assert counters is not None
+    if layer.codecs.exact:
+        return sdpa_attention_forward(module, query, layer.keys, layer.values, counters.seen, scaling=scaling)[0]
+    fused = fast.attention(layer, query, None, scaling)
+    if fused is not None:
+        return fused
+    layer.tokens.ran_reference = True
+    filled = layer.filled()
+    if filled.n_encoded == 0:
+        return sdpa_attention_forward(module, query, filled.keys, filled.values, None, scaling=scaling)[0]
+    return tiled_attention(filled, query, None, scaling)
 
 
 def expand_virtual_heads(codecs: LayerCodecs, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from kvcompress.plan import BLOCK_TOKENS, n_encoded
 from kvcompress.rope import Rotary
 from kvcompress.runtime import fast
 from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.counters import Counters
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,8 @@ class CompressedLayer(CacheLayerMixin):
 class TokenLine:
     """What all layers share: every token's position, and which tokens are sinks or old enough to be encoded."""
 
+    counters: Counters | None = None  # of a cache of a fixed capacity
+
     def __init__(self, sinks: int, recent: int, *, counts_bytes: bool) -> None:
         self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
         self._positions: Tensor | None = None  # [batch, n_tokens], int32
@@ -346,6 +349,10 @@ class CompressedCache(Cache):
         needs_positions = any(c.key is not None for c in codecs)
         self.tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
         super().__init__(layers=[CompressedLayer(c, self.tokens) for c in codecs])
+
+    def begin(self, positions: Tensor, batch: int, mask: Tensor | None) -> None:
+        """Note the tokens that a forward brings, before any layer sees them; positions: [batch or 1, n_new]."""
+        self.tokens.append(positions, batch)
 
     def nbytes(self) -> int:
         """Bytes of all storages: packed codes, sinks, window, and the positions where keys are encoded."""

@@ -80,7 +80,7 @@ class _TurnAngles:
 _dense: WeakKeyDictionary[SiteCodec, _Dense] = WeakKeyDictionary()
 _groups: WeakKeyDictionary[SiteCodec, _Groups | None] = WeakKeyDictionary()
 _turn_angles: WeakKeyDictionary[TokenLine, _TurnAngles] = WeakKeyDictionary()
-_angles: WeakKeyDictionary[Rotary, Tensor] = WeakKeyDictionary()
+_angles: WeakKeyDictionary[Rotary | TokenLine, Tensor] = WeakKeyDictionary()
 _seen: WeakKeyDictionary[TokenLine, _Seen] = WeakKeyDictionary()
 
 
@@ -209,8 +209,8 @@ def _grouped_site(codec: SiteCodec, groups: _Groups, packed: Tensor) -> GroupedS
 def _angles_of_turns(layer: CompressedLayer) -> Tensor:
     """Return cos and sin at the first position of every turn, kept for all layers and steps of a cache."""
     tokens, rotary, turn = layer.tokens, layer.codecs.rotary, layer.codecs.turn
-    assert rotary is not None
-    n_turns = -(-layer.n_encoded // turn)
+    assert rotary is not None and layer.packed_keys is not None
+    n_turns = -(-layer.packed_keys.shape[1] * BLOCK_TOKENS // turn)
     known = _turn_angles.get(tokens)
     if known is None or known.origin is not tokens.origin or known.turn != turn or known.table.shape[1] < n_turns:
         n_turns = max(64, 1 << (n_turns - 1).bit_length())
@@ -238,6 +238,9 @@ def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> _Seen:
     The sinks' packed copies do not count. Worked out once a step: all layers of a step share it.
     """
     tokens, n_encoded, n_tokens = layer.tokens, layer.n_encoded, layer.get_seq_length()
+    counters = tokens.counters
+    if counters is not None:  # a fixed capacity: the device has counted, and nothing is made here
+        return _Seen((batch, 0, 0), None, tokens.start, counters.visible, None, counters.first, counters.last)
     sizes = (batch, n_encoded, n_tokens)
     known = _seen.get(tokens)
     if known is not None and known.sizes == sizes and known.mask is mask and known.start is tokens.start:
@@ -263,13 +266,16 @@ def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> _Seen:
 
 
 def _layer_angles(layer: CompressedLayer) -> Angles:
-    rotary, n_tokens, device = layer.codecs.rotary, layer.get_seq_length(), layer.keys.device
-    assert rotary is not None
-    table = _angles.get(rotary)
+    rotary, device = layer.codecs.rotary, layer.keys.device
+    assert rotary is not None and layer.packed_keys is not None
+    n_tokens = layer.packed_keys.shape[1] * BLOCK_TOKENS
+    # A recorded step reads its table for as long as its cache lives, whatever other caches come to need.
+    owner = rotary if layer.tokens.counters is None else layer.tokens
+    table = _angles.get(owner)
     if table is None or table.shape[0] < n_tokens or table.device != device:
         n_positions = max(4096, 1 << (n_tokens - 1).bit_length())
         table = angle_table(rotary.inv_freq.to(device), n_positions, scale=rotary.scale)
-        _angles[rotary] = table
+        _angles[owner] = table
     origin = layer.tokens.start.to(device, torch.int32).expand(layer.keys.shape[0]).contiguous()
     return Angles(table, origin)
 

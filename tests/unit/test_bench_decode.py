@@ -7,7 +7,16 @@ import torch
 from transformers import DynamicCache
 
 from kvcompress.bench import decode
-from kvcompress.bench.decode import STEPS, WARM_UP, Decoder, bytes_per_sequence, largest_batch, time_decode
+from kvcompress.bench.decode import (
+    STEPS,
+    WARM_UP,
+    Decoder,
+    FixedDecoder,
+    bytes_per_sequence,
+    fixed_bytes_per_sequence,
+    largest_batch,
+    time_decode,
+)
 from kvcompress.bench.random_model import (
     cache_nbytes,
     fill_compressed,
@@ -18,9 +27,11 @@ from kvcompress.bench.random_model import (
 )
 from kvcompress.bench.workload import SHAPES, typical_counts
 from kvcompress.errors import OptionError
+from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 
 TINY, CPU, FLOAT = SHAPES["tiny"], torch.device("cpu"), torch.float32
+PLAIN = ("preallocated", "dynamic")
 COUNTS = typical_counts(TINY.width, 0.25)
 
 
@@ -97,22 +108,43 @@ def test_an_attached_model_decodes_over_the_packed_tokens(attached):
     assert not torch.allclose(logits[0], logits[1])
 
 
+@torch.no_grad()
+def test_a_fixed_cache_decodes_as_the_growing_one_it_was_filled_like(attached):
+    fixed, batch = FixedDecoder(attached, 130, 2), 2
+    cache = attachment_of(attached).new_cache()
+    cache.tokens.append(torch.arange(130)[None], batch)
+    cache.layers = [layer.filled() for layer in fixed.cache.layers]
+    for layer in cache.layers:
+        layer.tokens = cache.tokens
+        layer.batch_select_indices(torch.arange(batch))  # copies
+    growing = Decoder(attached, cache, 130, batch)
+    growing.token = fixed.token[:, None]
+    for _ in range(40):
+        fixed.step()
+        growing.step()
+        assert torch.equal(fixed.token, growing.token[:, 0])
+
+
 def test_rows_are_those_of_every_context_uncompressed_first():
     rows = timed(contexts=[64, 128], batch=2)
     assert [(r.cache, r.keep, r.context) for r in rows] == [
         (cache, keep, context)
         for context in (64, 128)
-        for cache, keep in (("preallocated", 1.0), ("dynamic", 1.0), ("compressed", 0.25))
+        for cache, keep in (("preallocated", 1.0), ("dynamic", 1.0), ("compressed", 0.25), ("fixed", 0.25))
     ]
     plan, _ = random_plan(TINY, COUNTS, COUNTS, FLOAT)
     for row in rows:
-        plain = max(r.tokens_per_second for r in rows if r.context == row.context and r.cache != "compressed")
+        plain = max(r.tokens_per_second for r in rows if r.context == row.context and r.cache in PLAIN)
         assert row.batch == 2 and row.peak_bytes is None
         assert row.tokens_per_second == pytest.approx(2e3 / row.milliseconds)
         assert row.speedup == pytest.approx(row.tokens_per_second / plain)
         n_tokens = row.context + WARM_UP + STEPS
         whole = 2 * n_tokens * 2 * TINY.width * TINY.n_layers * 4
         packed = 2 * plan.cache_bytes(n_tokens, exact_number_bytes=4)
+        if row.cache == "fixed":
+            assert 0 < row.cache_bytes - packed < 2 * (BLOCK_TOKENS + 1) * 2 * TINY.width * TINY.n_layers * 4
+            assert row.cache_bytes <= 2 * fixed_bytes_per_sequence(plan, row.context, FLOAT)
+            continue
         assert row.cache_bytes == (packed if row.cache == "compressed" else whole)
         assert row.cache_bytes <= 2 * bytes_per_sequence(plan, row.context, FLOAT) or row.cache != "compressed"
 
@@ -139,6 +171,7 @@ def test_a_batch_that_does_not_fit_is_lowered_by_tenths(monkeypatch):
 
     monkeypatch.setattr(decode, "uncompressed_cache", make)
     monkeypatch.setattr(decode, "fill_compressed", out_of_memory)
+    monkeypatch.setattr(decode, "fill_fixed", out_of_memory)
     rows = timed(contexts=[64], batch=12, n_steps=1)
     assert asked == [12, 11, 10, 9] * 2
     assert [(r.cache, r.batch) for r in rows] == [("preallocated", 9), ("dynamic", 9)]
