@@ -1,6 +1,6 @@
-// A CUDA thread block on one CPU thread: lanes are fibers, and everything that a warp or a block does together waits for all.
-// Copies to shared memory land when they are waited for; until then their place holds garbage. Reads through __ldg and copies
-// are checked against the tensors that a launch was given.
+// A CUDA thread block on one CPU thread: lanes are fibers, and everything that a warp or a block does together waits
+// for all. Copies to shared memory land when they are waited for; until then their place holds garbage. Reads through
+// __ldg and copies are checked against the tensors that a launch was given.
 #pragma once
 #include <ucontext.h>
 
@@ -25,20 +25,37 @@
 #define __shared__ static  // one block at a time
 #define DYNAMIC_SHARED(type, name) type* name = (type*)emulator::shared.data()
 
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct dim3 { int x, y, z; };
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct dim3 {
+    int x, y, z;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-template <class T> T min(T a, T b) { return b < a ? b : a; }
-template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T>
+T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+    return a < b ? b : a;
+}
 
 inline dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulator {
-struct Copy { unsigned to; const void* from; };
+struct Copy {
+    unsigned to;
+    const void* from;
+};
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -60,7 +77,9 @@ inline int current = 0;
 inline std::function<void()> body;
 
 inline void fail(const char* what) {
-    std::fprintf(stderr, "emulator: %s (block %d %d %d, thread %d)\n", what, blockIdx.x, blockIdx.y, blockIdx.z, current);
+    std::fprintf(
+        stderr, "emulator: %s (block %d %d %d, thread %d)\n", what, blockIdx.x, blockIdx.y, blockIdx.z, current
+    );
     std::abort();
 }
 
@@ -86,7 +105,9 @@ inline void arrive(Barrier& barrier, int expected) {
 
 inline void sync_warp() { arrive(warps[current / 32], 32); }
 
-inline std::array<unsigned, 8>* exchange(std::array<unsigned, 8> mine) {  // the slots of this lane's warp, after all wrote
+inline std::array<unsigned, 8>* exchange(
+    std::array<unsigned, 8> mine
+) {  // the slots of this lane's warp, after all wrote
     slots[current] = mine;
     sync_warp();
     return &slots[current / 32 * 32];
@@ -156,9 +177,21 @@ inline unsigned float_to_half(float x) {
 }
 }  // namespace emulator
 
-inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
-inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
-template <class T> T __ldg(const T* p) { emulator::check(p, sizeof(T)); return *p; }
+inline unsigned __float_as_uint(float x) {
+    unsigned u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+inline float __uint_as_float(unsigned u) {
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+template <class T>
+T __ldg(const T* p) {
+    emulator::check(p, sizeof(T));
+    return *p;
+}
 inline void __syncthreads() { emulator::arrive(emulator::block, emulator::fibers.size()); }
 inline void __syncwarp() { emulator::sync_warp(); }
 
@@ -189,8 +222,13 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 
 inline float from_half(u16 h) { return emulator::half_to_float(h); }
-inline u32 to_half2(float low, float high) { return emulator::float_to_half(low) | emulator::float_to_half(high) << 16; }
-inline u16 to_bfloat16(float x) { const u32 u = __float_as_uint(x); return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+inline u32 to_half2(float low, float high) {
+    return emulator::float_to_half(low) | emulator::float_to_half(high) << 16;
+}
+inline u16 to_bfloat16(float x) {
+    const u32 u = __float_as_uint(x);
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
 inline float exp_2(float x) { return std::exp2(x); }
 
 inline u32 half2_product(u32 x, u32 y) {

@@ -7,14 +7,15 @@
 // Compile-time constants, defined in front of this text by turned.py:
 //   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head; their product is at most 8.
 //   K16 K8 K4 K2 K1, V16 V8 V4 V2 V1: chunks of 16 components of each number of bits, the most of any group.
-//   WARPS: of a thread block of `attend`. STAGED_UNITS: 1 to pass units through shared memory. MIN_BLOCKS: on a multiprocessor.
-//   ALWAYS_CLAMP: 1 where a row is shorter than what reading on beyond a class may read.
-//   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for bfloat16 queries, keys, values and outputs, 0 for float16.
+//   WARPS: of a thread block of `attend`. STAGED_UNITS: 1 to pass units through shared memory. MIN_BLOCKS: on a
+//   multiprocessor. ALWAYS_CLAMP: 1 where a row is shorter than what reading on beyond a class may read. KEY_GAIN,
+//   VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for bfloat16 queries, keys, values and outputs, 0 for float16.
 //
 // Words of mma.sync.m16n8k16: lane = 4 r + c. Codes stay integers: as the bits of float16 numbers they are
-// code * 2^(place - 24) (subnormal), exactly, and the other factor is scaled by 2^-place. A unit is 4 packed blocks = 16
-// quarters of 8 tokens; quarter r (blocks 0, 1) and r + 8 (blocks 2, 3) are the rows of a product, and there is one product for each place in a quarter. Two warps share
-// a unit: side 0 takes places 0..3 and side 1 places 4..7, each with a softmax and sums of its own.
+// code * 2^(place - 24) (subnormal), exactly, and the other factor is scaled by 2^-place. A unit is 4 packed blocks =
+// 16 quarters of 8 tokens; quarter r (blocks 0, 1) and r + 8 (blocks 2, 3) are the rows of a product, and there is one
+// product for each place in a quarter. Two warps share a unit: side 0 takes places 0..3 and side 1 places 4..7, each
+// with a softmax and sums of its own.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -23,13 +24,12 @@ typedef unsigned char u8;
 #define KEY_CHUNKS (K16 + K8 + K4 + K2 + K1)
 #define VALUE_CHUNKS (V16 + V8 + V4 + V2 + V1)
 #define PAIRS (WARPS / 2)
-#define COLUMNS (GROUP_HEADS * GROUP_COLUMNS)
 #define PREPARE_WARPS 4
 #define RING 4
-#define NEVER (-1e30f)  // stands for -inf: differences of two stay finite
+#define NEVER (-1e30f)          // stands for -inf: differences of two stay finite
 #define CODE_SCALE 16777216.0f  // 2^24
-#define QUERY_SCALE 64.0f        // of absorbed queries, so that the smallest stay normal float16 numbers
-#define WEIGHT_BITS 8.0f         // weights are stored times 2^8, for the same reason
+#define QUERY_SCALE 64.0f       // of absorbed queries, so that the smallest stay normal float16 numbers
+#define WEIGHT_BITS 8.0f        // weights are stored times 2^8, for the same reason
 
 // ------------------------------------------------------------------------------------------------------- instructions
 // Everything that is not plain C++; tests/emulator has the same in C++, so that the kernels run on a CPU there.
@@ -112,7 +112,9 @@ __device__ __forceinline__ float number(u16 bits) {
     return QUERY_BF16 ? __uint_as_float((u32)bits << 16) : from_half(bits);
 }
 
-__device__ __forceinline__ u16 stored(float x) { return QUERY_BF16 ? to_bfloat16(x) : (u16)(to_half2(x, 0.0f) & 0xffff); }
+__device__ __forceinline__ u16 stored(float x) {
+    return QUERY_BF16 ? to_bfloat16(x) : (u16)(to_half2(x, 0.0f) & 0xffff);
+}
 
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 
@@ -130,12 +132,16 @@ struct Class {
 
 // Offset of the codes of a chunk: 2^(bits - 1) - 1/2.
 __device__ __forceinline__ float offset_of(int chunk) {
-    return chunk < K16 ? 0.0f : chunk < K16 + K8 ? 127.5f : chunk < K16 + K8 + K4 ? 7.5f : chunk < K16 + K8 + K4 + K2 ? 1.5f : 0.5f;
+    return chunk < K16                  ? 0.0f
+           : chunk < K16 + K8           ? 127.5f
+           : chunk < K16 + K8 + K4      ? 7.5f
+           : chunk < K16 + K8 + K4 + K2 ? 1.5f
+                                        : 0.5f;
 }
 
-// One thread block: the queries of one KV head, turned back for TURN_ROWS turns in each warp. decoder: of all heads, as the
-// second factor of products: [KV heads, KEY_CHUNKS, 2, 2 STEPS, 32 lanes] of 4 float16 numbers; chunks of it pass through
-// `memory`, RING of them at a time.
+// One thread block: the queries of one KV head, turned back for TURN_ROWS turns in each warp. decoder: of all heads, as
+// the second factor of products: [KV heads, KEY_CHUNKS, 2, 2 STEPS, 32 lanes] of 4 float16 numbers; chunks of it pass
+// through `memory`, RING of them at a time.
 __device__ __forceinline__ void absorb(
     int task, const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, u32* absorbed,
     float2* biases, int n_turns, int n_kv_heads, int q_batch, int q_head, int angle_batch, float scale, uint2* memory
@@ -152,7 +158,8 @@ __device__ __forceinline__ void absorb(
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = r + 8 * half;
-        const int turn = (task % parts * PREPARE_WARPS + threadIdx.x / 32) * TURN_ROWS + row / PADDED_COLUMNS, own = row % PADDED_COLUMNS;
+        const int turn = (task % parts * PREPARE_WARPS + threadIdx.x / 32) * TURN_ROWS + row / PADDED_COLUMNS,
+                  own = row % PADDED_COLUMNS;
         wanted[half] = turn < n_turns && own < GROUP_COLUMNS;
         const int column = head % GROUP_HEADS * GROUP_COLUMNS + own;
         entry[half] = ((batch * n_turns + turn) * n_groups + group) * 8 + column;
@@ -163,7 +170,9 @@ __device__ __forceinline__ void absorb(
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             uint2 low = make_uint2(0, 0), high = make_uint2(0, 0);
-            float4 turned[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};  // cos and sin of the turn's position
+            float4 turned[2] = {
+                make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)
+            };  // cos and sin of the turn's position
             if (wanted[half]) {
                 low = *(const uint2*)(from + 4 * step);
                 high = *(const uint2*)(from + 4 * step + HEAD_DIM / 2);
@@ -171,8 +180,12 @@ __device__ __forceinline__ void absorb(
                 turned[1] = *(const float4*)(angle + 4 * step + 2);
             }
             const float4 m_re = *(const float4*)(m + 4 * step), m_im = *(const float4*)(m + 4 * step + HEAD_DIM / 2);
-            const float x[4] = {number(low.x & 0xffff), number(low.x >> 16), number(low.y & 0xffff), number(low.y >> 16)};
-            const float y[4] = {number(high.x & 0xffff), number(high.x >> 16), number(high.y & 0xffff), number(high.y >> 16)};
+            const float x[4] = {
+                number(low.x & 0xffff), number(low.x >> 16), number(low.y & 0xffff), number(low.y >> 16)
+            };
+            const float y[4] = {
+                number(high.x & 0xffff), number(high.x >> 16), number(high.y & 0xffff), number(high.y >> 16)
+            };
             const float cosine[4] = {turned[0].x, turned[0].z, turned[1].x, turned[1].z};
             const float sine[4] = {turned[0].y, turned[0].w, turned[1].y, turned[1].w};
             float re[4], im[4];
@@ -225,8 +238,8 @@ __device__ __forceinline__ void absorb(
             uint2 pairs;  // components c and c + 4, c + 8 and c + 12
             pairs.x = to_half2(clamped(d[0][2 * half] * to_stored), clamped(d[0][2 * half + 1] * to_stored));
             pairs.y = to_half2(clamped(d[1][2 * half] * to_stored), clamped(d[1][2 * half + 1] * to_stored));
-            bias[half] += offset * (from_half(pairs.x & 0xffff) + from_half(pairs.x >> 16) + from_half(pairs.y & 0xffff)
-                                    + from_half(pairs.y >> 16));
+            bias[half] += offset * (from_half(pairs.x & 0xffff) + from_half(pairs.x >> 16) +
+                                    from_half(pairs.y & 0xffff) + from_half(pairs.y >> 16));
             if (wanted[half]) *(uint2*)(absorbed + place[half] + chunk * 64) = pairs;
         }
     }
@@ -257,8 +270,11 @@ __device__ __forceinline__ void attend_exact(
     for (int g = 0; g < GROUP_COLUMNS; g++)
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 8; i++)
-            q[g][i] = scale * number(
-                query[(size_t)batch * q_batch + (head * GROUP_COLUMNS + g) * q_head + part * 4 + i / 4 * 32 + i % 4]);
+            q[g][i] =
+                scale *
+                number(
+                    query[(size_t)batch * q_batch + (head * GROUP_COLUMNS + g) * q_head + part * 4 + i / 4 * 32 + i % 4]
+                );
     const u16* own_sinks = sink_keys + (size_t)batch * s_batch + head * s_head + part * 4;
     const u16* own_keys = keys + (size_t)batch * k_batch + head * k_head + part * 4;
 #pragma unroll 2
@@ -274,8 +290,8 @@ __device__ __forceinline__ void attend_exact(
             float dot = 0.0f;
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 32; i++)
-                dot += q[g][4 * i] * number(x[i].x & 0xffff) + q[g][4 * i + 1] * number(x[i].x >> 16)
-                       + q[g][4 * i + 2] * number(x[i].y & 0xffff) + q[g][4 * i + 3] * number(x[i].y >> 16);
+                dot += q[g][4 * i] * number(x[i].x & 0xffff) + q[g][4 * i + 1] * number(x[i].x >> 16) +
+                       q[g][4 * i + 2] * number(x[i].y & 0xffff) + q[g][4 * i + 3] * number(x[i].y >> 16);
 #pragma unroll
             for (int step = 4; step; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
             if (part == 0) scores[g * n + token] = seen ? dot : NEVER;
@@ -298,7 +314,8 @@ __device__ __forceinline__ void attend_exact(
     }
     __syncthreads();
     // Pairs of neighbouring dimensions; the threads that have none left take other tokens.
-    const int pairs = HEAD_DIM / 2, lines = 32 * PREPARE_WARPS / pairs, pair = threadIdx.x % pairs, line = threadIdx.x / pairs;
+    const int pairs = HEAD_DIM / 2, lines = 32 * PREPARE_WARPS / pairs, pair = threadIdx.x % pairs,
+              line = threadIdx.x / pairs;
     float sum[2][GROUP_COLUMNS];
 #pragma unroll
     for (int g = 0; g < GROUP_COLUMNS; g++) sum[0][g] = sum[1][g] = 0.0f;
@@ -335,9 +352,10 @@ __device__ __forceinline__ void attend_exact(
 // query: [batch, heads, 1, HEAD_DIM]; decoder: see absorb; angles: [1 or batch, n_turns, HEAD_DIM / 2], cos and sin;
 // absorbed: [batch, n_turns, groups, KEY_CHUNKS, 32 lanes, 2] pairs of float16; biases: [batch, n_turns, groups, 8].
 extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
-    const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, u32* absorbed, float2* biases,
-    const u16* sink_keys, const u16* sink_values, const u16* keys, const u16* values,
-    const u8* exact_mask, float* exact_sums, float2* exact_stats, int n_batch, int n_turns, int n_kv_heads, int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head,
+    const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const int* last, u32* absorbed,
+    float2* biases, const u16* sink_keys, const u16* sink_values, const u16* keys, const u16* values,
+    const u8* exact_mask, float* exact_sums, float2* exact_stats, int n_batch, int n_turns, int n_kv_heads,
+    int turn_shift, int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head,
     int s_batch, int s_head, int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token,
     double scaling
 ) {
@@ -346,14 +364,19 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     const int n_exact = n_batch * n_kv_heads, block = blockIdx.x;
     if (block < n_exact) {
         attend_exact(
-            block, query, sink_keys, sink_values, keys, values, has_exact_mask ? exact_mask : 0, exact_sums, exact_stats,
-            n_kv_heads, n_sinks, n_recent, q_batch, q_head, s_batch, s_head, s_token, k_batch, k_head, k_token, v_batch,
-            v_head, v_token, scale, scores);
+            block, query, sink_keys, sink_values, keys, values, has_exact_mask ? exact_mask : 0, exact_sums,
+            exact_stats, n_kv_heads, n_sinks, n_recent, q_batch, q_head, s_batch, s_head, s_token, k_batch, k_head,
+            k_token, v_batch, v_head, v_token, scale, scores
+        );
         return;
     }
+    // Turns that begin beyond what counts of a sequence are never scored.
+    const int parts = (n_turns + TURN_ROWS * PREPARE_WARPS - 1) / (TURN_ROWS * PREPARE_WARPS), task = block - n_exact;
+    if ((task % parts * (TURN_ROWS * PREPARE_WARPS) << turn_shift) * 128 >= last[task / parts / n_kv_heads]) return;
     absorb(
-        block - n_exact, query, decoder, key_mean, angles, absorbed, biases, n_turns, n_kv_heads, q_batch, q_head, angle_batch,
-        scale, (uint2*)scores);
+        task, query, decoder, key_mean, angles, absorbed, biases, n_turns, n_kv_heads, q_batch, q_head, angle_batch,
+        scale, (uint2*)scores
+    );
 }
 
 // ------------------------------------------------------------------------------------------------------------- attend
@@ -367,7 +390,8 @@ __device__ __forceinline__ int quarter_word(int component, int quarter) {
                      : component * BITS + (BITS == 2 ? quarter / 2 : 0);
 }
 
-// A side's codes of two quarters lie in the two halves of a word, from bit 0 on; those beyond bit 10 are shifted down by 8.
+// A side's codes of two quarters lie in the two halves of a word, from bit 0 on; those beyond bit 10 are shifted down
+// by 8.
 template <int BITS>
 __device__ __forceinline__ constexpr int place_of(int t) {
     return BITS > 4 ? 0 : BITS == 4 ? (t & 1) * 4 : BITS * t;
@@ -388,9 +412,9 @@ __device__ __forceinline__ u32 scaled(u32 x, int place) {  // two float16 number
 }
 
 // Chunks of 16 components of one class into the eight accumulators: rows are quarters, columns queries.
-// row0, row1: this lane's two blocks. Where a chunk has fewer components, what follows them is read as if they were there:
-// their queries are 0. CLAMP: not so near the end of the cache, where nothing follows.
-// Words of a class of a block from some component on: in memory, or (STAGED) in shared memory.
+// row0, row1: this lane's two blocks. Where a chunk has fewer components, what follows them is read as if they were
+// there: their queries are 0. CLAMP: not so near the end of the cache, where nothing follows. Words of a class of a
+// block from some component on: in memory, or (STAGED) in shared memory.
 struct Words {
     const u32* memory;
     u32 staged;
@@ -450,8 +474,9 @@ __device__ __forceinline__ void score_class(
                 for (int i = 0; i < 32 / BITS; i++) {
                     const u32 wide = BITS == 16 ? (i ? 0x7632u : 0x5410u) : byte_of(i);
                     const u32 keep = BITS == 16 ? 0xffffffffu : 0x00ff00ffu;
-                    mma(s[word * 2 + i], __byte_perm(x[0][0], x[1][0], wide) & keep, __byte_perm(x[0][1], x[1][1], wide) & keep,
-                        __byte_perm(x[2][0], x[3][0], wide) & keep, __byte_perm(x[2][1], x[3][1], wide) & keep, b.x, b.y);
+                    mma(s[word * 2 + i], __byte_perm(x[0][0], x[1][0], wide) & keep,
+                        __byte_perm(x[0][1], x[1][1], wide) & keep, __byte_perm(x[2][0], x[3][0], wide) & keep,
+                        __byte_perm(x[2][1], x[3][1], wide) & keep, b.x, b.y);
                 }
             }
         }
@@ -462,24 +487,27 @@ __device__ __forceinline__ void score_class(
     }
 }
 
-// Chunks of 16 value components into their accumulators: rows are components, columns queries. row: the block of quarters
-// 2c and 2c + 1; weights[t]: of place t, transposed. Rows beyond the last component are sums of nothing in particular.
+// Chunks of 16 value components into their accumulators: rows are components, columns queries. row: the block of
+// quarters 2c and 2c + 1; weights[t]: of place t, transposed. Rows beyond the last component are sums of nothing in
+// particular.
 template <int BITS, int FIRST, int CHUNKS, bool CLAMP, bool STAGED>
 __device__ __forceinline__ void sum_class(
-    float (&sums)[VALUE_CHUNKS + 1][4], Words row, const Class* own, const u32 (&weights)[4], int r, int quarter, int side
+    float (&sums)[VALUE_CHUNKS + 1][4], Words row, const Class* own, const u32 (&weights)[4], int r, int quarter,
+    int side
 ) {
     if (CHUNKS == 0) return;
     const int last = CLAMP ? max(own->count - 1, 0) : 0;
     const u32 halves = side ? 0x7632u : 0x5410u;
     // 2 bits: both quarters lie in one word, a half each; 1 bit: a byte each.
-    const u32 bytes = BITS == 2 ? (side ? 0x3311u : 0x2200u) : quarter | quarter << 4 | (quarter + 1) << 8 | (quarter + 1) << 12;
+    const u32 bytes =
+        BITS == 2 ? (side ? 0x3311u : 0x2200u) : quarter | quarter << 4 | (quarter + 1) << 8 | (quarter + 1) << 12;
     advance<STAGED>(row, quarter_word<BITS>(CLAMP ? 0 : r, quarter) + (BITS > 4 ? side * (BITS / 8) : 0));
     u32 p[4];
 #pragma unroll
     for (int t = 0; t < 4; t++) p[t] = scaled(weights[t], place_of<BITS>(t));
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        float(&o)[4] = sums[FIRST + chunk];
+        float (&o)[4] = sums[FIRST + chunk];
         const int x0 = BITS * (CLAMP ? min(16 * chunk + r, last) : 16 * chunk);
         const int x1 = BITS * (CLAMP ? min(16 * chunk + r + 8, last) : 16 * chunk + 8);
         if (BITS <= 4) {
@@ -494,18 +522,22 @@ __device__ __forceinline__ void sum_class(
             }
 #pragma unroll
             for (int t = 0; t < 4; t += 2)
-                mma(o, codes<BITS>(y0, t), codes<BITS>(y1, t), codes<BITS>(y0, t + 1), codes<BITS>(y1, t + 1), p[t], p[t + 1]);
+                mma(o, codes<BITS>(y0, t), codes<BITS>(y1, t), codes<BITS>(y0, t + 1), codes<BITS>(y1, t + 1), p[t],
+                    p[t + 1]);
         } else {
 #pragma unroll
             for (int word = 0; word < (BITS == 16 ? 2 : 1); word++) {
-                const u32 a = word_at<STAGED>(row, x0 + word), b = word_at<STAGED>(row, x0 + QUARTER_WORDS(BITS) + word);
-                const u32 d = word_at<STAGED>(row, x1 + word), e = word_at<STAGED>(row, x1 + QUARTER_WORDS(BITS) + word);
+                const u32 a = word_at<STAGED>(row, x0 + word),
+                          b = word_at<STAGED>(row, x0 + QUARTER_WORDS(BITS) + word);
+                const u32 d = word_at<STAGED>(row, x1 + word),
+                          e = word_at<STAGED>(row, x1 + QUARTER_WORDS(BITS) + word);
 #pragma unroll
                 for (int i = 0; i < 32 / BITS; i += 2) {
                     const u32 even = BITS == 16 ? 0x5410u : byte_of(i), odd = BITS == 16 ? 0x7632u : byte_of(i + 1);
                     const u32 keep = BITS == 16 ? 0xffffffffu : 0x00ff00ffu;
-                    mma(o, __byte_perm(a, b, even) & keep, __byte_perm(d, e, even) & keep, __byte_perm(a, b, odd) & keep,
-                        __byte_perm(d, e, odd) & keep, p[word * 2 + i], p[word * 2 + i + 1]);
+                    mma(o, __byte_perm(a, b, even) & keep, __byte_perm(d, e, even) & keep,
+                        __byte_perm(a, b, odd) & keep, __byte_perm(d, e, odd) & keep, p[word * 2 + i],
+                        p[word * 2 + i + 1]);
                 }
             }
         }
@@ -532,12 +564,14 @@ __device__ __forceinline__ int block_of(int block, int n_blocks) {
 #define VALUE_BLOCK (4 * PADDED(VALUE_PIECES))
 #define STAGE_WORDS (4 * KEY_BLOCK + 4 * VALUE_BLOCK + KEY_CHUNKS * 64)  // of two warps
 
-// Copy one class of one part; `lane`: of the two warps, sixteen a block. `from` is where this lane's block begins in memory, `to` in shared memory.
+// Copy one class of one part; `lane`: of the two warps, sixteen a block. `from` is where this lane's block begins in
+// memory, `to` in shared memory.
 template <int BITS, int CHUNKS>
 __device__ __forceinline__ void stage_class(u32 to, const u32* from, const Class* own, int lane) {
     if (CHUNKS == 0) return;
     const size_t first = (size_t)(from + own->word), begin = first & ~(size_t)15;
-    const int left = (int)(first - begin) + 4 * BITS * own->count - 16 * (lane % 16);  // bytes from this lane's first piece on
+    const int left =
+        (int)(first - begin) + 4 * BITS * own->count - 16 * (lane % 16);  // bytes from this lane's first piece on
     const char* source = (const char*)begin + 16 * (lane % 16);
     to += 16 * (lane % 16);
     pin(to, source);
@@ -564,7 +598,9 @@ __device__ __forceinline__ void stage_keys(
         if (i + lane < KEY_CHUNKS * 16) copy_16(queries + 16 * i, query + 16 * i);
 }
 
-__device__ __forceinline__ void stage_values(u32* memory, const u32* words, const Class* vc, int unit, int row, int lane) {
+__device__ __forceinline__ void stage_values(
+    u32* memory, const u32* words, const Class* vc, int unit, int row, int lane
+) {
     const u32* from = words + (size_t)(unit * 4 + lane / 16) * row;
     u32 to = shared_address(memory + 4 * KEY_BLOCK + lane / 16 * VALUE_BLOCK);
     stage_class<16, V16>(to, from, vc, lane);
@@ -574,7 +610,8 @@ __device__ __forceinline__ void stage_values(u32* memory, const u32* words, cons
     stage_class<1, V1>(to += 16 * PIECES(V2, 2), from, vc + 4, lane);
 }
 
-// Where a class of a block begins, in memory and in shared memory as stage_class put it. staged: the block's address there.
+// Where a class of a block begins, in memory and in shared memory as stage_class put it. staged: the block's address
+// there.
 __device__ __forceinline__ Words class_of(const u32* row, u32 staged, int pieces_before, int word) {
     return {row + word, staged + 16 * pieces_before + 4 * (((u32)((size_t)row >> 2) + word) % 4)};
 }
@@ -583,18 +620,19 @@ struct Sizes {
     int lo, hi, n_blocks, key_row, value_row, key_gain_word, value_gain_word, last_staged;
 };
 
-// One side of a unit of 128 tokens into the sums `o` (the last one: of the weights themselves, gains included, as the products
-// round them), with the largest score so far and the sum of weights of columns 2c and 2c + 1. CLAMP: near the end of the
-// cache, see score_class. STAGED: the unit lies in `memory`; as soon as its keys are done with, those of unit `next` are
-// asked for, and so with its values.
+// One side of a unit of 128 tokens into the sums `o` (the last one: of the weights themselves, gains included, as the
+// products round them), with the largest score so far and the sum of weights of columns 2c and 2c + 1. CLAMP: near the
+// end of the cache, see score_class. STAGED: the unit lies in `memory`; as soon as its keys are done with, those of
+// unit `next` are asked for, and so with its values.
 template <bool CLAMP, bool STAGED>
 __device__ __forceinline__ void attend_unit(
     float (&o)[VALUE_CHUNKS + 1][4], float (&top)[2], float (&total)[2], const u32* key_words, const u32* value_words,
-    const Class* kc, const Class* vc, const uint2* q, float4 bias, const u8* mask,
-    int unit, const Sizes& sizes, u32* memory, const uint2* next_q, int next, int lane, int side, int pair
+    const Class* kc, const Class* vc, const uint2* q, float4 bias, const u8* mask, int unit, const Sizes& sizes,
+    u32* memory, const uint2* next_q, int next, int lane, int side, int pair
 ) {
     const int r = lane / 4, c = lane % 4, quarter = r % 4, n_blocks = sizes.n_blocks, lo = sizes.lo, hi = sizes.hi;
-    const int block0 = block_of<CLAMP>(unit * 4 + r / 4, n_blocks), block1 = block_of<CLAMP>(unit * 4 + 2 + r / 4, n_blocks);
+    const int block0 = block_of<CLAMP>(unit * 4 + r / 4, n_blocks),
+              block1 = block_of<CLAMP>(unit * 4 + 2 + r / 4, n_blocks);
     const u32* row0 = key_words + (size_t)block0 * sizes.key_row;
     const u32* row1 = key_words + (size_t)block1 * sizes.key_row;
     u32 key_gains[2], value_gains[2];
@@ -603,8 +641,10 @@ __device__ __forceinline__ void attend_unit(
         key_gains[1] = __ldg(row1 + sizes.key_gain_word + quarter) >> (16 * side);
     }
     if (VALUE_GAIN) {
-        value_gains[0] = __ldg(value_words + (size_t)block0 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
-        value_gains[1] = __ldg(value_words + (size_t)block1 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
+        value_gains[0] =
+            __ldg(value_words + (size_t)block0 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
+        value_gains[1] =
+            __ldg(value_words + (size_t)block1 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
     }
     if (STAGED) {
         wait<1>();
@@ -616,10 +656,11 @@ __device__ __forceinline__ void attend_unit(
 #pragma unroll
     for (int t = 0; t < 4; t++) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0f;
     const u32 here0 = STAGED ? shared_address(memory + r / 4 * KEY_BLOCK) : 0, here1 = here0 + 8 * KEY_BLOCK;
-#define SCORE_CLASS(BITS, CHUNKS, I, CHUNKS_BEFORE, PIECES_BEFORE)                                                             \
-    score_class<BITS, CHUNKS, CLAMP, STAGED>(                                                                                \
+#define SCORE_CLASS(BITS, CHUNKS, I, CHUNKS_BEFORE, PIECES_BEFORE)                                                     \
+    score_class<BITS, CHUNKS, CLAMP, STAGED>(                                                                          \
         s, class_of(row0, here0, PIECES_BEFORE, kc[I].word), class_of(row1, here1, PIECES_BEFORE, kc[I].word), kc + I, \
-        q + (CHUNKS_BEFORE) * 32, c, quarter, side)
+        q + (CHUNKS_BEFORE) * 32, c, quarter, side                                                                     \
+    )
     if (K16) {
         SCORE_CLASS(16, K16, 0, 0, 0);
 #pragma unroll
@@ -648,7 +689,8 @@ __device__ __forceinline__ void attend_unit(
         }
     }
     if (HAS_MASK || unit * 128 < lo || unit * 128 + 128 > hi) {
-        const int token = unit * 128 + r * 8 + 4 * side;  // of the first place of the first row; the second is 64 tokens on
+        const int token =
+            unit * 128 + r * 8 + 4 * side;  // of the first place of the first row; the second is 64 tokens on
 #pragma unroll
         for (int t = 0; t < 4; t++)
 #pragma unroll
@@ -684,7 +726,8 @@ __device__ __forceinline__ void attend_unit(
             for (int j = 0; j < 4; j++) o[i][j] *= shrink[j % 2];
     }
     // Where nothing was seen yet, weights must be 0 and not 1.
-    const float base0 = (top[0] == NEVER ? 0.0f : top[0]) - WEIGHT_BITS, base1 = (top[1] == NEVER ? 0.0f : top[1]) - WEIGHT_BITS;
+    const float base0 = (top[0] == NEVER ? 0.0f : top[0]) - WEIGHT_BITS,
+                base1 = (top[1] == NEVER ? 0.0f : top[1]) - WEIGHT_BITS;
     u32 p[2][4];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
@@ -712,9 +755,10 @@ __device__ __forceinline__ void attend_unit(
         const u32 one = 0x3c003c00u;
 #pragma unroll
         for (int t = 0; t < 4; t += 2) mma(o[VALUE_CHUNKS], one, one, one, one, weights[t], weights[t + 1]);
-#define SUM_CLASS(BITS, FIRST, CHUNKS, I, PIECES_BEFORE)          \
-    sum_class<BITS, FIRST, CHUNKS, CLAMP, STAGED>(               \
-        o, class_of(row, here, PIECES_BEFORE, vc[I].word), vc + I, weights, r, even, side)
+#define SUM_CLASS(BITS, FIRST, CHUNKS, I, PIECES_BEFORE)                                  \
+    sum_class<BITS, FIRST, CHUNKS, CLAMP, STAGED>(                                        \
+        o, class_of(row, here, PIECES_BEFORE, vc[I].word), vc + I, weights, r, even, side \
+    )
         SUM_CLASS(16, 0, V16, 0, 0);
         SUM_CLASS(8, V16, V8, 1, PIECES(V16, 16));
         SUM_CLASS(4, V16 + V8, V4, 2, PIECES(V16, 16) + PIECES(V8, 8));
@@ -728,14 +772,14 @@ __device__ __forceinline__ void attend_unit(
     }
 }
 
-// Grid: (splits, groups, batch). Each pair of warps takes every PAIRS-th unit of the split's; splits share the units of a sequence.
-// stats: [batch, groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains;
-// sums: [batch, groups, splits, 16 VALUE_CHUNKS, 8].
+// Grid: (splits, groups, batch). Each pair of warps takes every PAIRS-th unit of the split's; splits share the units of
+// a sequence. stats: [batch, groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains; sums:
+// [batch, groups, splits, 16 VALUE_CHUNKS, 8].
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     const u32* key_words, const u32* value_words, const Class* key_classes, const Class* value_classes,
     const uint2* absorbed, const float2* biases, const int* first, const int* last, const u8* mask, float* stats,
-    float* sums, int n_blocks, int n_turns, int turn_shift, int key_row, int value_row,
-    int key_blocks, int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
+    float* sums, int n_blocks, int n_turns, int turn_shift, int key_row, int value_row, int key_blocks,
+    int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
 ) {
     __shared__ float shared[WARPS][3][8];
     __shared__ float shared_sums[16 * VALUE_CHUNKS * 8];
@@ -747,10 +791,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
     const int n_units = (n_blocks + 3) / 4;
     // Splits share what counts of this sequence, however long the others are.
-    const int start = lo / 128, n_used = max((hi + 127) / 128 - start, 0), per_split = (n_used + gridDim.x - 1) / gridDim.x;
+    const int start = lo / 128, n_used = max((hi + 127) / 128 - start, 0),
+              per_split = (n_used + gridDim.x - 1) / gridDim.x;
     const int begin = start + split * per_split, end = start + min((split + 1) * per_split, n_used);
     __shared__ Class classes[10];
-    if (threadIdx.x < 10) classes[threadIdx.x] = (threadIdx.x < 5 ? key_classes : value_classes)[group * 5 + threadIdx.x % 5];
+    if (threadIdx.x < 10)
+        classes[threadIdx.x] = (threadIdx.x < 5 ? key_classes : value_classes)[group * 5 + threadIdx.x % 5];
     __syncthreads();
     const Class *kc = classes, *vc = classes + 5;
 
@@ -766,7 +812,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
         return absorbed + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * KEY_CHUNKS * 32;
     };
     auto bias = [&](int unit) {  // offset and mean of columns 2c and 2c + 1
-        return *(const float4*)(biases + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * 8 + 2 * c);
+        return *(const float4*)(biases + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * 8 +
+                                2 * c);
     };
     int unit = begin + pair;
 #if STAGED_UNITS
@@ -783,12 +830,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
     for (; unit < sizes.last_staged && !ALWAYS_CLAMP; unit += PAIRS)
         attend_unit<false, STAGED_UNITS>(
             o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory,
-            queries(min(unit + PAIRS, n_units - 1)), unit + PAIRS, lane, side, pair);
+            queries(min(unit + PAIRS, n_units - 1)), unit + PAIRS, lane, side, pair
+        );
 #pragma unroll 1
     for (; unit < end; unit += PAIRS)
         attend_unit<true, false>(
-            o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory, 0,
-            0, lane, side, pair);
+            o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory,
+            0, 0, lane, side, pair
+        );
 
     // The warps' sums, brought to one scale and added in turn.
 #pragma unroll
@@ -857,24 +906,27 @@ __device__ __forceinline__ int row_of(int component, const Class* classes) {
     return -1;
 }
 
-// Grid: (KV heads, batch). out: [batch, 1, heads, HEAD_DIM]. Shared: splits * GROUP_COLUMNS + 16 VALUE_CHUNKS * GROUP_COLUMNS
+// Grid: (KV heads, batch). out: [batch, 1, heads, HEAD_DIM]. Shared: splits * GROUP_COLUMNS + 16 VALUE_CHUNKS *
+// GROUP_COLUMNS
 // + PARTS * HEAD_DIM * GROUP_COLUMNS floats.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
-    const float* mean, const Class* value_classes, u16* out, int n_splits, int decoder_stride, int out_batch, int out_head,
-    int has_mean
+    const float* mean, const Class* value_classes, u16* out, int n_splits, int decoder_stride, int out_batch,
+    int out_head, int has_mean
 ) {
     DYNAMIC_SHARED(float, memory);
-    float* scale = memory;                                 // [splits, GROUP_COLUMNS]
-    float* z = scale + n_splits * GROUP_COLUMNS;           // [16 VALUE_CHUNKS, GROUP_COLUMNS]
+    float* scale = memory;                                  // [splits, GROUP_COLUMNS]
+    float* z = scale + n_splits * GROUP_COLUMNS;            // [16 VALUE_CHUNKS, GROUP_COLUMNS]
     float* halves = z + 16 * VALUE_CHUNKS * GROUP_COLUMNS;  // [PARTS, HEAD_DIM, GROUP_COLUMNS]
-    __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], exact_scale[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
+    __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], exact_scale[GROUP_COLUMNS],
+        packed_total[GROUP_COLUMNS];
     const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
     const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
     const int column = head % GROUP_HEADS * GROUP_COLUMNS;
     const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // The decoder does not depend on anything: it is asked for first. Component k of this thread's is row_of(part + PARTS k).
+    // The decoder does not depend on anything: it is asked for first. Component k of this thread's is row_of(part +
+    // PARTS k).
     const int part = threadIdx.x / HEAD_DIM % PARTS, dim = threadIdx.x % HEAD_DIM;
     u16 d[ROWS];
     {
@@ -917,8 +969,11 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
 #pragma unroll 8
         for (int split = 0; split < n_splits; split++)
             sum += scale[split * GROUP_COLUMNS + g] * from[(size_t)split * (16 * VALUE_CHUNKS * 8)];
-        const float offset = chunk < V16 ? 0.0f : chunk < V16 + V8 ? 127.5f : chunk < V16 + V8 + V4 ? 7.5f
-                             : chunk < V16 + V8 + V4 + V2 ? 1.5f : 0.5f;
+        const float offset = chunk < V16                  ? 0.0f
+                             : chunk < V16 + V8           ? 127.5f
+                             : chunk < V16 + V8 + V4      ? 7.5f
+                             : chunk < V16 + V8 + V4 + V2 ? 1.5f
+                                                          : 0.5f;
         const bool there = row_of(component, value_classes + group * 5) >= 0;
         z[i] = !there ? 0.0f : chunk < V16 ? sum : sum * CODE_SCALE - offset * all_weighted[g];
     }
@@ -943,8 +998,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
         float value = has_mean ? packed_total[g] * mean[head * HEAD_DIM + dim] : 0.0f;
 #pragma unroll
         for (int k = 0; k < PARTS; k++) value += halves[(k * HEAD_DIM + dim) * GROUP_COLUMNS + g];
-        value += exact_scale[g] * exact_sums[((size_t)(batch * n_kv_heads + head) * GROUP_COLUMNS + g) * HEAD_DIM + dim];
+        value +=
+            exact_scale[g] * exact_sums[((size_t)(batch * n_kv_heads + head) * GROUP_COLUMNS + g) * HEAD_DIM + dim];
         const float total = all_total[g];
-        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + dim] = stored(total > 0.0f ? value / total : 0.0f);
+        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + dim] =
+            stored(total > 0.0f ? value / total : 0.0f);
     }
 }

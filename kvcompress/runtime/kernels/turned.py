@@ -167,9 +167,9 @@ def turned_attention(
     prepare(
         (batch * n_kv_heads + tasks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
         [
-            query, keys.fragments, no_mean, angles, absorbed, biases, exact.sink_keys, exact.sink_values,
+            query, keys.fragments, no_mean, angles, last, absorbed, biases, exact.sink_keys, exact.sink_values,
             exact.keys, exact.values, nothing if exact.mask is None else exact.mask, exact_sums, exact_stats, batch,
-            n_turns, n_kv_heads, angles.stride(0) // 2 if angles.shape[0] > 1 else 0,
+            n_turns, n_kv_heads, turn_shift, angles.stride(0) // 2 if angles.shape[0] > 1 else 0,
             exact.sink_keys.shape[2], exact.keys.shape[2], int(exact.mask is not None), *query.stride()[:2],
             *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
             scaling * 1.4426950408889634,
