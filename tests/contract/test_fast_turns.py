@@ -16,7 +16,7 @@ from kvcompress.runtime.kernels import turned
 from tests import emulator
 from tests.tiny_models import PAD, random_ids, save_tiny_checkpoint
 
-pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++, for the emulator")
+pytestmark = pytest.mark.skipif(not emulator.available(), reason="needs g++ 12, for the emulator")
 
 
 @pytest.fixture(scope="module")

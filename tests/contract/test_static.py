@@ -254,7 +254,7 @@ class Recording:
         return replay, result
 
 
-@pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++, for the emulator")
+@pytest.mark.skipif(not emulator.available(), reason="needs g++ 12, for the emulator")
 @pytest.mark.parametrize(
     "options",
     [

@@ -17,7 +17,18 @@ from torch import Tensor
 
 _HERE = Path(__file__).parent
 _KERNELS = ("prepare", "attend", "combine")
-COMPILER = shutil.which("g++")
+_COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w"]
+
+
+@lru_cache(maxsize=1)
+def available() -> bool:
+    """Return whether there is a compiler that knows half precision (g++ from 12 on, on x86 and Arm)."""
+    if shutil.which(_COMMAND[0]) is None:
+        return False
+    trial = subprocess.run(
+        [*_COMMAND, "-fsyntax-only", "-"], input="#include <ucontext.h>\n_Float16 x;", text=True, capture_output=True
+    )
+    return trial.returncode == 0
 
 
 @lru_cache(maxsize=256)
@@ -39,8 +50,7 @@ def _built(source: str) -> Path:
     library = Path(gettempdir()) / f"kvcompress-emulator-{digest}.so"
     if not library.exists():
         scratch = library.with_suffix(f".{id(source)}.so")
-        command = [str(COMPILER), "-x", "c++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(scratch), "-"]
-        subprocess.run(command, input=source, text=True, check=True)
+        subprocess.run([*_COMMAND, "-shared", "-fPIC", "-o", str(scratch), "-"], input=source, text=True, check=True)
         scratch.rename(library)
     return library
 

@@ -27,8 +27,8 @@ from tests import emulator
 def device(request: Any, monkeypatch: Any) -> Iterator[str]:
     """Where the kernels run; memory that nothing was written to reads as NaN there."""
     if request.param == "cpu":
-        if emulator.COMPILER is None:
-            pytest.skip("needs g++, for the emulator")
+        if not emulator.available():
+            pytest.skip("needs g++ 12, for the emulator")
         monkeypatch.setattr(turned, "_kernels", emulator.kernels)
     elif not torch.cuda.is_available() or not compiler_works(torch.device("cuda", 0)):
         pytest.skip("needs an NVIDIA GPU")
