@@ -16,6 +16,7 @@ from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_seco
 from kvcompress.bench.workload import SHAPES, Shape, shape_of_output, typical_counts
 from kvcompress.errors import OptionError
 from kvcompress.options import GAIN_BITS
+from kvcompress.plan import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ def run_bench(
     decode: also time a whole model, at decode_batch sequences or the most that fit in memory_gb.
     Raises OptionError for an unknown shape, a device that is not there, or a model to decode with that does not fit.
     """
+    if min(contexts) < BLOCK_TOKENS:
+        raise OptionError(f"--context {min(contexts)}: nothing is packed below {BLOCK_TOKENS} tokens. Ask for more.")
     where = _device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     sizes, counts = _workloads(output, shape, keeps, ranks_only)

@@ -72,6 +72,7 @@ def test_bad_requests(fails):
     assert "llama-3-8b" in fails("bench", "--shape", "nothing")
     assert "--batch" in fails("bench", "--batch", "1,two")
     assert "--context" in fails("bench", "--context", "0")
+    assert "32 tokens" in fails("bench", "--context", "16")
 
 
 @pytest.mark.parametrize("keep", [0.0625, 0.125, 0.25, 0.5])
