@@ -29,10 +29,14 @@ from kvcompress.bench.workload import Shape
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
-from kvcompress.runtime.graph import GraphDecoder
+from kvcompress.runtime.graph import GraphDecoder, record
 
 #: One whole round of evictions each: every layer encodes a block once in BLOCK_TOKENS steps.
 WARM_UP, STEPS = BLOCK_TOKENS, 2 * BLOCK_TOKENS
+#: The rows that are compared with: the last two grow, in place and as transformers lets them.
+UNCOMPRESSED = ("recorded", "preallocated", "dynamic")
+#: Steps before one is recorded.
+_UNRECORDED = 2
 #: The share of the memory left for what a step works with (logits, MLP, a layer's cache while it is copied).
 _WORKSPACE = 1 / 32
 #: Bytes of caches on a CPU, where whatever fits would take hours.
@@ -46,8 +50,9 @@ MakeDecoder = Callable[[int], Any]
 class DecodeTiming:
     """One row of the table. Times in milliseconds, of one step: one token of each sequence.
 
-    cache: `preallocated` and `dynamic` are uncompressed; `fixed` is a compressed one of a fixed capacity, over which a
-    GPU replays a recorded step. computed_batch: from bytes alone; batch: what ran.
+    cache: those of UNCOMPRESSED, of which a GPU replays a recorded step over `recorded`; `compressed` grows, `fixed` is
+    a compressed one of a fixed capacity, over which a GPU replays a recorded step, too.
+    computed_batch: from bytes alone; batch: what ran.
     milliseconds: the mean, in which evictions have their share; one step in 32 has them, so the median has none.
     speedup: in tokens a second, over the fastest uncompressed row of the same context; None where none fits.
     """
@@ -73,20 +78,37 @@ class DecodeTiming:
 
 
 class Decoder:
-    """Greedy decoding of one token of each sequence at a time, from a random token on; logits: those of the last."""
+    """Greedy decoding of one token of each sequence at a time, from a random token on; logits: those of the last.
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, context: int, batch: int) -> None:
+    recordable: all sizes stay, so that a GPU can record a step as a CUDA graph and replay it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache, context: int, batch: int, *, recordable: bool = False
+    ) -> None:
         device = next(model.parameters()).device
         self.model, self.cache = model, cache
         self.token = torch.randint(model.config.vocab_size, (batch, 1), device=device)
         self.positions = torch.full((batch, 1), context, device=device)
         self.logits: Tensor | None = None
+        self._steps_to_recording = _UNRECORDED if recordable and device.type == "cuda" else -1
+        self._replay: Callable[[], None] | None = None
 
     def step(self) -> None:
+        if self._replay is None and self._steps_to_recording == 0:
+            self._replay, self.logits = record(self._forward, self.token.device)
+        self._steps_to_recording -= 1
+        if self._replay is None:
+            self.logits = self._forward()
+        else:
+            self._replay()
+
+    def _forward(self) -> Tensor:
         output = self.model(input_ids=self.token, past_key_values=self.cache, position_ids=self.positions)
-        self.logits = output.logits[:, -1]
-        self.token = self.logits.argmax(-1, keepdim=True)
-        self.positions = self.positions + 1
+        logits = output.logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.positions.add_(1)
+        return logits
 
 
 class FixedDecoder:
@@ -107,7 +129,7 @@ def time_decode(
     shape: Shape, counts: Mapping[float, Mapping[str, dict[int, int]]], *, contexts: Sequence[int], batch: int | None,
     turn: int, memory_gb: float, device: torch.device, dtype: torch.dtype,
 ) -> list[DecodeTiming]:  # fmt: skip
-    """Return rows of every context: two uncompressed caches, then two for every keep; without those of which none fits.
+    """Return rows of every context: the uncompressed caches, then two for every keep; without those of which none fits.
 
     batch: the same for all, instead of the largest that fits. counts: {keep: {"key" and "value": {bits: components}}}.
     Raises OptionError if the weights alone do not fit.
@@ -121,7 +143,10 @@ def time_decode(
             run = _Run(model, context, batch, limit)
             n_bytes = 2 * (context + WARM_UP + STEPS) * shape.width * shape.n_layers * dtype.itemsize
             plain = partial(uncompressed_cache, shape, context, device=device, dtype=dtype)
+            n_steady = 2 * (context + 1) * shape.width * shape.n_layers * dtype.itemsize
+            steady = partial(uncompressed_cache, shape, context + 1, n_new=0, device=device, dtype=dtype)
             found = [
+                run.time("recorded", 1.0, steady, n_steady, recordable=True),
                 run.time("preallocated", 1.0, partial(plain, n_new=WARM_UP + STEPS), n_bytes),
                 run.time("dynamic", 1.0, partial(plain, n_new=None), n_bytes),
             ]
@@ -165,10 +190,16 @@ class _Run:
     limit: float
 
     def time(
-        self, name: str, keep: float, make_cache: Callable[[int], Cache], bytes_of_one: int
+        self,
+        name: str,
+        keep: float,
+        make_cache: Callable[[int], Cache],
+        bytes_of_one: int,
+        *,
+        recordable: bool = False,
     ) -> DecodeTiming | None:
         def make(batch: int) -> Decoder:
-            return Decoder(self.model, make_cache(batch), self.context, batch)
+            return Decoder(self.model, make_cache(batch), self.context, batch, recordable=recordable)
 
         return self.time_decoder(name, keep, make, bytes_of_one)
 
@@ -241,7 +272,7 @@ def _compressed(
 
 
 def _with_speedups(rows: list[DecodeTiming]) -> list[DecodeTiming]:
-    plain = [row.tokens_per_second for row in rows if row.cache in ("preallocated", "dynamic")]
+    plain = [row.tokens_per_second for row in rows if row.cache in UNCOMPRESSED]
     return [replace(row, speedup=row.tokens_per_second / max(plain)) for row in rows] if plain else rows
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcompress.architectures import read_model_spec
@@ -16,6 +17,9 @@ from kvcompress.model_spec import Part, Site
 from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer
 from kvcompress.runtime.static import StaticCache
+
+#: The name of attend_unmasked among transformers' attention implementations.
+_UNMASKED = "kvcompress_bench_unmasked"
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
@@ -34,10 +38,25 @@ def llama_config(shape: Shape) -> LlamaConfig:
     )
 
 
+def attend_unmasked(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of one new token, or of a whole prompt, in transformers' interface but without a mask.
+
+    transformers makes one where a step is recorded, and it would keep torch from its fastest kernels.
+    """
+    causal = query.shape[2] > 1
+    output = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=causal, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return a Llama of the shape with random weights, made on the device itself (`meta` takes no memory)."""
+    AttentionInterface.register(_UNMASKED, attend_unmasked)
+    AttentionMaskInterface.register(_UNMASKED, lambda *_, **__: None)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype, attn_implementation=_UNMASKED)
+        return model.eval()
 
 
 def random_plan(
@@ -130,19 +149,35 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :n_tokens] for buffer in self._buffers)
 
 
+class SteadyLayer(PreallocatedLayer):
+    """Exact keys and values that stay one length, all buffers filled: every step writes its token into the last slot.
+
+    So all sizes and addresses stay and a step can be recorded, as attention over one and the same number of tokens.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, -1:] = new
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1  # the last slot's token is yet to come
+
+
 def uncompressed_cache(
     shape: Shape, context: int, batch: int, *, n_new: int | None, device: torch.device, dtype: torch.dtype
 ) -> Cache:
     """Return a cache of random exact keys and values of `context` tokens.
 
-    n_new: tokens to come, for which PreallocatedLayers have room; None gives the DynamicLayers of transformers.
+    n_new: tokens to come, for which PreallocatedLayers have room; 0 gives SteadyLayers, None the DynamicLayers of
+    transformers.
     """
     size = (batch, shape.n_kv_heads, context + (n_new or 0), shape.head_dim)
     layers = []
     for _ in range(shape.n_layers):
         keys, values = (torch.empty(size, device=device, dtype=dtype).normal_() for _ in range(2))
         if n_new is not None:
-            layers.append(PreallocatedLayer(keys, values, context))
+            layers.append((PreallocatedLayer if n_new else SteadyLayer)(keys, values, context))
             continue
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)

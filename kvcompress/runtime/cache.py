@@ -42,10 +42,14 @@ class LayerCodecs:
 
     def pack_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
         """keys: [batch, heads, n_blocks * 32, head_dim] after RoPE -> [batch, n_blocks, size of a block]."""
-        return _pack(self.key, self._centred_keys(keys, positions))
+        fused = None
+        if self.key is not None and not self.cached_rotated:
+            fused = fast.pack_heads(self.key, keys, self.rotary, positions)
+        return _pack(self.key, self._centred_keys(keys, positions)) if fused is None else fused
 
     def pack_values(self, values: Tensor) -> Tensor:
-        return _pack(self.value, self._centred_values(values))
+        fused = None if self.value is None else fast.pack_heads(self.value, values, None, None)
+        return _pack(self.value, self._centred_values(values)) if fused is None else fused
 
     def unpack_keys(self, packed: Tensor) -> Tensor:
         """Return latents [batch, n_tokens, R], float32; the numbers themselves where keys are stored exactly."""

@@ -98,12 +98,33 @@ def pack(codec: SiteCodec, x: Tensor) -> Tensor | None:
     """Return what codec.pack returns, or None; x: [batch, n_blocks * 32, n], the mean already subtracted."""
     if not kernels_apply(x.device) or not _is_packable(codec):
         return None
-    from kvcompress.runtime.kernels.encode import pack_latents, project
+    from kvcompress.runtime.kernels.encode import project
+
+    return _packed(codec, project(x, _dense_maps(codec).encoder))
+
+
+def pack_heads(codec: SiteCodec, x: Tensor, rotary: Rotary | None, positions: Tensor | None) -> Tensor | None:
+    """Return what codec.pack returns of x un-rotated and without the mean, or None.
+
+    x: [batch, heads, n_blocks * 32, head_dim]; rotary: None where nothing is to be un-rotated; positions: those of
+    TokenLine.key_positions.
+    """
+    whole = rotary is None or _whole_rotation(rotary, x.shape[3])
+    if not (whole and kernels_apply(x.device) and _is_packable(codec)):
+        return None
+    from kvcompress.runtime.kernels.encode import centred, project
+
+    return _packed(codec, project(centred(x, codec.mean, rotary, positions), _dense_maps(codec).encoder))
+
+
+def _packed(codec: SiteCodec, latents: Tensor) -> Tensor:
+    from kvcompress.runtime.kernels.encode import pack_latents
 
     dense = _dense_maps(codec)
     row = row_words(dense.counts, has_gain=codec.has_gain)
-    words = torch.empty(x.shape[0], x.shape[1] // BLOCK_TOKENS, row, dtype=torch.int32, device=x.device)
-    pack_latents(project(x, dense.encoder), _site(codec, words))
+    batch, n_tokens, _ = latents.shape
+    words = torch.empty(batch, n_tokens // BLOCK_TOKENS, row, dtype=torch.int32, device=latents.device)
+    pack_latents(latents, _site(codec, words))
     return words.view(torch.uint8)
 
 

@@ -50,6 +50,11 @@ def last_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, n_step
     return torch.cat(logits[1:], 1).float()
 
 
+def unpacked_by_kernels(monkeypatch: Any) -> None:
+    for name in ("pack", "pack_heads"):
+        monkeypatch.setattr(fast, name, lambda *_: None)
+
+
 @pytest.mark.parametrize("ranks_only", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, padded: bool, monkeypatch: Any) -> None:
@@ -70,7 +75,7 @@ def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, 
 
     monkeypatch.setattr(fast, "kernels_apply", lambda device: True)
     monkeypatch.setattr(fast, "attention", counted)
-    monkeypatch.setattr(fast, "pack", lambda codec, x: None)
+    unpacked_by_kernels(monkeypatch)
     fused = last_logits(model, ids, mask, 3)
     assert sum(calls) == 3 * len(model.model.layers)
     assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer
@@ -97,7 +102,7 @@ def test_one_recorded_step_serves_them_all(attached: Any, monkeypatch: Any) -> N
     reference = growing(model, ids, n_prompt).float()
     kernels_on = False
     monkeypatch.setattr(fast, "kernels_apply", lambda device: kernels_on)
-    monkeypatch.setattr(fast, "pack", lambda codec, x: None)
+    unpacked_by_kernels(monkeypatch)
     recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
     decoder.prefill(ids[:, :n_prompt])
     for place in range(n_prompt, ids.shape[1]):

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from kvcompress.bench import decode
 from kvcompress.bench.decode import (
     STEPS,
+    UNCOMPRESSED,
     WARM_UP,
     Decoder,
     FixedDecoder,
@@ -31,7 +32,6 @@ from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 
 TINY, CPU, FLOAT = SHAPES["tiny"], torch.device("cpu"), torch.float32
-PLAIN = ("preallocated", "dynamic")
 COUNTS = typical_counts(TINY.width, 0.25)
 
 
@@ -83,12 +83,31 @@ def test_uncompressed_caches_give_the_same_logits(model):
     first = cache_nbytes(preallocated)
     decoders = [Decoder(model, cache, 20, 2) for cache in (own, preallocated, dynamic)]
     for decoder in decoders:
-        decoder.token = prompt[:, -1:]
+        decoder.token = prompt[:, -1:].clone()
         for _ in range(5):
             decoder.step()
     for decoder in decoders[1:]:
         torch.testing.assert_close(decoder.logits, decoders[0].logits)
     assert cache_nbytes(preallocated) == first == cache_nbytes(dynamic) == 2 * 25 * 2 * TINY.width * 2 * 4
+
+
+@torch.no_grad()
+def test_a_cache_that_stays_one_length_sees_the_tokens_read_and_the_new_one(model):
+    prompt = torch.randint(TINY.n_vocab, (2, 20), generator=torch.Generator().manual_seed(1))
+    own = DynamicCache()
+    model(input_ids=prompt, past_key_values=own)
+    steady = uncompressed_cache(TINY, 21, 2, n_new=0, device=CPU, dtype=FLOAT)
+    for layer, source in zip(steady.layers, own.layers, strict=True):
+        layer.keys[:, :, :20].copy_(source.keys)
+        layer.values[:, :, :20].copy_(source.values)
+    decoders = [Decoder(model, cache, 20, 2, recordable=True) for cache in (own, steady)]
+    for decoder in decoders:
+        decoder.token = prompt[:, -1:].clone()
+        decoder.step()
+    torch.testing.assert_close(decoders[1].logits, decoders[0].logits)
+    decoders[1].step()
+    assert steady.layers[0].keys.shape[2] == 21
+    assert cache_nbytes(steady) == 2 * 21 * 2 * TINY.width * 2 * 4
 
 
 @torch.no_grad()
@@ -118,7 +137,7 @@ def test_a_fixed_cache_decodes_as_the_growing_one_it_was_filled_like(attached):
         layer.tokens = cache.tokens
         layer.batch_select_indices(torch.arange(batch))  # copies
     growing = Decoder(attached, cache, 130, batch)
-    growing.token = fixed.token[:, None]
+    growing.token = fixed.token[:, None].clone()
     for _ in range(40):
         fixed.step()
         growing.step()
@@ -130,16 +149,16 @@ def test_rows_are_those_of_every_context_uncompressed_first():
     assert [(r.cache, r.keep, r.context) for r in rows] == [
         (cache, keep, context)
         for context in (64, 128)
-        for cache, keep in (("preallocated", 1.0), ("dynamic", 1.0), ("compressed", 0.25), ("fixed", 0.25))
+        for cache, keep in (*((name, 1.0) for name in UNCOMPRESSED), ("compressed", 0.25), ("fixed", 0.25))
     ]
     plan, _ = random_plan(TINY, COUNTS, COUNTS, FLOAT)
     for row in rows:
-        plain = max(r.tokens_per_second for r in rows if r.context == row.context and r.cache in PLAIN)
+        plain = max(r.tokens_per_second for r in rows if r.context == row.context and r.cache in UNCOMPRESSED)
         assert row.batch == 2 and row.peak_bytes is None
         assert row.tokens_per_second == pytest.approx(2e3 / row.milliseconds)
         assert row.speedup == pytest.approx(row.tokens_per_second / plain)
         n_tokens = row.context + WARM_UP + STEPS
-        whole = 2 * n_tokens * 2 * TINY.width * TINY.n_layers * 4
+        whole = 2 * (row.context + 1 if row.cache == "recorded" else n_tokens) * 2 * TINY.width * TINY.n_layers * 4
         packed = 2 * plan.cache_bytes(n_tokens, exact_number_bytes=4)
         if row.cache == "fixed":
             assert 0 < row.cache_bytes - packed < 2 * (BLOCK_TOKENS + 1) * 2 * TINY.width * TINY.n_layers * 4
@@ -154,10 +173,10 @@ def test_the_largest_batch_grows_as_the_cache_shrinks(monkeypatch):
     rows = timed(contexts=[128], batch=None, n_steps=1)
     assert [r.batch for r in rows] == [r.computed_batch for r in rows]
     n_bytes = 4 * 2 * (128 + WARM_UP + 1) * TINY.width * TINY.n_layers
-    assert rows[0].batch == rows[1].batch == 2.5e6 // n_bytes
+    assert rows[1].batch == rows[2].batch == 2.5e6 // n_bytes
     plan, _ = random_plan(TINY, COUNTS, COUNTS, FLOAT)
     fullest = plan.cache_bytes(159, exact_number_bytes=4)  # 64 packed tokens and a window of 95, just before eviction
-    assert rows[2].batch == 2.5e6 // fullest > rows[0].batch
+    assert rows[3].batch == 2.5e6 // fullest > rows[1].batch
 
 
 def test_a_batch_that_does_not_fit_is_lowered_by_tenths(monkeypatch):
@@ -173,8 +192,8 @@ def test_a_batch_that_does_not_fit_is_lowered_by_tenths(monkeypatch):
     monkeypatch.setattr(decode, "fill_compressed", out_of_memory)
     monkeypatch.setattr(decode, "fill_fixed", out_of_memory)
     rows = timed(contexts=[64], batch=12, n_steps=1)
-    assert asked == [12, 11, 10, 9] * 2
-    assert [(r.cache, r.batch) for r in rows] == [("preallocated", 9), ("dynamic", 9)]
+    assert asked == [12, 11, 10, 9] * 3
+    assert [(r.cache, r.batch) for r in rows] == [(name, 9) for name in UNCOMPRESSED]
 
 
 def test_a_forward_that_ran_out_of_memory_leaves_no_layer_behind(attached, monkeypatch):

@@ -13,8 +13,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.errors import OptionError
+from kvcompress.rope import Rotary
 from kvcompress.runtime.kernels.decode import packed_attention
-from kvcompress.runtime.kernels.encode import pack_latents
+from kvcompress.runtime.kernels.encode import centred, pack_latents
 from kvcompress.runtime.kernels.layout import PackedSite, row_words
 from tests.packed_cases import Case, pack_codes, random_case
 
@@ -121,6 +122,19 @@ def packed_by_hand(latents: torch.Tensor, counts: dict[int, int], half: torch.Te
         start += n
     words = [pack_codes(codes)] + ([pack_codes([(4, best[:, None])])] if gain else [])
     return torch.cat(words, -1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_heads_are_centred_as_the_reference_does_it(head_dim: int, rotated: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 3, head_dim).half().transpose(1, 2)
+    mean = torch.randn(3 * head_dim) if rotated else None
+    rotary = Rotary(1e4 ** -(torch.arange(head_dim // 2) * 2 / head_dim), 1.25) if rotated else None
+    positions = torch.randint(-50, 5000, (2, 40))
+    expected = x.float() if rotary is None else rotary.unrotate(x, positions)
+    expected = expected.transpose(1, 2).flatten(2) - (0 if mean is None else mean)
+    torch.testing.assert_close(centred(x, mean, rotary, positions).float(), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_packing_refuses_what_does_not_fit() -> None:

@@ -1,7 +1,7 @@
 """Encoding on the GPU: tokens that leave the window, and prompts, from numbers to packed words.
 
-The projection is one matrix product of the library's; what follows it (gain, rounding, packing) is two Triton
-launches, which read the latents once each and write only the words.
+The projection is one matrix product of the library's. What comes before it (un-rotating, the mean) is one Triton
+launch; what follows it (gain, rounding, packing) is two, which read the latents once each and write only the words.
 """
 
 from __future__ import annotations
@@ -12,10 +12,33 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import OptionError
+from kvcompress.rope import Rotary
 from kvcompress.runtime.kernels.layout import BLOCK_TOKENS, LEVELS, PackedSite
-from kvcompress.runtime.kernels.packing import gain_kernel, pack_kernel
+from kvcompress.runtime.kernels.packing import centre_kernel, gain_kernel, pack_kernel
 
 _WIDTH = 64
+_CENTRED_TOKENS = 16
+
+
+def centred(x: Tensor, mean: Tensor | None, rotary: Rotary | None, positions: Tensor | None) -> Tensor:
+    """Return heads [batch, heads, n_tokens, head_dim] un-rotated and without the mean: float16 [batch, n_tokens, n].
+
+    rotary: of whole heads, None for values and keys without RoPE; positions: [1 or batch, n_tokens].
+    """
+    batch, n_heads, n_tokens, head_dim = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    out = torch.empty(batch, n_tokens, n_heads * head_dim, dtype=torch.float16, device=x.device)
+    rotated = rotary is not None and positions is not None
+    where, frequencies, scale, stride = out, out, 1.0, 0
+    if rotary is not None and positions is not None:
+        where, frequencies, scale = positions.contiguous(), rotary.inv_freq.to(x.device), rotary.scale
+        stride = n_tokens if len(where) > 1 else 0
+    centre_kernel[(-(-n_tokens // _CENTRED_TOKENS), n_heads, batch)](
+        x, where, frequencies, out if mean is None else mean, out, *x.stride()[:3], stride, n_tokens, scale,
+        HEAD_DIM=head_dim, WIDTH=1 << (head_dim // 2 - 1).bit_length(), TOKENS=_CENTRED_TOKENS, ROTATED=rotated,
+        HAS_MEAN=mean is not None,
+    )  # fmt: skip
+    return out
 
 
 def project(x: Tensor, encoder: Tensor) -> Tensor:
@@ -23,8 +46,10 @@ def project(x: Tensor, encoder: Tensor) -> Tensor:
 
     In float16 the error is 2^-11 of the largest codes, 1/8 of a step at most: less than what rounding adds.
     """
-    limit = torch.finfo(encoder.dtype).max
-    return x.clamp(-limit, limit).to(encoder.dtype) @ encoder.T
+    if x.dtype != encoder.dtype:
+        limit = torch.finfo(encoder.dtype).max
+        x = x.clamp(-limit, limit).to(encoder.dtype)
+    return x @ encoder.T
 
 
 def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0) -> None:

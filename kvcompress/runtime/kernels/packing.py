@@ -7,6 +7,39 @@ import triton
 import triton.language as tl
 
 
+@triton.jit(do_not_specialize=["n_tokens"])
+def centre_kernel(
+    x, positions, inv_freq, mean, out, x_batch, x_head, x_token, position_batch, n_tokens, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """Un-rotate heads and take off the mean: out float16 [batch, n_tokens, heads * HEAD_DIM], within its range.
+
+    x: [batch, heads, n_tokens, HEAD_DIM]; positions: [1 or batch, n_tokens]; inv_freq: [HEAD_DIM / 2]; scale: what
+    RoPE multiplied by; mean: [heads * HEAD_DIM]. WIDTH: a power of two of at least HEAD_DIM / 2. Grid: (tokens /
+    TOKENS, heads, batch).
+    """
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    pair = tl.arange(0, WIDTH)
+    here = (token < n_tokens)[:, None] & (pair < HEAD_DIM // 2)[None, :]
+    place = x + batch * x_batch + head * x_head + token[:, None] * x_token + pair[None, :]
+    re = tl.load(place, mask=here, other=0.0).to(tl.float32)
+    im = tl.load(place + HEAD_DIM // 2, mask=here, other=0.0).to(tl.float32)
+    if ROTATED:
+        position = tl.load(positions + batch * position_batch + token, mask=token < n_tokens, other=0).to(tl.float32)
+        angle = position[:, None] * tl.load(inv_freq + pair, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        re, im = (re * cos + im * sin) / scale, (im * cos - re * sin) / scale
+    if HAS_MEAN:
+        own = mean + head * HEAD_DIM + pair
+        re -= tl.load(own, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
+        im -= tl.load(own + HEAD_DIM // 2, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
+    to = out + (batch * n_tokens + token[:, None]) * (tl.num_programs(1) * HEAD_DIM) + head * HEAD_DIM + pair[None, :]
+    tl.store(to, tl.minimum(tl.maximum(re, -65504.0), 65504.0).to(tl.float16), mask=here)
+    tl.store(to + HEAD_DIM // 2, tl.minimum(tl.maximum(im, -65504.0), 65504.0).to(tl.float16), mask=here)
+
+
 @triton.jit
 def _rounded(x, half):
     """Return the codes of x, in units of the step; half = 2^(bits - 1)."""
