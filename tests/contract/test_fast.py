@@ -16,8 +16,7 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
-from kvcompress.runtime.graph import GraphDecoder
-from tests.contract.test_static import Recording, growing
+from tests.contract.test_static import assert_replays_follow
 from tests.tiny_models import PAD, random_ids
 
 
@@ -99,19 +98,7 @@ def test_one_recorded_step_serves_them_all(attached: Any, monkeypatch: Any) -> N
     """Over a cache of a fixed capacity, at a few of many steps: nothing encoded yet, and evictions."""
     model = attached().to(torch.float16)
     ids, n_prompt, replayed = random_ids(2, 80), 10, {12, 36, 37, 38, 70, 79}
-    reference = growing(model, ids, n_prompt).float()
-    kernels_on = False
-    monkeypatch.setattr(fast, "kernels_apply", lambda device: kernels_on)
     unpacked_by_kernels(monkeypatch)
-    recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
-    decoder.prefill(ids[:, :n_prompt])
-    for place in range(n_prompt, ids.shape[1]):
-        kernels_on = place in replayed
-        if kernels_on:
-            ours, theirs = decoder.step(ids[:, place]).float(), reference[:, place - n_prompt + 1]
-            assert (ours - theirs).norm() / theirs.norm() < 0.01  # both round to float16 after every layer
-        else:
-            with torch.no_grad():
-                model(ids[:, place : place + 1], past_key_values=decoder.cache)
+    recording, decoder = assert_replays_follow(model, ids, n_prompt, replayed, "kernels_apply", monkeypatch)
     assert recording.n_replays == len(replayed) - 1
     assert decoder.cache.layers[0].n_encoded == 64

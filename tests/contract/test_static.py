@@ -254,6 +254,29 @@ class Recording:
         return replay, result
 
 
+def assert_replays_follow(
+    model: Any, ids: Tensor, n_prompt: int, replayed: set[int], switch: str, monkeypatch: Any
+) -> tuple[Recording, GraphDecoder]:
+    """Read ids over a cache of a fixed capacity: as the growing one has it at `replayed`, where steps run in kernels.
+
+    Between them the model reads with the reference, which is faster here. switch: what in `fast` turns kernels on.
+    """
+    reference = growing(model, ids, n_prompt).float()
+    kernels_on = False
+    monkeypatch.setattr(fast, switch, lambda device: kernels_on)
+    recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
+    decoder.prefill(ids[:, :n_prompt])
+    for place in range(n_prompt, ids.shape[1]):
+        kernels_on = place in replayed
+        if kernels_on:
+            ours, theirs = decoder.step(ids[:, place]).float(), reference[:, place - n_prompt + 1]
+            assert (ours - theirs).norm() / theirs.norm() < 0.01  # both round to float16 after every layer
+        else:
+            with torch.no_grad():
+                model(ids[:, place : place + 1], past_key_values=decoder.cache)
+    return recording, decoder
+
+
 @pytest.mark.skipif(not emulator.available(), reason="needs g++ 12, for the emulator")
 @pytest.mark.parametrize(
     "options",
@@ -270,19 +293,7 @@ def test_one_recorded_step_serves_them_all(tmp_path: Path, options: dict[str, An
     model = kvcompress.load(tmp_path / "out", dtype=torch.float16)
     n_prompt, replayed = 10, {12, 36, 37, 38, 69, 70, 140, 165, 166}
     ids = random_ids(2, 170)
-    reference = growing(model, ids, n_prompt).float()
-    kernels_on = False
-    monkeypatch.setattr(fast, "compiler_works", lambda device: kernels_on)
     monkeypatch.setattr(turned, "_kernels", emulator.kernels)
-    recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
-    decoder.prefill(ids[:, :n_prompt])
-    for place in range(n_prompt, ids.shape[1]):
-        kernels_on = place in replayed
-        if kernels_on:
-            ours, theirs = decoder.step(ids[:, place]).float(), reference[:, place - n_prompt + 1]
-            assert (ours - theirs).norm() / theirs.norm() < 0.01  # both round to float16 after every layer
-        else:
-            with torch.no_grad():
-                model(ids[:, place : place + 1], past_key_values=decoder.cache)
+    recording, decoder = assert_replays_follow(model, ids, n_prompt, replayed, "compiler_works", monkeypatch)
     assert recording.n_replays == len(replayed) - 1 and decoder.recorded
     assert decoder.cache.layers[0].n_encoded == 160
