@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.turned import (
+    MOST_EXACT,
     GroupedSite,
     applies,
     class_table,
@@ -59,6 +60,16 @@ CASES: dict[str, dict[str, Any]] = {
     "one packed token, one exact": {
         "counts": {8: [90], 1: [3]}, "heads": 7, "kv_heads": 1, "head_dim": 128, "n_blocks": 9, "gain": True,
         "n_recent": 1, "n_sinks": 0, "last": [1, 1],
+    },
+    "exact tokens in three parts, one of them unseen": {
+        "counts": SITE, "n_blocks": 4, "n_recent": 92, "masked": True, "unseen": (32, 64),
+    },
+    "exact tokens alone, of one part in three": {
+        "counts": SITE, "n_blocks": 4, "n_recent": 75, "n_sinks": 21, "masked": True, "unseen": (0, 64), "last": [0, 0],
+    },
+    "the most exact tokens": {
+        "counts": {4: [20, 30]}, "heads": 6, "kv_heads": 2, "head_dim": 96, "n_blocks": 5, "n_recent": MOST_EXACT,
+        "batch": 1,
     },
 }  # fmt: skip
 
@@ -117,6 +128,7 @@ def random_case(
     device: str, *, counts: dict[int, list[int]], batch: int = 2, heads: int = 8, kv_heads: int = 4, head_dim: int = 64,
     n_blocks: int = 22, turn: int = 128, gain: bool = False, masked: bool = False, dtype: torch.dtype = torch.float16,
     first: list[int] | None = None, last: list[int] | None = None, n_recent: int = 70, n_sinks: int = 4,
+    unseen: tuple[int, int] | None = None,
 ) -> Case:  # fmt: skip
     torch.manual_seed(0)
     keys, key_z = random_site(batch, n_blocks, counts, kv_heads, head_dim, gain)
@@ -126,6 +138,8 @@ def random_case(
     query = torch.randn(batch, heads, 1, head_dim).to(dtype)
     exact = [torch.randn(batch, kv_heads, n, head_dim).to(dtype) for n in (n_recent, n_recent, n_sinks, n_sinks)]
     exact_mask = (torch.rand(batch, n_sinks + n_recent) > 0.3).to(torch.uint8) if masked else None
+    if exact_mask is not None and unseen is not None:
+        exact_mask[:, slice(*unseen)] = 0
     mask = (torch.rand(batch, n_tokens) > 0.3).to(torch.uint8) if masked else None
     lo, hi = torch.tensor(first or [0] * batch), torch.tensor(last or [n_tokens] * batch)
     position = torch.arange(-(-n_tokens // turn)) * turn - 7 * torch.arange(batch)[:, None]  # sequences begin anywhere

@@ -25,6 +25,8 @@ typedef unsigned char u8;
 #define VALUE_CHUNKS (V16 + V8 + V4 + V2 + V1)
 #define PAIRS (WARPS / 2)
 #define PREPARE_WARPS 4
+#define EXACT_TOKENS 32  // of a thread block: as many as a warp has lanes
+#define EXACT_PARTS(TOKENS) (((TOKENS) + EXACT_TOKENS - 1) / EXACT_TOKENS)
 #define RING 4
 #define NEVER (-1e30f)          // stands for -inf: differences of two stay finite
 #define CODE_SCALE 16777216.0f  // 2^24
@@ -254,101 +256,147 @@ __device__ __forceinline__ void absorb(
     }
 }
 
-// One thread block: exact tokens of one KV head. scores: GROUP_COLUMNS * (n_exact + 64 PREPARE_WARPS) floats.
+#define KEY_STRIDE (HEAD_DIM + (HEAD_DIM % 64 ? 0 : 32))  // of exact tokens in shared memory: 16 banks apart
+
+// One thread block: EXACT_TOKENS exact tokens of one KV head, so few that all of them are asked for at once. sums:
+// [batch, KV heads, parts, GROUP_COLUMNS, HEAD_DIM]; stats: [batch, KV heads, parts, GROUP_COLUMNS], largest score and
+// sum of weights. Size of scores: turned.py, _exact_bytes.
 __device__ __forceinline__ void attend_exact(
     int task, const u16* query, const u16* sink_keys, const u16* sink_values, const u16* keys, const u16* values,
     const u8* mask, float* sums, float2* stats, int n_kv_heads, int n_sinks, int n_recent, int q_batch, int q_head,
     int s_batch, int s_head, int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token,
     float scale, float* scores
 ) {
-    const int head = task % n_kv_heads, batch = task / n_kv_heads, n = n_sinks + n_recent;
+    constexpr int threads = 32 * PREPARE_WARPS, row = HEAD_DIM / 8;  // in pieces of 16 bytes
+    u16* own_query = (u16*)(scores + GROUP_COLUMNS * EXACT_TOKENS);  // [GROUP_COLUMNS, HEAD_DIM]
+    u16* own_values = own_query + GROUP_COLUMNS * HEAD_DIM;          // [EXACT_TOKENS, HEAD_DIM]
+    u16* own_keys = own_values + EXACT_TOKENS * HEAD_DIM;            // [EXACT_TOKENS, KEY_STRIDE]
+    const int n = n_sinks + n_recent, parts = EXACT_PARTS(n), first = task % parts * EXACT_TOKENS;
+    const int head = task / parts % n_kv_heads, batch = task / parts / n_kv_heads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // Eight lanes a token, an eighth of a head each, in pieces of 4 dimensions that lie 32 apart.
-    const int part = lane % 8;
-    float q[GROUP_COLUMNS][HEAD_DIM / 8];
+    query += (size_t)batch * q_batch + head * GROUP_COLUMNS * q_head;
+    sink_keys += (size_t)batch * s_batch + head * s_head;
+    sink_values += (size_t)batch * s_batch + head * s_head;
+    keys += (size_t)batch * k_batch + head * k_head;
+    values += (size_t)batch * v_batch + head * v_head;
+    // After the last token, it is there again: to be multiplied with weights of 0.
+    auto fetch = [&](u16* to, int stride, const u16* sinks, const u16* recent, int recent_stride) {
 #pragma unroll
-    for (int g = 0; g < GROUP_COLUMNS; g++)
+        for (int i = 0; i < EXACT_TOKENS * row / threads; i++) {
+            const int piece = i * threads + threadIdx.x, token = min(first + piece / row, n - 1);
+            const u16* from = token < n_sinks ? sinks + token * s_token : recent + (token - n_sinks) * recent_stride;
+            copy_16(shared_address(to + piece / row * stride + piece % row * 8), from + piece % row * 8);
+        }
+    };
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; i++)
-            q[g][i] =
-                scale *
-                number(
-                    query[(size_t)batch * q_batch + (head * GROUP_COLUMNS + g) * q_head + part * 4 + i / 4 * 32 + i % 4]
-                );
-    const u16* own_sinks = sink_keys + (size_t)batch * s_batch + head * s_head + part * 4;
-    const u16* own_keys = keys + (size_t)batch * k_batch + head * k_head + part * 4;
-#pragma unroll 2
-    for (int start = warp * 4; start < n; start += 4 * PREPARE_WARPS) {
-        const int token = min(start + lane / 8, n - 1);
-        const u16* k = token < n_sinks ? own_sinks + token * s_token : own_keys + (token - n_sinks) * k_token;
-        uint2 x[HEAD_DIM / 32];
+    for (int i = 0; i < GROUP_COLUMNS * row; i += threads) {
+        const int piece = i + threadIdx.x;
+        if (piece < GROUP_COLUMNS * row)
+            copy_16(shared_address(own_query + piece * 8), query + piece / row * q_head + piece % row * 8);
+    }
+    fetch(own_keys, KEY_STRIDE, sink_keys, keys, k_token);
+    commit();
+    fetch(own_values, HEAD_DIM, sink_values, values, v_token);
+    commit();
+
+    // Scores: eight lanes a token, an eighth of a head each, in pieces of 4 dimensions that lie 32 apart.
+    constexpr int rounds = EXACT_TOKENS / (4 * PREPARE_WARPS);
+    const int eighth = lane % 8, mine = warp * 4 + lane / 8;
+    u8 allowed[rounds];
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / 32; i++) x[i] = *(const uint2*)(k + 32 * i);
-        const bool seen = mask == 0 || mask[(size_t)batch * n + token] != 0;
+    for (int round = 0; round < rounds; round++) {
+        const int token = first + mine + round * 4 * PREPARE_WARPS;
+        allowed[round] = token >= n ? 0 : mask ? mask[(size_t)batch * n + token] : 1;
+    }
+    float dot[rounds][GROUP_COLUMNS];
+#pragma unroll
+    for (int round = 0; round < rounds; round++)
+#pragma unroll
+        for (int g = 0; g < GROUP_COLUMNS; g++) dot[round][g] = 0.0f;
+    wait<1>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 32; i++) {
+        uint2 k[rounds];
+#pragma unroll
+        for (int round = 0; round < rounds; round++)
+            k[round] =
+                *(const uint2*)(own_keys + (mine + round * 4 * PREPARE_WARPS) * KEY_STRIDE + eighth * 4 + 32 * i);
 #pragma unroll
         for (int g = 0; g < GROUP_COLUMNS; g++) {
-            float dot = 0.0f;
+            const uint2 q = *(const uint2*)(own_query + g * HEAD_DIM + eighth * 4 + 32 * i);
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 32; i++)
-                dot += q[g][4 * i] * number(x[i].x & 0xffff) + q[g][4 * i + 1] * number(x[i].x >> 16) +
-                       q[g][4 * i + 2] * number(x[i].y & 0xffff) + q[g][4 * i + 3] * number(x[i].y >> 16);
-#pragma unroll
-            for (int step = 4; step; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
-            if (part == 0) scores[g * n + token] = seen ? dot : NEVER;
+            for (int round = 0; round < rounds; round++)
+                dot[round][g] += number(q.x & 0xffff) * number(k[round].x & 0xffff) +
+                                 number(q.x >> 16) * number(k[round].x >> 16) +
+                                 number(q.y & 0xffff) * number(k[round].y & 0xffff) +
+                                 number(q.y >> 16) * number(k[round].y >> 16);
         }
     }
+#pragma unroll
+    for (int round = 0; round < rounds; round++)
+#pragma unroll
+        for (int g = 0; g < GROUP_COLUMNS; g++) {
+#pragma unroll
+            for (int step = 4; step; step /= 2) dot[round][g] += __shfl_xor_sync(0xffffffffu, dot[round][g], step);
+            if (eighth == 0)
+                scores[g * EXACT_TOKENS + mine + round * 4 * PREPARE_WARPS] =
+                    allowed[round] ? dot[round][g] * scale : NEVER;
+        }
+    wait<0>();
     __syncthreads();
     for (int g = warp; g < GROUP_COLUMNS; g += PREPARE_WARPS) {
-        float top = NEVER, total = 0.0f;
-        for (int token = lane; token < n; token += 32) top = fmaxf(top, scores[g * n + token]);
+        const float s = scores[g * EXACT_TOKENS + lane];
+        float top = s;
 #pragma unroll
         for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-        for (int token = lane; token < n; token += 32) {
-            const float s = scores[g * n + token], p = s <= NEVER ? 0.0f : exp_2(s - top);
-            scores[g * n + token] = p;
-            total += p;
-        }
+        const float p = s <= NEVER ? 0.0f : exp_2(s - top);
+        float total = p;
 #pragma unroll
         for (int step = 16; step; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
-        if (lane == 0) stats[(batch * n_kv_heads + head) * GROUP_COLUMNS + g] = make_float2(top, total);
+        scores[g * EXACT_TOKENS + lane] = p;
+        if (lane == 0) stats[task * GROUP_COLUMNS + g] = make_float2(top, total);
     }
     __syncthreads();
-    // Pairs of neighbouring dimensions; the threads that have none left take other tokens.
-    const int pairs = HEAD_DIM / 2, lines = 32 * PREPARE_WARPS / pairs, pair = threadIdx.x % pairs,
-              line = threadIdx.x / pairs;
-    float sum[2][GROUP_COLUMNS];
-#pragma unroll
-    for (int g = 0; g < GROUP_COLUMNS; g++) sum[0][g] = sum[1][g] = 0.0f;
+    // Values: a line of threads takes `steps` neighbouring tokens, each thread four dimensions; some may be left over.
+    constexpr int across = HEAD_DIM / 4, lines = threads / across, steps = (EXACT_TOKENS - 1) / lines + 1;
+    const int dim = threadIdx.x % across * 4, line = threadIdx.x / across;
+    float* partial = (float*)own_keys;  // [lines, GROUP_COLUMNS, HEAD_DIM]: keys are done with
     if (line < lines) {
-        const u16* s = sink_values + (size_t)batch * s_batch + head * s_head + 2 * pair;
-        const u16* v = values + (size_t)batch * v_batch + head * v_head + 2 * pair;
-#pragma unroll 8
-        for (int token = line; token < n; token += lines) {
-            const u32 x = *(const u32*)(token < n_sinks ? s + token * s_token : v + (token - n_sinks) * v_token);
-            const float low = number(x & 0xffff), high = number(x >> 16);
+        float4 sum[GROUP_COLUMNS];
+#pragma unroll
+        for (int g = 0; g < GROUP_COLUMNS; g++) sum[g] = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < steps; i++) {
+            const int token = line * steps + i;
+            if (EXACT_TOKENS % lines && token >= EXACT_TOKENS) break;
+            const uint2 v = *(const uint2*)(own_values + token * HEAD_DIM + dim);
 #pragma unroll
             for (int g = 0; g < GROUP_COLUMNS; g++) {
-                sum[0][g] += scores[g * n + token] * low;
-                sum[1][g] += scores[g * n + token] * high;
+                const float p = scores[g * EXACT_TOKENS + token];
+                sum[g].x += p * number(v.x & 0xffff);
+                sum[g].y += p * number(v.x >> 16);
+                sum[g].z += p * number(v.y & 0xffff);
+                sum[g].w += p * number(v.y >> 16);
             }
         }
-    }
-    float* partial = scores + GROUP_COLUMNS * n;  // [lines, GROUP_COLUMNS, HEAD_DIM]
-    if (line < lines)
 #pragma unroll
-        for (int g = 0; g < GROUP_COLUMNS; g++) {
-            partial[(line * GROUP_COLUMNS + g) * HEAD_DIM + 2 * pair] = sum[0][g];
-            partial[(line * GROUP_COLUMNS + g) * HEAD_DIM + 2 * pair + 1] = sum[1][g];
-        }
+        for (int g = 0; g < GROUP_COLUMNS; g++)
+            *(float4*)(partial + (line * GROUP_COLUMNS + g) * HEAD_DIM + dim) = sum[g];
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < GROUP_COLUMNS * HEAD_DIM; i += 32 * PREPARE_WARPS) {
+#pragma unroll
+    for (int start = 0; start < GROUP_COLUMNS * HEAD_DIM; start += threads) {
+        const int i = start + threadIdx.x;
+        if (i >= GROUP_COLUMNS * HEAD_DIM) break;
         float all = 0.0f;
+#pragma unroll
         for (int k = 0; k < lines; k++) all += partial[k * GROUP_COLUMNS * HEAD_DIM + i];
-        sums[(size_t)(batch * n_kv_heads + head) * GROUP_COLUMNS * HEAD_DIM + i] = all;
+        sums[(size_t)task * GROUP_COLUMNS * HEAD_DIM + i] = all;
     }
 }
 
-// Thread blocks: first one for each (sequence, KV head), for the exact tokens; then those of `absorb`.
+// Thread blocks: first those of `attend_exact`, EXACT_PARTS for each (sequence, KV head); then those of `absorb`.
 // query: [batch, heads, 1, HEAD_DIM]; decoder: see absorb; angles: [1 or batch, n_turns, HEAD_DIM / 2], cos and sin;
 // absorbed: [batch, n_turns, groups, KEY_CHUNKS, 32 lanes, 2] pairs of float16; biases: [batch, n_turns, groups, 8].
 extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
@@ -361,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
 ) {
     DYNAMIC_SHARED(float, scores);
     const float scale = (float)scaling;
-    const int n_exact = n_batch * n_kv_heads, block = blockIdx.x;
+    const int n_exact = n_batch * n_kv_heads * EXACT_PARTS(n_sinks + n_recent), block = blockIdx.x;
     if (block < n_exact) {
         attend_exact(
             block, query, sink_keys, sink_values, keys, values, has_exact_mask ? exact_mask : 0, exact_sums,
@@ -906,20 +954,19 @@ __device__ __forceinline__ int row_of(int component, const Class* classes) {
     return -1;
 }
 
-// Grid: (KV heads, batch). out: [batch, 1, heads, HEAD_DIM]. Shared: splits * GROUP_COLUMNS + 16 VALUE_CHUNKS *
-// GROUP_COLUMNS
-// + PARTS * HEAD_DIM * GROUP_COLUMNS floats.
+// Grid: (KV heads, batch). out: [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see attend_exact. Shared:
+// GROUP_COLUMNS * (splits + exact parts + 16 VALUE_CHUNKS + PARTS * HEAD_DIM) floats.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
-    const float* mean, const Class* value_classes, u16* out, int n_splits, int decoder_stride, int out_batch,
-    int out_head, int has_mean
+    const float* mean, const Class* value_classes, u16* out, int n_splits, int n_exact, int decoder_stride,
+    int out_batch, int out_head, int has_mean
 ) {
     DYNAMIC_SHARED(float, memory);
     float* scale = memory;                                  // [splits, GROUP_COLUMNS]
-    float* z = scale + n_splits * GROUP_COLUMNS;            // [16 VALUE_CHUNKS, GROUP_COLUMNS]
+    float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
+    float* z = exact_scale + n_exact * GROUP_COLUMNS;       // [16 VALUE_CHUNKS, GROUP_COLUMNS]
     float* halves = z + 16 * VALUE_CHUNKS * GROUP_COLUMNS;  // [PARTS, HEAD_DIM, GROUP_COLUMNS]
-    __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], exact_scale[GROUP_COLUMNS],
-        packed_total[GROUP_COLUMNS];
+    __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
     const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
     const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
     const int column = head % GROUP_HEADS * GROUP_COLUMNS;
@@ -938,9 +985,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
         }
     }
     for (int g = warp; g < GROUP_COLUMNS; g += COMBINE_THREADS / 32) {
-        const float2 exact = exact_stats[(batch * n_kv_heads + head) * GROUP_COLUMNS + g];
-        float top = exact.x, sum = 0.0f, sum_weighted = 0.0f;
+        const float2* exact = exact_stats + (batch * n_kv_heads + head) * n_exact * GROUP_COLUMNS + g;
+        float top = NEVER, sum = 0.0f, sum_weighted = 0.0f, sum_exact = 0.0f;
         for (int i = lane; i < n_splits; i += 32) top = fmaxf(top, stats[(entry + i) * 24 + column + g]);
+        for (int i = lane; i < n_exact; i += 32) top = fmaxf(top, exact[i * GROUP_COLUMNS].x);
 #pragma unroll
         for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
         for (int i = lane; i < n_splits; i += 32) {
@@ -949,15 +997,21 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
             sum += e * stats[(entry + i) * 24 + 8 + column + g];
             sum_weighted += e * stats[(entry + i) * 24 + 16 + column + g];
         }
+        for (int i = lane; i < n_exact; i += 32) {
+            const float2 own = exact[i * GROUP_COLUMNS];
+            const float e = exp_2(own.x - top + WEIGHT_BITS);  // as the packed weights
+            exact_scale[i * GROUP_COLUMNS + g] = e;
+            sum_exact += e * own.y;
+        }
 #pragma unroll
         for (int step = 16; step; step /= 2) {
             sum += __shfl_xor_sync(0xffffffffu, sum, step);
             sum_weighted += __shfl_xor_sync(0xffffffffu, sum_weighted, step);
+            sum_exact += __shfl_xor_sync(0xffffffffu, sum_exact, step);
         }
         if (lane == 0) {
-            exact_scale[g] = exp_2(exact.x - top + WEIGHT_BITS);  // as the packed weights
             packed_total[g] = sum;
-            all_total[g] = sum + exact_scale[g] * exact.y;
+            all_total[g] = sum + sum_exact;
             all_weighted[g] = sum_weighted;
         }
     }
@@ -998,8 +1052,11 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
         float value = has_mean ? packed_total[g] * mean[head * HEAD_DIM + dim] : 0.0f;
 #pragma unroll
         for (int k = 0; k < PARTS; k++) value += halves[(k * HEAD_DIM + dim) * GROUP_COLUMNS + g];
-        value +=
-            exact_scale[g] * exact_sums[((size_t)(batch * n_kv_heads + head) * GROUP_COLUMNS + g) * HEAD_DIM + dim];
+        const float* exact =
+            exact_sums + ((size_t)(batch * n_kv_heads + head) * n_exact * GROUP_COLUMNS + g) * HEAD_DIM;
+#pragma unroll 4
+        for (int k = 0; k < n_exact; k++)
+            value += exact_scale[k * GROUP_COLUMNS + g] * exact[k * GROUP_COLUMNS * HEAD_DIM + dim];
         const float total = all_total[g];
         out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + dim] =
             stored(total > 0.0f ? value / total : 0.0f);

@@ -17,11 +17,12 @@ from kvcompress.runtime.kernels.layout import BLOCK_TOKENS, LEVELS
 MOST_COLUMNS = 8
 #: More chunks of 16 value components than this do not fit a thread's registers.
 MOST_CHUNKS = 20
-#: More exact tokens than this beside the packed ones would not fit the shared memory of one launch.
+#: Recent tokens beside the packed ones, at most: reading more of them would take longer than what is packed.
 MOST_EXACT = 1024
 #: Tokens that a warp takes at once; a turn is a multiple.
 UNIT_TOKENS = 128
 _PREPARE_WARPS = 4
+_EXACT_TOKENS = 32
 _RING = 4
 _COMBINE_THREADS = 1024
 
@@ -157,15 +158,15 @@ def turned_attention(
     new = torch.empty if columns == MOST_COLUMNS else torch.zeros
     absorbed = new(batch, n_turns, n_groups, key_chunks, 64, dtype=torch.int32, device=device)
     biases = new(batch, n_turns, n_groups, MOST_COLUMNS, 2, device=device)
-    exact_sums = torch.empty(batch, n_heads, head_dim, device=device)
-    exact_stats = torch.empty(batch, n_heads, 2, device=device)
-    n_exact = exact.sink_keys.shape[2] + exact.keys.shape[2]
+    exact_parts = -(-(exact.sink_keys.shape[2] + exact.keys.shape[2]) // _EXACT_TOKENS)
+    exact_sums = torch.empty(batch, n_kv_heads, exact_parts, group_columns, head_dim, device=device)
+    exact_stats = torch.empty(batch, n_kv_heads, exact_parts, group_columns, 2, device=device)
     rows = 1 << (group_columns - 1).bit_length()
     tasks = batch * n_kv_heads * -(-n_turns * rows // (16 * _PREPARE_WARPS))
     nothing = query
     no_mean = keys.mean if keys.mean is not None else _zeros(n_kv_heads * head_dim, device)
     prepare(
-        (batch * n_kv_heads + tasks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
+        (batch * n_kv_heads * exact_parts + tasks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
         [
             query, keys.fragments, no_mean, angles, last, absorbed, biases, exact.sink_keys, exact.sink_values,
             exact.keys, exact.values, nothing if exact.mask is None else exact.mask, exact_sums, exact_stats, batch,
@@ -174,7 +175,7 @@ def turned_attention(
             *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
             scaling * 1.4426950408889634,
         ],
-        max(4 * group_columns * (n_exact + 64 * _PREPARE_WARPS), _RING * head_dim * 32),
+        max(_exact_bytes(head_dim, group_columns), _RING * head_dim * 32),
     )  # fmt: skip
     if n_splits is None:
         n_splits = max(1, launch.blocks * _multiprocessors(device)[0] // (batch * n_groups))
@@ -198,12 +199,19 @@ def turned_attention(
         (n_kv_heads, batch, 1), (_COMBINE_THREADS, 1, 1),
         [
             stats, sums, exact_sums, exact_stats, values.decoder, nothing if values.mean is None else values.mean,
-            values.classes, out, n_splits, values.decoder.stride(0), out.stride(0), out.stride(2),
+            values.classes, out, n_splits, exact_parts, values.decoder.stride(0), out.stride(0), out.stride(2),
             int(values.mean is not None),
         ],
-        4 * group_columns * (n_splits + 16 * value_chunks + parts * head_dim),
+        4 * group_columns * (n_splits + exact_parts + 16 * value_chunks + parts * head_dim),
     )  # fmt: skip
     return out
+
+
+def _exact_bytes(head_dim: int, group_columns: int) -> int:
+    """Return the bytes that attend_exact in turned.cu shares: scores, queries, values, and keys or partial sums."""
+    key_stride = head_dim + (0 if head_dim % 64 else 32)
+    keys = max(2 * _EXACT_TOKENS * key_stride, 4 * group_columns * 128 * _PREPARE_WARPS)
+    return group_columns * (4 * _EXACT_TOKENS + 2 * head_dim) + 2 * _EXACT_TOKENS * head_dim + keys
 
 
 @dataclass(frozen=True, slots=True)
