@@ -17,6 +17,7 @@ from torch import Tensor
 
 _HERE = Path(__file__).parent
 _KERNELS = ("prepare", "attend", "combine")
+_OVERLAPPING = _KERNELS[1:]
 _COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w"]
 
 
@@ -39,7 +40,8 @@ def kernels(constants: tuple[tuple[str, int], ...], *_: Any) -> tuple[Callable[.
     for name in _KERNELS:
         source += (
             f'extern "C" void run_{name}(const int* grid, int n_threads, int n_shared, void** arguments, '
-            f"const size_t* sizes) {{ emulator::launch({name}, grid, n_threads, n_shared, arguments, sizes); }}\n"
+            f"const size_t* sizes) {{ emulator::launch({name}, {int(name in _OVERLAPPING)}, grid, n_threads, n_shared, "
+            "arguments, sizes); }\n"
         )
     library = ctypes.CDLL(str(_built(source)))
     return tuple(_launcher(getattr(library, f"run_{name}")) for name in _KERNELS)

@@ -1,6 +1,7 @@
 // A CUDA thread block on one CPU thread: lanes are fibers, and everything that a warp or a block does together waits
 // for all. Copies to shared memory land when they are waited for; until then their place holds garbage. Reads through
-// __ldg and copies are checked against the tensors that a launch was given.
+// __ldg and copies are checked against the tensors that a launch was given. What the launches before one wrote that may
+// begin earlier reads as NaN until await_previous.
 #pragma once
 #include <ucontext.h>
 
@@ -14,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -68,6 +70,12 @@ struct Barrier {
 };
 inline std::vector<char> shared;
 inline std::vector<std::pair<const char*, size_t>> tensors;
+struct Output {
+    char* begin;
+    std::vector<char> content;  // while `begin` holds none of it
+};
+inline std::vector<Output> previous;  // of the launches since the last that was plain
+inline bool awaited = true;
 inline std::vector<Fiber> fibers;
 inline std::vector<Barrier> warps, pairs;
 inline Barrier block;
@@ -119,6 +127,19 @@ inline void enter() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+inline void hide_previous() {
+    for (auto& [begin, content] : previous) {
+        std::memcpy(content.data(), begin, content.size());
+        std::memset(begin, 0xff, content.size());
+    }
+    awaited = false;
+}
+
+inline void show_previous() {
+    for (auto& [begin, content] : previous) std::memcpy(begin, content.data(), content.size());
+    awaited = true;
+}
+
 inline void run_block(int n_threads) {
     fibers = std::vector<Fiber>(n_threads);
     warps.assign((n_threads + 31) / 32, {});
@@ -145,9 +166,13 @@ inline void run_block(int n_threads) {
     }
 }
 
-// arguments: as for cuLaunchKernel, a pointer to each. sizes: of the tensors among them, in bytes, 0 for others.
+// overlaps: whether the kernel may begin while the launch before it ends. arguments: as for cuLaunchKernel, a pointer to
+// each. sizes: of the tensors among them, in bytes, 0 for others.
 template <class... A>
-void launch(void (*kernel)(A...), const int* grid, int n_threads, int n_shared, void** arguments, const size_t* sizes) {
+void launch(
+    void (*kernel)(A...), bool overlaps, const int* grid, int n_threads, int n_shared, void** arguments,
+    const size_t* sizes
+) {
     tensors.clear();
     for (size_t i = 0; i < sizeof...(A); i++)
         if (sizes[i]) tensors.emplace_back(*(const char**)arguments[i], sizes[i]);
@@ -159,7 +184,15 @@ void launch(void (*kernel)(A...), const int* grid, int n_threads, int n_shared, 
     }(std::index_sequence_for<A...>{});
     for (blockIdx.z = 0; blockIdx.z < grid[2]; blockIdx.z++)
         for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) run_block(n_threads);
+            for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) {
+                if (overlaps) hide_previous();
+                run_block(n_threads);
+                if (!awaited) fail("a block that did not wait for the launch before it");
+            }
+    if (!overlaps) previous.clear();
+    const bool written[] = {std::is_pointer_v<A> && !std::is_const_v<std::remove_pointer_t<A>>...};
+    for (size_t i = 0; i < sizeof...(A); i++)
+        if (written[i] && sizes[i]) previous.push_back({*(char**)arguments[i], std::vector<char>(sizes[i])});
 }
 
 inline float half_to_float(unsigned bits) {
@@ -292,3 +325,15 @@ inline void wait() {
 }
 
 inline void meet(int pair) { emulator::arrive(emulator::pairs[pair], 64); }
+
+inline void let_next_begin() {}
+
+inline void await_previous() {
+    __syncthreads();  // so that no thread's reads before it go unnoticed
+    if (!emulator::awaited) emulator::show_previous();
+    for (auto& group : emulator::fibers[emulator::current].groups)
+        for (auto [to, from] : group)
+            for (auto& [begin, content] : emulator::previous)
+                if (from >= begin && from < begin + content.size())
+                    emulator::fail("a copy of what the launch before may not have written yet");
+}

@@ -4,6 +4,11 @@
 // 2. attend: two warps score 128 packed tokens of one group of KV heads at a time, online softmax, value sums.
 // 3. combine: splits added up, values decoded, joined with the exact tokens.
 //
+// From compute capability 9.0 on, attend may begin while prepare ends, and combine while attend ends: each of their
+// thread blocks, whatever it has to do, waits for the launch before it (await_previous) before it reads what that one
+// wrote, or writes anything. So combine ends after attend has, and attend after prepare has. prepare is launched
+// plainly: it begins after all that came before it has ended, and may write where launches of an earlier layer read.
+//
 // Compile-time constants, defined in front of this text by turned.py:
 //   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head; their product is at most 8.
 //   K16 K8 K4 K2 K1, V16 V8 V4 V2 V1: chunks of 16 components of each number of bits, the most of any group.
@@ -106,6 +111,21 @@ __device__ __forceinline__ void wait() {
 
 __device__ __forceinline__ void meet(int pair) {  // of a pair's two warps
     asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
+}
+
+// The next launch may begin once every thread block has said so, or has ended; elsewhere than on compute capability 9.0
+// and later it begins when this one has ended.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the launch before this one has ended, and all that it wrote can be read.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #endif
@@ -408,6 +428,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     double scaling
 ) {
     DYNAMIC_SHARED(float, scores);
+    let_next_begin();
     const float scale = (float)scaling;
     const int n_exact = n_batch * n_kv_heads * EXACT_PARTS(n_sinks + n_recent), block = blockIdx.x;
     if (block < n_exact) {
@@ -629,7 +650,7 @@ __device__ __forceinline__ void stage_class(u32 to, const u32* from, const Class
 }
 
 __device__ __forceinline__ void stage_keys(
-    u32* memory, const u32* words, const Class* kc, const uint2* absorbed, int unit, int row, int lane
+    u32* memory, const u32* words, const Class* kc, int unit, int row, int lane
 ) {
     const u32* from = words + (size_t)(unit * 4 + lane / 16) * row;
     u32 to = shared_address(memory + lane / 16 * KEY_BLOCK);
@@ -638,6 +659,9 @@ __device__ __forceinline__ void stage_keys(
     stage_class<4, K4>(to += 16 * PIECES(K8, 8), from, kc + 2, lane);
     stage_class<2, K2>(to += 16 * PIECES(K4, 4), from, kc + 3, lane);
     stage_class<1, K1>(to += 16 * PIECES(K2, 2), from, kc + 4, lane);
+}
+
+__device__ __forceinline__ void stage_queries(u32* memory, const uint2* absorbed, int lane) {
     u32 queries = shared_address(memory + 4 * KEY_BLOCK + 4 * VALUE_BLOCK) + 16 * lane;
     const char* query = (const char*)absorbed + 16 * lane;
     pin(queries, query);
@@ -722,7 +746,10 @@ __device__ __forceinline__ void attend_unit(
     SCORE_CLASS(1, K1, 4, K16 + K8 + K4 + K2, PIECES(K16, 16) + PIECES(K8, 8) + PIECES(K4, 4) + PIECES(K2, 2));
     if (STAGED) {
         meet(pair);
-        if (next < sizes.last_staged) stage_keys(memory, key_words, kc, next_q, next, sizes.key_row, 32 * side + lane);
+        if (next < sizes.last_staged) {
+            stage_keys(memory, key_words, kc, next, sizes.key_row, 32 * side + lane);
+            stage_queries(memory, next_q, 32 * side + lane);
+        }
         commit();
     }
 
@@ -867,12 +894,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
 #if STAGED_UNITS
     DYNAMIC_SHARED(u32, all_memory);
     u32* memory = all_memory + pair * STAGE_WORDS;
-    if (unit < sizes.last_staged) stage_keys(memory, key_words, kc, queries(unit), unit, key_row, 32 * side + lane);
+    if (unit < sizes.last_staged) {
+        stage_keys(memory, key_words, kc, unit, key_row, 32 * side + lane);
+        stage_values(memory, value_words, vc, unit, value_row, 32 * side + lane);
+    }
+    await_previous();
+    if (unit < sizes.last_staged) stage_queries(memory, queries(unit), 32 * side + lane);
     commit();
-    if (unit < sizes.last_staged) stage_values(memory, value_words, vc, unit, value_row, 32 * side + lane);
-    commit();
+    commit();  // elsewhere the one of the values
 #else
     u32* memory = 0;
+    await_previous();
 #endif
 #pragma unroll 1
     for (; unit < sizes.last_staged && !ALWAYS_CLAMP; unit += PAIRS)
@@ -886,6 +918,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
             o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory,
             0, 0, lane, side, pair
         );
+    let_next_begin();
 
     // The warps' sums, brought to one scale and added in turn.
 #pragma unroll
@@ -984,6 +1017,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
             d[k] = row >= 0 ? own[(size_t)row * decoder_stride] : (u16)0;
         }
     }
+    await_previous();
     for (int g = warp; g < GROUP_COLUMNS; g += COMBINE_THREADS / 32) {
         const float2* exact = exact_stats + (batch * n_kv_heads + head) * n_exact * GROUP_COLUMNS + g;
         float top = NEVER, sum = 0.0f, sum_weighted = 0.0f, sum_exact = 0.0f;

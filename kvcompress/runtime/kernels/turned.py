@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.runtime.kernels.arguments import ExactTokens
+from kvcompress.runtime.kernels.launch import overlapping
 from kvcompress.runtime.kernels.layout import BLOCK_TOKENS, LEVELS
 
 #: Columns of one product of the matrix units: query heads of a group of KV heads.
@@ -285,7 +286,7 @@ def _kernels(constants: tuple[tuple[str, int], ...], memory: int, device: torch.
     source = "".join(f"#define {name} {value}\n" for name, value in constants)
     module = _compiled(source + files(__package__).joinpath("turned.cu").read_text(encoding="utf-8"), device)
     module.attend.set_shared_memory_config(memory)
-    return module.prepare, module.attend, module.combine
+    return module.prepare, overlapping(module.attend, device), overlapping(module.combine, device)
 
 
 def _compiled(source: str, device: torch.device) -> Any:
