@@ -48,7 +48,9 @@ def choose_bits(
     """Return what sites keep when the budget is shared out in bits, after what the gains of tokens take."""
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
     curves = [
-        bit_curve(site, fit, moments.sites[site], spec.layers[site.layer], full_bits=full_bits)
+        bit_curve(
+            site, fit, moments.sites[site], spec.layers[site.layer], full_bits=full_bits, at_a_time=options.at_a_time
+        )
         for site, fit in fitted.items()
     ]
     budget = int(options.keep * spec.cache_numbers_per_token * full_bits + 1e-9)

@@ -22,30 +22,33 @@ _N_GAUSSIAN_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class BitCurve:
-    """A site's components and their levels of bits. Its items are steps of one component up to a higher level.
+    """A site's components and their levels of bits. Its items are steps of one unit up to a higher level.
 
-    curve: losses that the items save and bits that they cost, the best first; a component's steps come in order.
-    component, level: [n_items], whose step it is and the bits it then has. step: {bits: [R]}; loss: {bits: [R]},
-    nats a token that a component costs at each level, 0 bits and full bits included.
+    curve: losses that the items save and bits that they cost, the best first; a unit's steps come in order.
+    unit, level: [n_items], whose step it is and the bits its components then have. unit_of: [R], which unit each
+    component is in. step: {bits: [R]}; loss: {bits: [R]}, nats a token that a component costs at each level, 0 bits
+    and full bits included.
     """
 
     curve: SiteCurve
-    component: Tensor
+    unit: Tensor
     level: Tensor
+    unit_of: Tensor
     step: dict[int, Tensor]
     loss: dict[int, Tensor]
 
     def component_bits(self, n_items: int) -> Tensor:
         """Return the bits of each component [R] when the first n_items items are kept."""
         bits = torch.zeros(len(self.loss[0]), dtype=torch.long)
-        return bits.scatter_reduce(0, self.component[:n_items], self.level[:n_items], "amax")
+        return bits.scatter_reduce(0, self.unit[:n_items], self.level[:n_items], "amax")[self.unit_of]
 
 
 def bit_curve(
-    site: Site, fit: FittedSite, moments: SiteMoments, attention: AttentionSpec, *, full_bits: int
+    site: Site, fit: FittedSite, moments: SiteMoments, attention: AttentionSpec, *, full_bits: int, at_a_time: int = 1
 ) -> BitCurve:
     """Return the curve of a site: c(b) of the design is measured on samples of each component, not assumed.
 
+    at_a_time: neighbouring components of a block that are one unit, and so have equal bits.
     A component of b bits costs c(b) of what it costs to drop it, by its own energy; dropping it costs the energy
     that is true to the whole site (see fitting.true_energy).
     """
@@ -57,28 +60,42 @@ def bit_curve(
         step[bits], distortion = fit_steps(samples, bits)
         loss[bits] = (own * distortion.double()).minimum(dropped)
     loss[full_bits] = torch.zeros_like(own)
-    component, level, saved, cost = _hull_steps(loss)
+    unit_of = _units(fit.basis.components(len(fit.basis.energy)).block, at_a_time)
+    unit, level, saved, cost = _hull_steps(loss, unit_of)
     order = (saved / cost).argsort(descending=True, stable=True)
-    return BitCurve(SiteCurve(site, saved[order], cost[order]), component[order], level[order], step, loss)
+    return BitCurve(SiteCurve(site, saved[order], cost[order]), unit[order], level[order], unit_of, step, loss)
 
 
-def _hull_steps(loss: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (component, level, loss saved, bits) of the steps along each component's lower convex hull."""
-    bits = torch.tensor(list(loss))
-    table = torch.stack(list(loss.values()))  # [n_levels, R]
-    n_levels, n_components = table.shape
-    at, everyone = torch.zeros(n_components, dtype=torch.long), torch.arange(n_components)
+def _units(block: Tensor, size: int) -> Tensor:
+    """Return the unit of each component, [R]: `size` neighbours of one block, fewer at its end; block: [R]."""
+    by_block = block.argsort(stable=True)
+    counts = block.bincount()
+    place = torch.empty_like(block)  # among the components of the block
+    place[by_block] = torch.arange(len(block)) - (counts.cumsum(0) - counts)[block[by_block]]
+    begins = place % size == 0
+    unit = torch.empty(len(counts), len(block), dtype=torch.long)
+    unit[block[begins], place[begins] // size] = torch.arange(int(begins.sum()))
+    return unit[block, place // size]
+
+
+def _hull_steps(loss: dict[int, Tensor], unit_of: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (unit, level, loss saved, bits) of the steps along each unit's lower convex hull."""
+    bits, size = torch.tensor(list(loss)), unit_of.bincount()
+    n_levels, n_units = len(bits), len(size)
+    table = torch.zeros(n_levels, n_units, dtype=torch.float64)
+    table.index_add_(1, unit_of, torch.stack(list(loss.values())))
+    at, everyone = torch.zeros(n_units, dtype=torch.long), torch.arange(n_units)
     steps: list[tuple[Tensor, ...]] = []
     while bool((at < n_levels - 1).any()):
-        saved = table[at, everyone] - table  # [n_levels, R]
-        cost = bits[:, None] - bits[at]
+        saved = table[at, everyone] - table  # [n_levels, n_units]
+        cost = (bits[:, None] - bits[at]) * size
         slope = (saved / cost.clamp_min(1)).masked_fill(cost <= 0, -math.inf)
         best = slope.argmax(0)
         moving = at < n_levels - 1
         steps.append(tuple(x[moving] for x in (everyone, bits[best], saved[best, everyone], cost[best, everyone])))
         at = torch.where(moving, best, at)
-    component, level, saved, cost = (torch.cat(x) for x in zip(*steps, strict=True))
-    return component, level, saved.clamp_min(0), cost
+    unit, level, saved, cost = (torch.cat(x) for x in zip(*steps, strict=True))
+    return unit, level, saved.clamp_min(0), cost
 
 
 def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec) -> Tensor:

@@ -25,7 +25,9 @@ def key_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
     """Return the basis for keys that the options name, blocks chosen to keep the maps light."""
     name = options.key_basis
     if name == "latent":
-        return BASES[name](_group(checkpoint, options))  # type: ignore[call-arg]
+        return BASES[name](_group(checkpoint, options), at_a_time=_at_a_time(options))  # type: ignore[call-arg]
+    if name == "per_head":
+        return BASES[name](at_a_time=_at_a_time(options))  # type: ignore[call-arg]
     if name == "band":
         return BASES[name](options.band)  # type: ignore[call-arg]
     if name in ("frequency", GROUPED):  # a group's keys are mixed as `frequency` mixes all heads
@@ -38,8 +40,15 @@ def value_basis(checkpoint: Checkpoint, options: CompressOptions) -> Basis:
     if options.value_basis == "latent":
         group = options.group if options.folded else _group(checkpoint, options)
         unit = checkpoint.spec.layers[0].head_dim if options.folded else 1  # a fold caches whole virtual heads
-        return BASES["latent"](group, unit=unit)  # type: ignore[call-arg]
+        return BASES["latent"](group, unit=unit, at_a_time=_at_a_time(options))  # type: ignore[call-arg]
+    if options.value_basis == "per_head":
+        return BASES["per_head"](at_a_time=_at_a_time(options))  # type: ignore[call-arg]
     return BASES[options.value_basis]()
+
+
+def _at_a_time(options: CompressOptions) -> int:
+    """Return how many components are one item of a basis; where they get bits, that takes them together instead."""
+    return 1 if options.quantised else options.at_a_time
 
 
 def _group(checkpoint: Checkpoint, options: CompressOptions) -> int:

@@ -17,6 +17,9 @@ VALUE_BASES = ("head", "per_head", "latent")
 LEVELS = (1, 2, 4, 8)
 #: Tokens leave the recent window and are packed in blocks of this size.
 BLOCK_TOKENS = 32
+#: Components of one block and of equal bits that are stored as one in the tile layout, which rows have whose keys are
+#: in turns of a multiple of TILE_TOKENS.
+QUAD, TILE_TOKENS = 4, 128
 #: Bits of the code of a token's gain, where any component of its site is quantised.
 GAIN_BITS = 4
 #: Bases whose components are single numbers (or complex ones), so that each can have bits of its own.
@@ -131,6 +134,12 @@ class CompressOptions:
     def quantised(self) -> bool:
         """Whether components get bits; a fold is linear, so it cannot."""
         return not (self.ranks_only or self.folded)
+
+    @property
+    def at_a_time(self) -> int:
+        """Neighbouring components of a block that are kept, and given bits, as one: QUAD where rows can have tiles."""
+        by_heads = {self.key_basis, self.value_basis} <= {"per_head", "latent"}
+        return QUAD if by_heads and self.turn % TILE_TOKENS == 0 else 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"calibration": list(self.calibration)}

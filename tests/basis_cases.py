@@ -35,6 +35,8 @@ MAKERS: dict[str, Callable[[], Basis]] = {
     "band-2": lambda: BASES["band"](2),
     "latent-group": lambda: BASES["latent"](1),
     "latent-unit": lambda: BASES["latent"](unit=4),
+    "latent-quads": lambda: BASES["latent"](at_a_time=4),
+    "per_head-quads": lambda: BASES["per_head"](at_a_time=4),
 }
 EIGEN = [name for name in MAKERS if name != "share"]
 

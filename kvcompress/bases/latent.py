@@ -7,6 +7,7 @@ the same blocks with C alone.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,20 +21,29 @@ class Latent(Basis):
     name = "latent"
     parts: ClassVar[tuple[Part, ...]] = ("key", "value")
 
-    def __init__(self, group: int | None = None, *, unit: int = 1) -> None:
-        """group: KV heads per block, None means all of them. unit: components that are kept or dropped together."""
-        self.group, self.unit = group, unit
+    def __init__(self, group: int | None = None, *, unit: int = 1, at_a_time: int = 1) -> None:
+        """group: KV heads per block, None means all of them. unit: components that are kept or dropped together.
+
+        at_a_time: neighbours of one block that are, fewer where they do not divide a block.
+        """
+        self.group, self.unit, self.at_a_time = group, unit, at_a_time
 
     def blocks(self, attention: AttentionSpec) -> Tensor:
         return blocks.head_groups(attention, self.group or attention.n_kv_heads)
 
     def fit(self, covariance: Tensor, fisher: Tensor) -> FittedBasis:
         energy, encoder, decoder = whitened_eigenbasis(covariance, fisher)
-        return RankedComponents(energy / 2, encoder.unsqueeze(2), decoder.transpose(1, 2).unsqueeze(2), self.unit)
+        together = (-1, math.gcd(self.at_a_time, energy.shape[1]))
+        return RankedComponents(
+            energy.unflatten(1, together).sum(2) / 2,
+            encoder.unflatten(1, together),
+            decoder.transpose(1, 2).unflatten(1, together),
+            self.unit,
+        )
 
 
 class PerHead(Latent):
     name = "per_head"
 
-    def __init__(self) -> None:
-        super().__init__(group=1)
+    def __init__(self, *, at_a_time: int = 1) -> None:
+        super().__init__(group=1, at_a_time=at_a_time)

@@ -13,7 +13,7 @@ from kvcompress.bench.attention import AttentionTiming, time_attention
 from kvcompress.bench.decode import DecodeTiming, time_decode
 from kvcompress.bench.prefill import PrefillTiming, sequences_that_fit, time_prefill
 from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_second
-from kvcompress.bench.workload import SHAPES, Shape, shape_of_output, typical_counts
+from kvcompress.bench.workload import SHAPES, Shape, components_at_a_time, shape_of_output, typical_counts
 from kvcompress.errors import OptionError
 from kvcompress.options import GAIN_BITS
 from kvcompress.plan import BLOCK_TOKENS
@@ -63,7 +63,7 @@ def run_bench(
         raise OptionError(f"--context {min(contexts)}: nothing is packed below {BLOCK_TOKENS} tokens. Ask for more.")
     where = _device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    sizes, counts = _workloads(output, shape, keeps, ranks_only)
+    sizes, counts = _workloads(output, shape, keeps, ranks_only, turn)
     attention, prefill, fits, decoded = [], [], [], []
     if decode:
         decoded = time_decode(
@@ -114,7 +114,7 @@ def run_bench(
 
 
 def _workloads(
-    output: Path | None, name: str, keeps: Sequence[float], ranks_only: bool
+    output: Path | None, name: str, keeps: Sequence[float], ranks_only: bool, turn: int
 ) -> tuple[Shape, dict[float, dict[str, dict[int, int]]]]:
     if output is not None:
         shape, keys, values = shape_of_output(output)
@@ -124,8 +124,10 @@ def _workloads(
         raise OptionError(
             f"there is no shape {name}. Choose one of {', '.join(SHAPES)}, or name a compressed checkpoint."
         )
-    counts = {keep: typical_counts(SHAPES[name].width, keep, ranks_only=ranks_only) for keep in keeps}
-    return SHAPES[name], {keep: {"key": c, "value": c} for keep, c in counts.items()}
+    shape = SHAPES[name]
+    at_a_time = components_at_a_time(shape, turn)
+    counts = {keep: typical_counts(shape.width, keep, ranks_only=ranks_only, at_a_time=at_a_time) for keep in keeps}
+    return shape, {keep: {"key": c, "value": c} for keep, c in counts.items()}
 
 
 def _bits(counts: dict[int, int]) -> int:

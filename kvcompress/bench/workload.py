@@ -17,11 +17,11 @@ from kvcompress.checkpoint.reader import read_config
 from kvcompress.errors import OptionError
 from kvcompress.map_budget import turn_group
 from kvcompress.model_spec import AttentionSpec, Part, Projection
-from kvcompress.options import GAIN_BITS, LEVELS
+from kvcompress.options import GAIN_BITS, LEVELS, QUAD, TILE_TOKENS
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.rope import Rotary
 from kvcompress.runtime.cache import CompressedLayer, LayerCodecs, TokenLine
-from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.codec import SiteCodec, layer_codecs
 
 #: Exact tokens beside the packed ones, as generation has them.
 SINKS, RECENT = 4, 64
@@ -65,29 +65,42 @@ SHAPES = {
 }
 
 
-def typical_counts(n: int, keep: float, *, ranks_only: bool = False) -> dict[int, int]:
+def components_at_a_time(shape: Shape, turn: int) -> int:
+    """Return how many components of a site get the same bits: a quad of each group of heads where rows have tiles."""
+    if turn % TILE_TOKENS:
+        return 1
+    return QUAD * (shape.n_kv_heads // turn_group(shape.attention))
+
+
+def typical_counts(n: int, keep: float, *, ranks_only: bool = False, at_a_time: int = 1) -> dict[int, int]:
     """Return how many components have how many bits when `keep` of 16 bits a number is shared out.
 
     Water-filling over the spectrum l_i = (i + 1)^-0.7 exp(-5 i / n), which falls like those of the models in
-    docs/measurements.md. With ranks_only: the first components, at 16 bits.
+    docs/measurements.md. With ranks_only: the first components, at 16 bits. at_a_time: neighbours that get the same
+    bits; it divides n and every count.
     """
     if not 0 < keep <= 1:
         raise OptionError(f"keep is {keep:g}, it must lie between 0 and 1.")
     if ranks_only:
-        return {16: max(1, round(n * keep))}
-    energy = [(i + 1) ** -0.7 * math.exp(-5 * i / n) for i in range(n)]
+        return {16: max(1, int(n * keep / at_a_time + 1e-9)) * at_a_time}
+    each = [(i + 1) ** -0.7 * math.exp(-5 * i / n) for i in range(n)]
+    energy = [sum(each[i : i + at_a_time]) for i in range(0, n, at_a_time)]
     steps = dict(zip((0, *LEVELS[:-1]), LEVELS, strict=True))
-    bits, left = [0] * n, round(16 * n * keep) - GAIN_BITS
+    bits, left = [0] * len(energy), round(16 * n * keep) - GAIN_BITS
     heap = [(-e * (1 - _LEFT[LEVELS[0]]) / LEVELS[0], i) for i, e in enumerate(energy)]
     heapq.heapify(heap)
-    while heap and left > 0:
+    while heap:
         _, i = heapq.heappop(heap)
-        left -= steps[bits[i]] - bits[i]
-        bits[i] = now = steps[bits[i]]
+        now = steps[bits[i]]
+        cost = (now - bits[i]) * at_a_time
+        if cost > left:
+            continue
+        left -= cost
+        bits[i] = now
         if now in steps:
             after = steps[now]
             heapq.heappush(heap, (-energy[i] * (_LEFT[now] - _LEFT[after]) / (after - now), i))
-    return {level: bits.count(level) for level in reversed(LEVELS) if bits.count(level)}
+    return {level: bits.count(level) * at_a_time for level in reversed(LEVELS) if level in bits}
 
 
 def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, int]]:
@@ -120,8 +133,9 @@ def random_layer(
     turn: see random_maps.
     """
     rotary = Rotary(5e5 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim), 1.0)
-    key = SiteCodec(random_maps(shape, "key", keys, turn=turn), device)
-    value = SiteCodec(random_maps(shape, "value", values, turn=turn), device)
+    maps = random_maps(shape, "key", keys, turn=turn), random_maps(shape, "value", values, turn=turn)
+    key, value = layer_codecs(*maps, device, turn=turn)
+    assert key is not None
     if turn > 1:
         codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, turn=turn)
     else:
@@ -167,21 +181,19 @@ def random_maps(shape: Shape, part: Part, counts: dict[int, int], *, turn: int =
     step = torch.where(bits < 16, 2.0 ** (2 - bits.float()), torch.ones(()))
     maps = torch.randn(n_components, width) / math.sqrt(n_components / len(parts))
     # each class evenly over the blocks, which rise within it as they do in a plan
-    block = torch.cat([torch.arange(counts[b]) * len(parts) // counts[b] for b in sorted(counts, reverse=True)]).int()
-    return SiteMaps(parts.int(), maps, maps, block, bits, step, torch.randn(parts.numel()))
+    quad = QUAD if turn % TILE_TOKENS == 0 else 1
+    block = [torch.arange(counts[b]) // quad * quad * len(parts) // counts[b] for b in sorted(counts, reverse=True)]
+    return SiteMaps(parts.int(), maps, maps, torch.cat(block).int(), bits, step, torch.randn(parts.numel()))
 
 
 def _random_bytes(codec: SiteCodec, batch: int, n_blocks: int, device: torch.device) -> Tensor:
-    """Return random codes, but numbers of spread 1 where components have 16 bits."""
-    parts = []
-    for bits, start, stop in codec.classes:
-        n_bytes = (stop - start) * bits * BLOCK_TOKENS // 8
-        if bits == 16:
-            numbers = torch.randn(batch, n_blocks, n_bytes // 2, device=device, dtype=torch.float16)
-            parts.append(numbers.view(torch.uint8))
-        else:
-            parts.append(torch.randint(0, 256, (batch, n_blocks, n_bytes), dtype=torch.uint8, device=device))
-    if codec.has_gain:  # gains of about 1
-        n_bytes = GAIN_BITS * BLOCK_TOKENS // 8
-        parts.append(torch.full((batch, n_blocks, n_bytes), 0x44, dtype=torch.uint8, device=device))
-    return torch.cat(parts, -1)
+    """Return random codes, but numbers of spread 1 where components have 16 bits, and gains of about 1."""
+    n_bytes = sum((stop - start) * bits * BLOCK_TOKENS // 8 for bits, start, stop in codec.classes)
+    packed = torch.randint(0, 256, (batch, n_blocks, n_bytes), dtype=torch.uint8, device=device)
+    places = codec.number_places
+    numbers = torch.randn(batch, n_blocks, len(places), device=device, dtype=torch.float16)
+    packed.view(torch.float16)[..., places] = numbers
+    if not codec.has_gain:
+        return packed
+    gains = torch.full((batch, n_blocks, GAIN_BITS * BLOCK_TOKENS // 8), 0x44, dtype=torch.uint8, device=device)
+    return torch.cat([packed, gains], -1)

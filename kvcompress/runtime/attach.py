@@ -16,12 +16,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.errors import CheckpointError, OptionError
-from kvcompress.model_spec import ModelSpec, Site
+from kvcompress.model_spec import PARTS, ModelSpec, Site
 from kvcompress.plan import Plan
 from kvcompress.rope import Rotary
 from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
 from kvcompress.runtime.cache import CompressedCache, LayerCodecs
-from kvcompress.runtime.codec import SiteCodec
+from kvcompress.runtime.codec import layer_codecs
 from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"
@@ -252,11 +252,10 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
     rotated = Rotary.of(model) if any(a.rotary_dim for a in spec.layers) else None  # one, and one table of its angles
     layers = []
     for attention in spec.layers:
-        codecs: dict[str, SiteCodec | None] = {}
-        for part in ("key", "value"):
-            site = Site(attention.layer, part)
-            codecs[part] = None if plans[site].exact else SiteCodec(maps[site], device)
-        key, planned = codecs["key"], plans[Site(attention.layer, "key")]
+        sites = {part: Site(attention.layer, part) for part in PARTS}
+        coded = {part: None if plans[site].exact else maps[site] for part, site in sites.items()}
+        planned = plans[sites["key"]]
+        key, value = layer_codecs(coded["key"], coded["value"], device, turn=planned.turn)
         rotary = rotated if key is not None and attention.rotary_dim else None
         rotated_mean = None
         if key is not None and planned.rotated and rotary is not None:
@@ -264,7 +263,7 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
         layers.append(
             LayerCodecs(
                 key,
-                codecs["value"],
+                value,
                 rotary,
                 attention.n_kv_heads,
                 attention.head_dim,

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.options import GAIN_BITS
+from kvcompress.model_spec import Part
+from kvcompress.options import GAIN_BITS, TILE_TOKENS
 from kvcompress.plan import BLOCK_TOKENS, runs
 from kvcompress.quantise import best_gain, dequantise, gain, quantise
 from kvcompress.runtime.packing import pack_codes, unpack_codes
+from kvcompress.runtime.tiles import Tiles, is_tileable
 
 #: Tokens encoded at once, which bounds the memory that encoding a long prompt takes.
 _ENCODED_TOKENS = 2048
@@ -33,7 +35,8 @@ class SiteCodec:
     in units of the step. Blocks with fewer components than the fullest one are padded with zeros inside the maps.
     """
 
-    def __init__(self, maps: SiteMaps, device: torch.device) -> None:
+    def __init__(self, maps: SiteMaps, device: torch.device, *, tiled_for: Part | None = None) -> None:
+        """tiled_for: rows have the tile layout of that part, the plain one by default; see `layer_codecs`."""
         n_blocks, width = maps.blocks.shape
         block = maps.block.long().cpu()
         counts = torch.bincount(block, minlength=n_blocks)
@@ -55,17 +58,16 @@ class SiteCodec:
         self._place = place.to(device)  # number of x -> its place in the blocks' order
         self._component = (block * slots + slot).to(device)
         self._shape = (n_blocks, slots, width)
-        #: Whether blocks are whole neighbouring heads, as `latent` and `per_head` make them.
-        self.by_heads = bool((place == torch.arange(n_blocks * width)).all())
         self.block = block.tolist()  # of each component
         # One block in its own order: nothing to gather or scatter around the matrix product.
-        self._one_block = n_blocks == 1 and self.by_heads
+        self._one_block = n_blocks == 1 and _by_heads(maps)
         self.mean = None if maps.mean is None else maps.mean.float().to(device)
         self.classes = runs(maps.bits.tolist())
         quantised = [c for c in self.classes if c[0] <= 8]
         self._first = quantised[0][1] if quantised else self.n_components  # components before it are not quantised
         self.has_gain = bool(quantised)
         self._half = 2.0 ** (maps.bits[self._first :].float().to(device) - 1)
+        self.tiles = None if tiled_for is None else Tiles(tiled_for, maps.bits, maps.block, device)
 
     def encode(self, x: Tensor) -> Codes:
         """x: [..., n], the mean already subtracted -> what is stored of it."""
@@ -103,6 +105,14 @@ class SiteCodec:
         x = torch.einsum("...bs,bsw->...bw", padded.unflatten(-1, (n_blocks, slots)), self.decoder)
         return x.flatten(-2)[..., self._place]
 
+    @property
+    def number_places(self) -> Tensor:
+        """Return which pairs of bytes of a row hold the components of 16 bits: [n]."""
+        if self.tiles is not None:
+            return self.tiles.number_places
+        n_numbers = sum(stop - first for bits, first, stop in self.classes if bits == 16)
+        return torch.arange(n_numbers * BLOCK_TOKENS, device=self.encoder.device)
+
     @cached_property
     def dense_decoder(self) -> Tensor:
         """D of all blocks as one matrix, [R, n], float32, kept from its first use on."""
@@ -129,10 +139,14 @@ class SiteCodec:
         batch, n_blocks, _ = packed.shape
         z = torch.empty(batch, n_blocks * BLOCK_TOKENS, self.n_components, device=packed.device)
         start = 0
-        for bits, first, last in self.classes:
-            stop = start + (last - first) * bits * BLOCK_TOKENS // 8
-            unpack_codes(packed[..., start:stop], bits, z[..., first:last])
-            start = stop
+        if self.tiles is not None:
+            self.tiles.unpack(packed, z)
+            start = self.tiles.n_bytes
+        else:
+            for bits, first, last in self.classes:
+                stop = start + (last - first) * bits * BLOCK_TOKENS // 8
+                unpack_codes(packed[..., start:stop], bits, z[..., first:last])
+                start = stop
         if self.has_gain:  # in place, as `latents` does it: this is where a step of generation spends its time
             code = torch.empty(*z.shape[:2], 1, device=packed.device)
             unpack_codes(packed[..., start:], GAIN_BITS, code)
@@ -143,7 +157,10 @@ class SiteCodec:
     def _packed(self, codes: Codes) -> Tensor:
         batch, n_tokens, _ = codes.components.shape
         parts = [torch.zeros(batch, n_tokens // BLOCK_TOKENS, 0, dtype=torch.uint8, device=codes.components.device)]
-        parts += [pack_codes(codes.components[..., first:last], bits) for bits, first, last in self.classes]
+        if self.tiles is not None:
+            parts.append(self.tiles.pack(codes.components))
+        else:
+            parts += [pack_codes(codes.components[..., first:last], bits) for bits, first, last in self.classes]
         if codes.gain is not None:
             parts.append(pack_codes(codes.gain.unsqueeze(-1), GAIN_BITS))
         return torch.cat(parts, -1)
@@ -154,3 +171,25 @@ class SiteCodec:
             return z
         limit = torch.finfo(torch.float16).max  # a token far outside the calibration must not become inf or NaN
         return z.clamp(-limit, limit).half().float()
+
+
+def layer_codecs(
+    key: SiteMaps | None, value: SiteMaps | None, device: torch.device, *, turn: int
+) -> tuple[SiteCodec | None, SiteCodec | None]:
+    """Return the codecs of a layer's keys and values; None for a part without maps.
+
+    Both have the tile layout where keys are in turns of a multiple of TILE_TOKENS and both sites can have it.
+    """
+    tiled = turn % TILE_TOKENS == 0 and all(
+        maps is not None and _by_heads(maps) and is_tileable(maps.bits, maps.block) for maps in (key, value)
+    )
+    return (
+        None if key is None else SiteCodec(key, device, tiled_for="key" if tiled else None),
+        None if value is None else SiteCodec(value, device, tiled_for="value" if tiled else None),
+    )
+
+
+def _by_heads(maps: SiteMaps) -> bool:
+    """Return whether blocks are whole neighbouring heads, as `latent` and `per_head` make them."""
+    numbers = maps.blocks.flatten().cpu()
+    return bool((numbers == torch.arange(len(numbers))).all())

@@ -6,7 +6,7 @@ Every function here returns None where the kernels do not apply, and the caller 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -23,10 +23,12 @@ from kvcompress.runtime.kernels.turned import (
     MOST_EXACT,
     UNIT_TOKENS,
     GroupedSite,
+    GroupLayout,
     applies,
-    class_table,
     compiler_works,
     decoder_fragments,
+    group_layout,
+    head_decoders,
     turned_attention,
 )
 
@@ -61,11 +63,10 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """A codec's maps as the kernels for turns take them; see kernels.turned.GroupedSite. For keys with fragments."""
+    """A tiled codec's layout and maps as the kernels for turns take them; see kernels.turned.GroupedSite."""
 
-    classes: Tensor
-    chunks: tuple[int, ...]
-    fragments: Tensor | None
+    layout: GroupLayout
+    maps: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def _packed(codec: SiteCodec, latents: Tensor) -> Tensor:
     row = row_words(dense.counts, has_gain=codec.has_gain)
     batch, n_tokens, _ = latents.shape
     words = torch.empty(batch, n_tokens // BLOCK_TOKENS, row, dtype=torch.int32, device=latents.device)
-    pack_latents(latents, _site(codec, words))
+    pack_latents(latents, _site(codec, words), tiles=codec.tiles)
     return words.view(torch.uint8)
 
 
@@ -179,13 +180,10 @@ def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling:
         return None
     if not compiler_works(query.device):
         return None
-    keys, values = (
-        _grouped(codec, codecs.n_kv_heads, for_keys=codec is codecs.key) for codec in (codecs.key, codecs.value)
-    )
-    if keys is None or values is None or keys.classes.shape[0] != values.classes.shape[0]:
+    keys, values = (_grouped(codec, codecs.n_kv_heads) for codec in (codecs.key, codecs.value))
+    if keys is None or values is None:
         return None
-    group_heads = codecs.n_kv_heads // keys.classes.shape[0]
-    if not applies(n_heads, codecs.n_kv_heads, group_heads, head_dim, keys.chunks, values.chunks):
+    if not applies(n_heads, codecs.n_kv_heads, head_dim, keys.layout, values.layout, query.device):
         return None
     assert layer.packed_keys is not None and layer.packed_values is not None
     seen = _visible(layer, mask, batch)
@@ -204,27 +202,25 @@ def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling:
     )
 
 
-def _grouped(codec: SiteCodec, n_kv_heads: int, *, for_keys: bool) -> _Groups | None:
-    """Return what the kernels for turns need of a codec, or None where its blocks are no groups of heads."""
+def _grouped(codec: SiteCodec, n_kv_heads: int) -> _Groups | None:
+    """Return what the kernels for turns need of a codec, or None where its rows are not tiled."""
     if codec not in _groups:
         _groups[codec] = None
         bits = [b for b, first, last in codec.classes for _ in range(last - first)]
         n_groups = codec.encoder.shape[0]
-        table = class_table(bits, codec.block, n_groups) if codec.by_heads and bits else None
-        if table is not None and n_kv_heads % n_groups == 0:
-            classes, chunks = table
-            decoder = _dense_maps(codec).decoder
-            fragments = decoder_fragments(decoder, classes, chunks, n_kv_heads) if for_keys else None
-            _groups[codec] = _Groups(classes.to(decoder.device), chunks, fragments)
+        layout = group_layout(bits, codec.block, n_groups) if codec.tiles is not None else None
+        if layout is not None and codec.tiles is not None and n_kv_heads % n_groups == 0:
+            maps = head_decoders(_dense_maps(codec).decoder, layout, n_kv_heads)
+            if codec.tiles.part == "key":
+                maps = decoder_fragments(maps, layout.sets[0])
+            _groups[codec] = _Groups(replace(layout, table=layout.table.to(maps.device)), maps)
     return _groups[codec]
 
 
 def _grouped_site(codec: SiteCodec, groups: _Groups, packed: Tensor) -> GroupedSite:
-    dense = _dense_maps(codec)
-    gain_word = sum(bits * n for bits, n in dense.counts.items()) if codec.has_gain else None
-    return GroupedSite(
-        packed.view(torch.int32), groups.classes, groups.chunks, dense.decoder, codec.mean, gain_word, groups.fragments
-    )
+    words = packed.view(torch.int32)
+    gain_word = sum(bits * (last - first) for bits, first, last in codec.classes) if codec.has_gain else None
+    return GroupedSite(words, groups.layout, groups.maps, codec.mean, gain_word)
 
 
 def _angles_of_turns(layer: CompressedLayer) -> Tensor:

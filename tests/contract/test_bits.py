@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,9 +42,9 @@ def planned(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
 
 @pytest.fixture
 def curves(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
-    """curves(family, **options): {site: BitCurve}."""
+    """curves(family, at_a_time, **options): {site: BitCurve}."""
 
-    def make(family: str, **options: Any) -> dict[Any, BitCurve]:
+    def make(family: str, at_a_time: int = 1, **options: Any) -> dict[Any, BitCurve]:
         chosen, moments = CompressOptions(**options), tiny_moments(family).sites
         with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
             spec = checkpoint.spec
@@ -52,7 +53,7 @@ def curves(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
         for site in spec.sites:
             attention = spec.layers[site.layer]
             fitted = fit_site(bases[site.part], moments[site], attention, site.part, chosen)
-            made[site] = bit_curve(site, fitted, moments[site], attention, full_bits=32)
+            made[site] = bit_curve(site, fitted, moments[site], attention, full_bits=32, at_a_time=at_a_time)
         return made
 
     return make
@@ -69,20 +70,24 @@ def test_never_above_the_budget_and_close_to_it(planned: Any, keep: float, polic
 
 
 @pytest.mark.parametrize("basis", KEY_BASES)
-def test_levels_climb_each_components_lower_hull(curves: Any, basis: str) -> None:
-    for curve in curves("llama-mha", key_basis=basis, band=4).values():
+@pytest.mark.parametrize("at_a_time", [1, 4])
+def test_levels_climb_each_units_lower_hull(curves: Any, basis: str, at_a_time: int) -> None:
+    for curve in curves("llama-mha", at_a_time, key_basis=basis, band=4).values():
         gains = curve.curve.energy / curve.curve.numbers
         assert (gains[1:] <= gains[:-1] + 1e-12).all() and (gains >= 0).all()
-        for component in range(len(curve.loss[0])):
-            mine = curve.component == component
+        for unit in range(len(curve.loss[0]) // at_a_time):
+            mine, inside = curve.unit == unit, curve.unit_of == unit
+            assert int(inside.sum()) == at_a_time
             levels = [0, *curve.level[mine].tolist()]
             assert levels == sorted(set(levels)) and levels[-1] == 32 and set(levels) <= {0, *LEVELS, 32}
-            losses = [curve.loss[b][component].item() for b in levels]
+            losses = [curve.loss[b][inside].sum().item() for b in levels]
+            assert curve.curve.numbers[mine].tolist() == [(b - a) * at_a_time for a, b in pairwise(levels)]
+            assert curve.curve.energy[mine].tolist() == pytest.approx([a - b for a, b in pairwise(losses)], abs=1e-15)
             slopes = [(a - b) / (m - n) for a, b, m, n in zip(losses, losses[1:], levels[1:], levels, strict=False)]
             for level in LEVELS:  # no level that was left out lies under the hull
                 below = max(i for i, b in enumerate(levels[:-1]) if b <= level)
                 chord = losses[below] - slopes[below] * (level - levels[below])
-                assert curve.loss[level][component].item() >= chord - 1e-12
+                assert curve.loss[level][inside].sum().item() >= chord - 1e-12
 
 
 def test_more_bits_cost_less(curves: Any) -> None:

@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.model_spec import PARTS, Part
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime import fast
@@ -81,8 +82,13 @@ def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, 
 
 
 @pytest.mark.parametrize("ranks_only", [False, True])
-def test_packing_gives_what_the_reference_gives(attached: Any, ranks_only: bool, monkeypatch: Any) -> None:
-    codec = attachment_of(attached(ranks_only=ranks_only)).codecs[0].value
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("options", [{}, {"key_basis": "latent", "turn": 128}])
+def test_packing_gives_what_the_reference_gives(
+    attached: Any, ranks_only: bool, part: Part, options: dict[str, Any], monkeypatch: Any
+) -> None:
+    codec = getattr(attachment_of(attached(ranks_only=ranks_only, **options)).codecs[0], part)
+    assert (codec.tiles is not None) == ("turn" in options)
     x = torch.randn(2, 64, codec.encoder.shape[0] * codec.encoder.shape[2])
     reference = codec.unpack(codec.pack(x))
     monkeypatch.setattr(fast, "kernels_apply", lambda device: True)

@@ -39,9 +39,13 @@ struct alignas(8) uint2 {
 struct dim3 {
     int x, y, z;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <class T>
 T min(T a, T b) {
     return b < a ? b : a;
@@ -77,7 +81,7 @@ struct Output {
 inline std::vector<Output> previous;  // of the launches since the last that was plain
 inline bool awaited = true;
 inline std::vector<Fiber> fibers;
-inline std::vector<Barrier> warps, pairs;
+inline std::vector<Barrier> warps;
 inline Barrier block;
 inline std::vector<std::array<unsigned, 8>> slots;  // of each thread, for what a warp exchanges
 inline ucontext_t scheduler;
@@ -143,7 +147,6 @@ inline void show_previous() {
 inline void run_block(int n_threads) {
     fibers = std::vector<Fiber>(n_threads);
     warps.assign((n_threads + 31) / 32, {});
-    pairs.assign(warps.size(), {});
     block = {};
     slots.assign(n_threads, {});
     std::memset(shared.data(), 0xff, shared.size());
@@ -166,8 +169,8 @@ inline void run_block(int n_threads) {
     }
 }
 
-// overlaps: whether the kernel may begin while the launch before it ends. arguments: as for cuLaunchKernel, a pointer to
-// each. sizes: of the tensors among them, in bytes, 0 for others.
+// overlaps: whether the kernel may begin while the launch before it ends. arguments: as for cuLaunchKernel, a pointer
+// to each. sizes: of the tensors among them, in bytes, 0 for others.
 template <class... A>
 void launch(
     void (*kernel)(A...), bool overlaps, const int* grid, int n_threads, int n_shared, void** arguments,
@@ -264,10 +267,6 @@ inline u16 to_bfloat16(float x) {
 }
 inline float exp_2(float x) { return std::exp2(x); }
 
-inline u32 half2_product(u32 x, u32 y) {
-    return to_half2(from_half(x & 0xffff) * from_half(y & 0xffff), from_half(x >> 16) * from_half(y >> 16));
-}
-
 inline float pair_product(u32 x, u32 y) {
     return from_half(x & 0xffff) * from_half(y & 0xffff) + from_half(x >> 16) * from_half(y >> 16);
 }
@@ -283,6 +282,31 @@ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         }
     }
     emulator::sync_warp();
+}
+
+template <class B>
+inline void mma_integers(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const auto* warp = emulator::exchange({a0, a1, a2, a3, b0, b1});
+    const int lane = emulator::current % 32, r = lane / 4, c = lane % 4;
+    for (int i = 0; i < 4; i++) {
+        const int below = i / 2, column = 2 * c + i % 2;
+        long long sum = d[i];
+        for (int k = 0; k < 4; k++)
+            for (int byte = 0; byte < 4; byte++)
+                for (int half = 0; half < 2; half++) {
+                    const int a = warp[4 * r + k][2 * half + below] >> (8 * byte) & 0xff;
+                    sum += a * (B)(warp[4 * column + k][4 + half] >> (8 * byte) & 0xff);
+                }
+        if (sum != (int)sum) emulator::fail("a sum beyond 32 bits");
+        d[i] = (int)sum;
+    }
+    emulator::sync_warp();
+}
+inline void mma_signed(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    mma_integers<signed char>(d, a0, a1, a2, a3, b0, b1);
+}
+inline void mma_unsigned(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    mma_integers<unsigned char>(d, a0, a1, a2, a3, b0, b1);
 }
 
 inline u32 transposed(u32 x) {
@@ -304,14 +328,6 @@ inline void copy_16(u32 to, const void* from) {
     emulator::fibers[emulator::current].groups.back().push_back({to, from});
 }
 
-inline u32 shared_word(u32 address) {
-    if (address % 4 || address + 4 > emulator::shared.size()) emulator::fail("a read beyond shared memory");
-    u32 x;
-    std::memcpy(&x, emulator::shared.data() + address, 4);
-    return x;
-}
-
-inline void pin(u32&) {}
 inline void pin(u32&, const char*&) {}
 inline void commit() { emulator::fibers[emulator::current].groups.emplace_back(); }
 
@@ -323,8 +339,6 @@ inline void wait() {
         groups.pop_front();
     }
 }
-
-inline void meet(int pair) { emulator::arrive(emulator::pairs[pair], 64); }
 
 inline void let_next_begin() {}
 

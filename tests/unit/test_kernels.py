@@ -13,10 +13,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.errors import OptionError
+from kvcompress.model_spec import PARTS, Part
 from kvcompress.rope import Rotary
 from kvcompress.runtime.kernels.decode import packed_attention
 from kvcompress.runtime.kernels.encode import centred, pack_latents
 from kvcompress.runtime.kernels.layout import PackedSite, row_words
+from kvcompress.runtime.tiles import Tiles
 from tests.packed_cases import Case, pack_codes, random_case
 
 MIXED = {8: 3, 4: 40, 2: 67, 1: 21}
@@ -92,7 +94,7 @@ def test_a_mean_of_keys_needs_positions() -> None:
         attend(case)
 
 
-@pytest.mark.parametrize(("counts", "gain"), [(MIXED, True), (MIXED, False), ({16: 7, 2: 5}, False)])
+@pytest.mark.parametrize(("counts", "gain"), [(MIXED, True), (MIXED, False), ({16: 7, 2: 5}, True)])
 def test_packing_is_that_of_the_format(counts: dict[int, int], gain: bool) -> None:
     torch.manual_seed(0)
     half = torch.cat([torch.full((n,), 2.0 ** (b % 16 - 1)) for b, n in counts.items()])
@@ -106,22 +108,62 @@ def test_packing_is_that_of_the_format(counts: dict[int, int], gain: bool) -> No
     assert (words == -7).all()  # nothing else was written
 
 
-def packed_by_hand(latents: torch.Tensor, counts: dict[int, int], half: torch.Tensor, gain: bool) -> torch.Tensor:
-    def quantised(g: torch.Tensor) -> torch.Tensor:
-        return ((latents / g).floor() + half).clamp_min(0).minimum(2 * half - 1)
+TILED: dict[str, dict[int, list[int]]] = {  # components of each group
+    "all classes, gains": {16: [8, 4], 8: [4, 8], 4: [72, 4], 2: [12, 68], 1: [4, 20]},
+    "classes that a group lacks": {8: [0, 4, 8], 4: [12, 0, 4], 1: [0, 0, 72]},
+    "numbers alone": {16: [36, 0, 100]},
+}
 
-    gains = torch.exp2((torch.arange(16) - 4) / 4)
-    errors = [((quantised(g) - half + 0.5) * g - latents).square().sum(-1) for g in gains]
-    best = torch.stack(errors).argmin(0) if gain else torch.full(latents.shape[:2], 4)
-    all_codes, codes, start = quantised(gains[best].unsqueeze(-1)), [], 0
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", TILED)
+def test_packing_in_tiles_is_that_of_the_reference(part: Part, name: str) -> None:
+    torch.manual_seed(0)
+    groups, counts = TILED[name], {bits: sum(sizes) for bits, sizes in TILED[name].items()}
+    each = [(b, g) for b, sizes in groups.items() for g, n in enumerate(sizes) for _ in range(n)]
+    bits, group = (torch.tensor(x) for x in zip(*each, strict=True))
+    tiles, gain = Tiles(part, bits, group, torch.device("cpu")), min(counts) < 16
+    half = 2.0 ** (bits % 16 - 1)
+    latents = torch.randn(2, 96, len(bits)) * half * 0.6
+    latents[0, 0, :4] = 1e6  # beyond the range of any code, and of float16
+    words = torch.full((2, 4, row_words(counts, has_gain=gain) + 3), -7, dtype=torch.int32)
+    site = PackedSite(words, counts, torch.zeros(len(bits), 8).half(), None, gain)
+    pack_latents(latents, site, first_block=1, tiles=tiles)
+    codes, gains = codes_by_hand(latents, counts, half, gain)
+    codes[..., bits == 16] = codes[..., bits == 16].clamp(-65504, 65504)
+    expected = tiles.pack(codes).view(torch.int32)
+    if gain:
+        expected = torch.cat([expected, pack_codes([(4, gains[:, None])])], -1)
+    assert torch.equal(words[:, 1:, : expected.shape[2]], expected)
+    words[:, 1:, : expected.shape[2]] = -7
+    assert (words == -7).all()  # nothing else was written
+
+
+def packed_by_hand(latents: torch.Tensor, counts: dict[int, int], half: torch.Tensor, gain: bool) -> torch.Tensor:
+    (all_codes, gains), codes, start = codes_by_hand(latents, counts, half, gain), [], 0
     for bits, n in counts.items():
         part = all_codes[..., start : start + n]
-        if bits == 16:
-            part = latents[..., start : start + n].half().view(torch.int16)
-        codes.append((bits, part.transpose(1, 2)))
+        codes.append((bits, (part.half().view(torch.int16) if bits == 16 else part).transpose(1, 2)))
         start += n
-    words = [pack_codes(codes)] + ([pack_codes([(4, best[:, None])])] if gain else [])
+    words = [pack_codes(codes)] + ([pack_codes([(4, gains[:, None])])] if gain else [])
     return torch.cat(words, -1)
+
+
+def codes_by_hand(
+    latents: torch.Tensor, counts: dict[int, int], half: torch.Tensor, gain: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of all components, of 16 bits the numbers themselves, and of the gains [batch, n_tokens]."""
+    n_numbers = counts.get(16, 0)
+    z, half = latents[..., n_numbers:], half[n_numbers:]
+
+    def quantised(g: torch.Tensor) -> torch.Tensor:
+        return ((z / g).floor() + half).clamp_min(0).minimum(2 * half - 1)
+
+    gains = torch.exp2((torch.arange(16) - 4) / 4)
+    errors = [((quantised(g) - half + 0.5) * g - z).square().sum(-1) for g in gains]
+    best = torch.stack(errors).argmin(0) if gain else torch.full(latents.shape[:2], 4)
+    own = gains[best].unsqueeze(-1)
+    return torch.cat([latents[..., :n_numbers] / own, quantised(own)], -1), best
 
 
 @pytest.mark.parametrize("head_dim", [64, 96])

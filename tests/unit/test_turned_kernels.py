@@ -15,10 +15,12 @@ from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.turned import (
     MOST_EXACT,
     GroupedSite,
+    GroupLayout,
     applies,
-    class_table,
     compiler_works,
     decoder_fragments,
+    group_layout,
+    head_decoders,
     turned_attention,
 )
 from tests import emulator
@@ -38,27 +40,33 @@ def device(request: Any, monkeypatch: Any) -> Iterator[str]:
     torch.use_deterministic_algorithms(False)
 
 
-SITE = {8: [1, 3], 4: [40, 17], 2: [30, 37], 1: [5, 16]}  # components of each group
+SITE = {8: [4, 8], 4: [40, 16], 2: [32, 36], 1: [4, 16]}  # components of each group
 CASES: dict[str, dict[str, Any]] = {
     "no gains": {"counts": SITE},
     "gains, unequal lengths, bfloat16": {
         "counts": SITE, "gain": True, "turn": 256, "dtype": torch.bfloat16, "first": [4, 50], "last": [402, 257],
     },
-    "ranks only": {"counts": {16: [20, 35]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
+    "ranks only": {"counts": {16: [20, 36]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
+    "whole sets of numbers": {"counts": {16: [64, 64]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
+    "all classes, numbers in one group only": {"counts": SITE | {16: [0, 40]}, "gain": True},
     "masks, an empty class in one group": {
-        "counts": {4: [10, 30, 1], 1: [40, 0, 20]}, "heads": 6, "kv_heads": 3, "head_dim": 96, "gain": True,
+        "counts": {4: [12, 32, 4], 1: [40, 0, 20]}, "heads": 6, "kv_heads": 3, "head_dim": 96, "gain": True,
         "masked": True,
     },
     "the 8B shape, several splits": {
-        "counts": {8: [9] * 4, 4: [71] * 4, 2: [58] * 4, 1: [40] * 4}, "heads": 32, "kv_heads": 8, "head_dim": 128,
+        "counts": {8: [8] * 4, 4: [72] * 4, 2: [56] * 4, 1: [40] * 4}, "heads": 32, "kv_heads": 8, "head_dim": 128,
         "n_blocks": 131, "gain": True, "dtype": torch.bfloat16,
+    },
+    "so much of a token that units are halves": {
+        "counts": {8: [100, 104], 4: [8, 8]}, "head_dim": 128, "kv_heads": 2, "gain": True, "turn": 256,
+        "last": [390, 41],
     },
     "wide heads, a sequence without packed tokens": {
         "counts": {4: [20] * 4}, "heads": 4, "kv_heads": 4, "head_dim": 256, "n_blocks": 3, "gain": True,
         "first": [0, 96],
     },
     "one packed token, one exact": {
-        "counts": {8: [90], 1: [3]}, "heads": 7, "kv_heads": 1, "head_dim": 128, "n_blocks": 9, "gain": True,
+        "counts": {8: [92], 1: [4]}, "heads": 7, "kv_heads": 1, "head_dim": 128, "n_blocks": 9, "gain": True,
         "n_recent": 1, "n_sinks": 0, "last": [1, 1],
     },
     "exact tokens in three parts, one of them unseen": {
@@ -68,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
         "counts": SITE, "n_blocks": 4, "n_recent": 75, "n_sinks": 21, "masked": True, "unseen": (0, 64), "last": [0, 0],
     },
     "the most exact tokens": {
-        "counts": {4: [20, 30]}, "heads": 6, "kv_heads": 2, "head_dim": 96, "n_blocks": 5, "n_recent": MOST_EXACT,
+        "counts": {4: [20, 32]}, "heads": 6, "kv_heads": 2, "head_dim": 96, "n_blocks": 5, "n_recent": MOST_EXACT,
         "batch": 1,
     },
 }  # fmt: skip
@@ -87,41 +95,85 @@ class Case:
 
 
 def random_site(
-    batch: int, n_blocks: int, counts: dict[int, list[int]], kv_heads: int, head_dim: int, gain: bool
-) -> Any:
-    """Return a site of random codes, and what they stand for: z [batch, n_tokens, R] float64."""
+    part: str, batch: int, n_blocks: int, counts: dict[int, list[int]], kv_heads: int, head_dim: int, gain: bool
+) -> tuple[GroupedSite, Tensor, Tensor]:
+    """Return a site of random codes, what they stand for, z [batch, n_tokens, R] float64, and its decoder [R, n]."""
     n_groups, width = len(next(iter(counts.values()))), kv_heads * head_dim
     bits = [b for b in sorted(counts, reverse=True) for n in counts[b] for _ in range(n)]
     group = [g for b in sorted(counts, reverse=True) for g, n in enumerate(counts[b]) for _ in range(n)]
-    table = class_table(bits, group, n_groups)
-    assert table is not None
+    layout = group_layout(bits, group, n_groups)
+    assert layout is not None
     words = torch.randint(-(2**31), 2**31 - 1, (batch, n_blocks, sum(bits) + 4 * gain), dtype=torch.int32)
-    if n_numbers := 16 * bits.count(16):
-        words[..., :n_numbers] = torch.randn(batch, n_blocks, 2 * n_numbers).half().view(torch.int32)
+    for first, _, nibbles, _, _, n_numbers in layout.table.tolist():
+        if n_numbers:
+            numbers = torch.randn(batch, n_blocks, 2 * nibbles).half().view(torch.int32)
+            words[..., first : first + nibbles] = numbers
     decoder, share = torch.zeros(len(bits), width), width // n_groups
     for row, (b, g) in enumerate(zip(bits, group, strict=True)):
         size = (2.0 ** (1 - b) if b < 16 else 1.0) / group.count(g) ** 0.5
         decoder[row, g * share : (g + 1) * share] = torch.randn(share) * size
-    classes, chunks = table
-    fragments = decoder_fragments(decoder.half(), classes, chunks, kv_heads)
+    decoder = decoder.half()
+    maps = head_decoders(decoder, layout, kv_heads)
+    if part == "key":
+        maps = decoder_fragments(maps, layout.sets[0])
     gain_word = sum(bits) if gain else None
-    return GroupedSite(words, classes, chunks, decoder.half(), torch.randn(width), gain_word, fragments), unpacked(
-        words, bits, gain_word
-    )
+    z = unpacked(part, words, bits, group, layout, gain_word)
+    return GroupedSite(words, layout, maps, torch.randn(width), gain_word), z, decoder
 
 
-def unpacked(words: Tensor, bits: list[int], gain_word: int | None) -> Tensor:
-    def fields(first: int, n: int, width: int) -> Tensor:
-        lanes = (words[..., first : first + n, None].long() >> (torch.arange(32 // width) * width)) & ((1 << width) - 1)
-        return lanes.flatten(2).flatten(1)
+def place(part: str, width: int, i: int, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Return word and shift of codes of `width` bits, component i of a class and group, as docs/format.md has them."""
+    quad, comp, t, h = i // 4, i % 4, token // 16, token // 8 % 2
+    if part == "key":
+        r = token % 8
+        if width == 16:
+            pair = i // 2
+            return 32 * pair + (r + 2 * pair) % 8 * 4 + 2 * t + h, 16 * (comp % 2) + 0 * t
+        if width == 4:
+            return 16 * quad + 2 * (r ^ (4 if quad & 2 else 0)) + t, 8 * comp + 4 * h
+        if width == 2:
+            return 8 * quad + r, 8 * comp + 2 * t + 4 * h
+        return 4 * quad + r // 2, 8 * comp + 4 * h + 2 * (r % 2) + t
+    c, b, j = token % 8 // 2, token % 2, comp // 2
+    if width == 16:
+        return 64 * quad + 16 * ((2 * j + t) ^ (quad & 1)) + 4 * c + comp % 2 + 2 * h, 16 * b
+    byte = 8 * (2 * h + b)
+    if width == 4:
+        return 16 * quad + 4 * c + 2 * t + j, byte + 4 * (comp % 2)
+    if width == 2:
+        return 8 * quad + 2 * c + t, byte + 2 * comp
+    return 4 * quad + c, byte + 4 * t + comp
 
-    z, word = [], 0
-    for b in bits:
-        code = fields(word, b, b)
-        z.append(code.to(torch.int16).view(torch.half).double() if b == 16 else code.double() - (2.0 ** (b - 1) - 0.5))
-        word += b
-    gains = 1.0 if gain_word is None else torch.exp2((fields(gain_word, 4, 4).double() - 4) / 4).unsqueeze(-1)
-    return torch.stack(z, -1) * gains
+
+def unpacked(
+    part: str, words: Tensor, bits: list[int], group: list[int], layout: GroupLayout, gain_word: int | None
+) -> Tensor:
+    token = torch.arange(32)
+    rows = words.long() & 0xFFFFFFFF
+
+    def codes(start: int, width: int, i: int) -> Tensor:  # [batch, n_tokens]
+        word, shift = place(part, width, i, token)
+        return (rows[..., start + word] >> shift & (1 << width) - 1).flatten(1)
+
+    z: list[Tensor] = []
+    for row, (b, g) in enumerate(zip(bits, group, strict=True)):
+        first, _, nibbles, pairs, singles, _ = layout.table[g].tolist()
+        own = [i for i in range(len(bits)) if group[i] == g and bits[i] == b].index(row)
+        n_8 = sum(1 for i in range(len(bits)) if group[i] == g and bits[i] == 8)
+        if b == 16:
+            z.append(codes(first, 16, own).to(torch.int16).view(torch.half).double())
+            continue
+        if b == 8:
+            code = 16 * codes(first + nibbles, 4, own) + codes(first + nibbles, 4, n_8 + own)
+        elif b == 4:
+            code = codes(first + nibbles, 4, 2 * n_8 + own)
+        else:
+            code = codes(first + (pairs if b == 2 else singles), b, own)
+        z.append(code.double() - (2.0 ** (b - 1) - 0.5))
+    gains = torch.ones(1)
+    if gain_word is not None:
+        gains = torch.exp2(((rows[..., gain_word + token // 8] >> 4 * (token % 8) & 15).flatten(1).double() - 4) / 4)
+    return torch.stack(z, -1) * gains.unsqueeze(-1)
 
 
 def random_case(
@@ -131,10 +183,10 @@ def random_case(
     unseen: tuple[int, int] | None = None,
 ) -> Case:  # fmt: skip
     torch.manual_seed(0)
-    keys, key_z = random_site(batch, n_blocks, counts, kv_heads, head_dim, gain)
-    values, value_z = random_site(batch, n_blocks, counts, kv_heads, head_dim, gain)
+    keys, key_z, key_decoder = random_site("key", batch, n_blocks, counts, kv_heads, head_dim, gain)
+    values, value_z, value_decoder = random_site("value", batch, n_blocks, counts, kv_heads, head_dim, gain)
     assert keys.mean is not None and values.mean is not None
-    n_tokens, place = n_blocks * 32, torch.arange(n_blocks * 32)
+    n_tokens, slot = n_blocks * 32, torch.arange(n_blocks * 32)
     query = torch.randn(batch, heads, 1, head_dim).to(dtype)
     exact = [torch.randn(batch, kv_heads, n, head_dim).to(dtype) for n in (n_recent, n_recent, n_sinks, n_sinks)]
     exact_mask = (torch.rand(batch, n_sinks + n_recent) > 0.3).to(torch.uint8) if masked else None
@@ -145,16 +197,15 @@ def random_case(
     position = torch.arange(-(-n_tokens // turn)) * turn - 7 * torch.arange(batch)[:, None]  # sequences begin anywhere
     angle = position[..., None] * 1e4 ** -(torch.arange(head_dim // 2) * 2 / head_dim)
 
-    def decoded(z: Tensor, site: GroupedSite) -> Tensor:
-        assert site.mean is not None
-        return (z @ site.decoder.double() + site.mean).unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
+    def decoded(z: Tensor, decoder: Tensor, site: GroupedSite) -> Tensor:
+        return (z @ decoder.double() + site.mean).unflatten(-1, (kv_heads, head_dim)).transpose(1, 2)
 
-    key, of_turn = decoded(key_z, keys), angle.double()[:, place // turn][:, None]
+    key, of_turn = decoded(key_z, key_decoder, keys), angle.double()[:, slot // turn][:, None]
     re, im = key.chunk(2, -1)
     key = torch.cat([re * of_turn.cos() - im * of_turn.sin(), im * of_turn.cos() + re * of_turn.sin()], -1)
     key = torch.cat([key, exact[2].double(), exact[0].double()], 2).repeat_interleave(heads // kv_heads, 1)
-    value = torch.cat([decoded(value_z, values), exact[3].double(), exact[1].double()], 2)
-    seen = (place >= lo[:, None]) & (place < hi[:, None])
+    value = torch.cat([decoded(value_z, value_decoder, values), exact[3].double(), exact[1].double()], 2)
+    seen = (slot >= lo[:, None]) & (slot < hi[:, None])
     beside = torch.ones(batch, n_sinks + n_recent, dtype=torch.bool)
     if mask is not None and exact_mask is not None:
         seen, beside = seen & (mask != 0), exact_mask != 0
@@ -163,8 +214,9 @@ def random_case(
     expected = (weights @ value.repeat_interleave(heads // kv_heads, 1)).transpose(1, 2)
 
     def moved(site: GroupedSite) -> GroupedSite:
-        names = ("words", "classes", "decoder", "mean", "fragments")
-        return replace(site, **{name: getattr(site, name).to(device) for name in names})
+        layout = replace(site.layout, table=site.layout.table.to(device))
+        moved = {name: getattr(site, name).to(device) for name in ("words", "maps", "mean")}
+        return replace(site, layout=layout, **moved)
 
     arguments = {
         "turn": turn,
@@ -199,38 +251,51 @@ def test_a_query_that_sees_nothing_gives_zero(device: str) -> None:
     assert torch.isfinite(output).all() and output[1].abs().sum() > 0
 
 
-def test_class_table_says_where_groups_begin() -> None:
-    table = class_table([8, 8, 4, 4, 4, 1], [0, 1, 0, 0, 1, 1], 2)
-    assert table is not None
-    classes, chunks = table
-    assert chunks == (0, 1, 1, 0, 1)
-    assert classes[0].tolist() == [[0, 0, 0], [0, 0, 1], [16, 2, 2], [0, 0, 0], [0, 0, 0]]
-    assert classes[1].tolist() == [[0, 0, 0], [8, 1, 1], [24, 4, 1], [0, 0, 0], [28, 5, 1]]
+def test_group_layout_says_where_groups_begin() -> None:
+    layout = group_layout([8] * 4 + [4] * 12 + [1] * 4, [0] * 4 + [0] * 4 + [1] * 8 + [1] * 4, 2)
+    assert layout is not None
+    assert layout.sets == (0, 1, 0, 1) and layout.n_words == 64 and not layout.has_holes
+    assert layout.table.tolist() == [[0, 48, 0, 48, 48, 0], [48, 36, 0, 32, 32, 0]]
+    assert layout.rows[0, :13].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, -1]
+    assert layout.factors[0, :13].tolist() == [16] * 4 + [1] * 8 + [0]
+    assert layout.rows[1, 32:37].tolist() == [16, 17, 18, 19, -1]
 
 
-@pytest.mark.parametrize(("bits", "group"), [([4, 8], [0, 0]), ([4, 4, 4], [0, 1, 0]), ([32], [0])])
-def test_class_table_refuses_other_orders(bits: list[int], group: list[int]) -> None:
-    assert class_table(bits, group, 2) is None
+@pytest.mark.parametrize(
+    ("bits", "group"), [([4] * 6, [0] * 6), ([4] * 4, [0, 0, 1, 1]), ([32] * 4, [0] * 4), ([], [])]
+)
+def test_group_layout_is_of_whole_quads(bits: list[int], group: list[int]) -> None:
+    assert group_layout(bits, group, 2) is None
 
 
 def test_fragments_hold_every_component_where_the_matrix_units_look_for_it() -> None:
-    classes, chunks = class_table([4] * 20 + [1] * 3, [0] * 17 + [1] * 3 + [1] * 3, 2)  # type: ignore[misc]
-    decoder = torch.randn(23, 4 * 64).half()
-    fragments = decoder_fragments(decoder, classes, chunks, 4)
-    assert fragments.shape == (4, 3, 2, 4, 32, 4)
-    # component 16 of group 0 is the first of the second chunk: lanes 0..3 of tile 0; head 1, lane 2, second half
-    own = decoder[16, 64:128]
-    assert torch.equal(fragments[1, 1, 0, 3, 2], own[32 + 2 * 8 + 4 : 32 + 2 * 8 + 8])
-    # component 5 of a chunk stands for column 3: lanes 4 * 3 + c; group 1 has none there
-    assert torch.equal(fragments[0, 0, 0, 0, 12], decoder[5, :4])
-    assert not fragments[2, 0, 0, :, 12].any()
-    # its third 1-bit component, row 22: chunk 2, column 4 of tile 0
-    assert torch.equal(fragments[3, 2, 0, 0, 16], decoder[22, 192:196])
+    layout = group_layout([16] * 8 + [4] * 40 + [1] * 4, [0] * 4 + [1] * 4 + [0] * 36 + [1] * 4 + [1] * 4, 2)
+    assert layout is not None and layout.has_holes
+    decoder = torch.randn(52, 4 * 64).half()
+    decoders = head_decoders(decoder, layout, 4)
+    assert torch.equal(decoders[1, 32 + 35], decoder[8 + 35, 64:128])  # numbers take 32 places
+    fragments = decoder_fragments(decoders, layout.sets[0])
+    assert fragments.shape == (4, 1 + 2 + 1, 4, 4, 32, 4)
+    # a number, pair 1 of head 3: column 2 of tile 0; dimensions 2 * 8 + 4 .. of the second half for lane c = 2
+    assert torch.equal(fragments[3, 0, 0, 3, 4 * 2 + 2], decoder[4 + 2, 192 + 32 + 20 : 192 + 32 + 24])
+    # code 35 is component 3 of quad 0 of the second set: tile 1, column 1
+    assert torch.equal(fragments[1, 2, 1, 0, 4], decoder[8 + 35, 64:68])
+    # code 18 is component 2 of quad 4, which lane 0 takes second: tile 3, column 0
+    assert torch.equal(fragments[0, 1, 3, 0, 0], decoder[8 + 18, :4])
+    # group 1 has 4 codes of 4 bits: nothing in the second set
+    assert not fragments[2, 2].any()
 
 
 def test_sizes_that_do_not_fit_are_left_to_the_reference() -> None:
-    fits = (32, 8, 2, 128, (0, 1, 5, 4, 3), (0, 1, 5, 4, 3))
-    assert applies(*fits)
-    assert not applies(32, 8, 4, *fits[3:])  # 16 columns
-    assert not applies(*fits[:3], 80, *fits[4:])
-    assert not applies(*fits[:5], (0, 21, 0, 0, 0))
+    def layout(bits: int, n: int, n_groups: int) -> GroupLayout:
+        found = group_layout([bits] * (n * n_groups), [g for g in range(n_groups) for _ in range(n)], n_groups)
+        assert found is not None
+        return found
+
+    cpu, four, two = torch.device("cpu"), layout(4, 64, 4), layout(4, 64, 2)
+    assert applies(32, 8, 128, four, four, cpu)
+    assert not applies(32, 8, 128, two, two, cpu)  # 16 columns
+    assert not applies(32, 8, 128, four, two, cpu)
+    assert not applies(32, 8, 80, four, four, cpu)
+    assert not applies(32, 8, 128, four, layout(1, 32 * 21, 4), cpu)
+    assert not applies(32, 8, 128, layout(16, 512, 4), layout(16, 512, 4), cpu)  # no room for a unit

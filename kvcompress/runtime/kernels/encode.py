@@ -15,6 +15,7 @@ from kvcompress.errors import OptionError
 from kvcompress.rope import Rotary
 from kvcompress.runtime.kernels.layout import BLOCK_TOKENS, LEVELS, PackedSite
 from kvcompress.runtime.kernels.packing import centre_kernel, gain_kernel, pack_kernel
+from kvcompress.runtime.tiles import Tiles
 
 _WIDTH = 64
 _CENTRED_TOKENS = 16
@@ -52,11 +53,11 @@ def project(x: Tensor, encoder: Tensor) -> Tensor:
     return x @ encoder.T
 
 
-def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0) -> None:
+def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0, tiles: Tiles | None = None) -> None:
     """Write the codes of latents [batch, n_blocks * 32, R], in units of the steps, into site.words from first_block on.
 
-    With site.has_gain each token gets the gain with which it is rebuilt best. Raises OptionError if the tokens do not
-    fill whole blocks or do not fit.
+    tiles: those of a site whose rows have the tile layout. With site.has_gain each token gets the gain with which it is
+    rebuilt best. Raises OptionError if the tokens do not fill whole blocks or do not fit.
     """
     batch, n_tokens, n_components = latents.shape
     n_blocks = n_tokens // BLOCK_TOKENS
@@ -77,9 +78,10 @@ def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0) -> 
     chunks = sum(-(-count // _WIDTH) for count in counts)
     if n_blocks and chunks:
         pack_kernel[(n_blocks, chunks, batch)](
-            latents, gains, words, latents.stride(0), latents.stride(1), words.stride(0), words.stride(1),
-            site.gain_word, n_blocks, *counts,
+            latents, gains, words, words if tiles is None else tiles.quads, latents.stride(0), latents.stride(1),
+            words.stride(0), words.stride(1), site.gain_word, n_blocks, *counts,
             CLASSES=sum(bits for bits in LEVELS if site.counts.get(bits, 0)), WIDTH=_WIDTH, HAS_GAIN=site.has_gain,
+            TILES="" if tiles is None else tiles.part,
         )  # fmt: skip
 
 

@@ -72,38 +72,98 @@ def gain_kernel(
 
 
 @triton.jit
-def _pack_class(
-    latents, gains, words, token_stride, row, first_word, start, count, BITS: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-):  # fmt: skip
-    """Pack WIDTH components of one class, 32 tokens of each: BITS words of 32 / BITS codes."""
+def _codes(
+    latents, gains, token_stride, row, start, count, BITS: tl.constexpr, WIDTH: tl.constexpr, HAS_GAIN: tl.constexpr
+):
+    """Return the codes of 32 tokens of WIDTH components of one class, of 16 bits the float16 numbers': [32, WIDTH]."""
     token = tl.arange(0, 32)
     component = start + tl.arange(0, WIDTH)
-    real = component < count
     place = latents + token[:, None] * token_stride + (row + component)[None, :]
-    x = tl.load(place, mask=real[None, :], other=0.0).to(tl.float32)
+    x = tl.load(place, mask=(component < count)[None, :], other=0.0).to(tl.float32)
+    if HAS_GAIN:
+        x = x / tl.exp2((tl.load(gains + token).to(tl.float32) - 4.0) * 0.25)[:, None]
     if BITS == 16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
         code = x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
     else:
-        if HAS_GAIN:
-            x = x / tl.exp2((tl.load(gains + token).to(tl.float32) - 4.0) * 0.25)[:, None]
         code = _rounded(x, 2.0 ** (BITS - 1)).to(tl.int32)
+    return code
+
+
+@triton.jit
+def _store_plain(code, words, first_word, start, count, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store codes [32, WIDTH] as BITS words of each component, of 32 / BITS codes."""
+    component = start + tl.arange(0, WIDTH)
     PER: tl.constexpr = 32 // BITS
     shift = tl.arange(0, PER) * BITS
     word = tl.sum(code.reshape(BITS, PER, WIDTH) << shift[None, :, None], 1)
     out = words + first_word + (component * BITS)[None, :] + tl.arange(0, BITS)[:, None]
-    tl.store(out, word, mask=real[None, :])
+    tl.store(out, word, mask=(component < count)[None, :])
+
+
+@triton.jit
+def _store_tiles(code, words, quads, first_quad, n_quads, BITS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """Store codes [32, WIDTH] of BITS (16, 4, 2 or 1) as the words of quads, of which the first n_quads are real.
+
+    quads: from first_quad on, first word and index of each; see tiles.quad_places. Token 16 t + 8 h + 2 a + b.
+    """
+    token, component = tl.arange(0, 32)[:, None], tl.arange(0, WIDTH)[None, :] % 4
+    t, h, b = token // 16, token // 8 % 2, token % 2
+    if BITS == 16:
+        shift = 16 * (component % 2) if KEYS else 16 * b
+    elif BITS == 4:
+        shift = 8 * component + 4 * h if KEYS else 16 * h + 8 * b + 4 * (component % 2)
+    elif BITS == 2:
+        shift = 8 * component + 4 * h + 2 * t if KEYS else 16 * h + 8 * b + 2 * component
+    else:
+        shift = 8 * component + 4 * h + 2 * b + t if KEYS else 16 * h + 8 * b + 4 * t + component
+    # What shares a word is summed: neighbouring components, and tokens that differ in t, h or b.
+    JOINED: tl.constexpr = (2 if BITS == 16 else 4) if KEYS else (1 if BITS == 16 else 2 if BITS == 4 else 4)
+    T: tl.constexpr = 1 if BITS == 1 or (KEYS and BITS == 2) else 2
+    H: tl.constexpr = 2 if BITS == 16 else 1
+    B: tl.constexpr = 2 if KEYS and BITS > 1 else 1
+    N: tl.constexpr = WIDTH // JOINED
+    word = code << shift
+    if JOINED > 1:
+        word = tl.sum(word.reshape(32, N, JOINED), 2)
+    word = word.reshape(2, 2, 4, 2, N)
+    if B == 1:
+        word = tl.sum(word, 3, keep_dims=True)
+    if H == 1:
+        word = tl.sum(word, 1, keep_dims=True)
+    if T == 1:
+        word = tl.sum(word, 0, keep_dims=True)
+    t, h = tl.arange(0, T)[:, None, None, None, None], tl.arange(0, H)[None, :, None, None, None]
+    a, b = tl.arange(0, 4)[None, None, :, None, None], tl.arange(0, B)[None, None, None, :, None]
+    part = tl.arange(0, N)[None, None, None, None, :] * JOINED
+    quad, component = part // 4, part % 4
+    real = quad < n_quads
+    start = tl.load(quads + 2 * (first_quad + quad), mask=real, other=0)
+    index = tl.load(quads + 2 * (first_quad + quad) + 1, mask=real, other=0)
+    j, r = component // 2, 2 * a + b
+    if BITS == 16:
+        if KEYS:
+            inside = 32 * j + ((r + 4 * index + 2 * j) & 7) * 4 + 2 * t + h
+        else:
+            inside = 16 * ((2 * j + t) ^ (index & 1)) + 4 * a + component % 2 + 2 * h
+    elif BITS == 4:
+        inside = 2 * (r ^ ((index & 2) << 1)) + t if KEYS else 4 * a + 2 * t + j
+    elif BITS == 2:
+        inside = r if KEYS else 2 * a + t
+    else:
+        inside = a
+    tl.store(words + start + inside, word, mask=real)
 
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "gain_word"])
 def pack_kernel(
-    latents, gains, words, batch_tokens, token_stride, batch_words, row_words, gain_word, n_blocks,
-    n16, n8, n4, n2, n1, CLASSES: tl.constexpr, WIDTH: tl.constexpr, HAS_GAIN: tl.constexpr,
+    latents, gains, words, quads, batch_tokens, token_stride, batch_words, row_words, gain_word, n_blocks,
+    n16, n8, n4, n2, n1, CLASSES: tl.constexpr, WIDTH: tl.constexpr, HAS_GAIN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class of one block. Grid: (blocks, chunks of components, batch).
 
     latents: [batch, n_tokens, R]; gains: uint8 [batch, n_tokens]; words: [batch, >= n_blocks, row_words] int32.
+    TILES: "key" or "value", whose tile layout the rows have, with Tiles.quads; "" for the plain layout.
     """
     block = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -130,7 +190,17 @@ def pack_kernel(
         if CLASSES & (16 >> index):
             start = chunk * WIDTH
             if (start >= 0) & (start < count):
-                _pack_class(latents, gains, words, token_stride, row, word, start, count, 16 >> index, WIDTH, HAS_GAIN)
+                code = _codes(latents, gains, token_stride, row, start, count, 16 >> index, WIDTH, HAS_GAIN)
+                if TILES == "":
+                    _store_plain(code, words, word, start, count, 16 >> index, WIDTH)
+                else:
+                    own, n_quads = (row + start) // 4, (count - start) // 4
+                    if index == 1:
+                        low = (n16 + n8 + n4 + n2 + n1 + start) // 4
+                        _store_tiles(code >> 4, words, quads, own, n_quads, 4, WIDTH, TILES == "key")
+                        _store_tiles(code & 15, words, quads, low, n_quads, 4, WIDTH, TILES == "key")
+                    else:
+                        _store_tiles(code, words, quads, own, n_quads, 16 >> index, WIDTH, TILES == "key")
             chunk -= (count + WIDTH - 1) // WIDTH
             word += count * (16 >> index)
             row += count

@@ -1,7 +1,7 @@
 // Decode attention over a packed cache whose keys are un-rotated turn by turn: three launches, compiled by NVRTC.
 //
 // 1. prepare: q' = D^T R_-c q for every turn, laid out as the matrix units want it; attention over exact tokens.
-// 2. attend: two warps score 128 packed tokens of one group of KV heads at a time, online softmax, value sums.
+// 2. attend: a warp scores 64 or 128 packed tokens of one group of KV heads at a time, online softmax, value sums.
 // 3. combine: splits added up, values decoded, joined with the exact tokens.
 //
 // From compute capability 9.0 on, attend may begin while prepare ends, and combine while attend ends: each of their
@@ -11,32 +11,39 @@
 //
 // Compile-time constants, defined in front of this text by turned.py:
 //   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head; their product is at most 8.
-//   K16 K8 K4 K2 K1, V16 V8 V4 V2 V1: chunks of 16 components of each number of bits, the most of any group.
-//   WARPS: of a thread block of `attend`. STAGED_UNITS: 1 to pass units through shared memory. MIN_BLOCKS: on a
-//   multiprocessor. ALWAYS_CLAMP: 1 where a row is shorter than what reading on beyond a class may read. KEY_GAIN,
-//   VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for bfloat16 queries, keys, values and outputs, 0 for float16.
+//   KF KN KP KS, VF VN VP VS: sets of 32 components of each class, the most of any group. Classes: F, float16 numbers;
+//   N, nibbles (a component of 8 bits is two of them); P, pairs of bits; S, single bits.
+//   KEY_WORDS, VALUE_WORDS: of a group in a row, the most of any. KEY_HOLES, VALUE_HOLES: 1 where a set of F of some
+//   group is not full. WARPS: of a thread block of `attend`; BLOCKS: packed blocks that a warp takes at once, its unit.
+//   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for
+//   bfloat16 queries, keys, values and outputs, 0 for float16.
 //
-// Words of mma.sync.m16n8k16: lane = 4 r + c. Codes stay integers: as the bits of float16 numbers they are
-// code * 2^(place - 24) (subnormal), exactly, and the other factor is scaled by 2^-place. A unit is 4 packed blocks =
-// 16 quarters of 8 tokens; quarter r (blocks 0, 1) and r + 8 (blocks 2, 3) are the rows of a product, and there is one
-// product for each place in a quarter. Two warps share a unit: side 0 takes places 0..3 and side 1 places 4..7, each
-// with a softmax and sums of its own.
+// The row of a block of 32 tokens is in the order in which lanes load it (docs/format.md, tiles): a word is a row of an
+// operand of mma.m16n8k32 once it is masked, lane = 4 r + c. Codes stay where they are in their bytes, times 1 and 16
+// for the two halves of the rows of scores, times powers of two for the rows of value sums; what they are multiplied by
+// (absorbed queries, weights) are 16-bit fixed-point numbers in two 8-bit halves.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-#define KEY_CHUNKS (K16 + K8 + K4 + K2 + K1)
-#define VALUE_CHUNKS (V16 + V8 + V4 + V2 + V1)
-#define PAIRS (WARPS / 2)
+#define KEY_SETS (KF + KN + KP + KS)
+#define VALUE_SETS (VF + VN + VP + VS)
+#define KEY_CODES (KN + KP + KS > 0)
+#define VALUE_CODES (VN + VP + VS > 0)
 #define PREPARE_WARPS 4
 #define EXACT_TOKENS 32  // of a thread block: as many as a warp has lanes
 #define EXACT_PARTS(TOKENS) (((TOKENS) + EXACT_TOKENS - 1) / EXACT_TOKENS)
 #define RING 4
-#define NEVER (-1e30f)          // stands for -inf: differences of two stay finite
-#define CODE_SCALE 16777216.0f  // 2^24
-#define QUERY_SCALE 64.0f       // of absorbed queries, so that the smallest stay normal float16 numbers
-#define WEIGHT_BITS 8.0f        // weights are stored times 2^8, for the same reason
+#define NEVER (-1e30f)       // stands for -inf: differences of two stay finite
+#define QUERY_SCALE 64.0f    // of absorbed queries as float16 numbers, so that the smallest stay normal
+#define WEIGHT_SCALE 256.0f  // of weights as float16 numbers, for the same reason
+// Weights as fixed-point numbers: the largest, times the largest gain 2^2.75, is below 2^16. Sums of 128 of them times
+// codes of at most 255 are below 2^31.
+#define WEIGHT_ONE (VALUE_GAIN ? 9736.0f : 65500.0f)
+// The largest absorbed query, so that sums over all components, codes in place, are below 2^31 too.
+#define CODE_SUM (32.0f * (240.0f * KN + 48.0f * KP + 16.0f * KS))
+#define QUERY_ONE (CODE_SUM * 32767.0f < 2147000000.0f ? 32767.0f : 2147000000.0f / CODE_SUM)
 
 // ------------------------------------------------------------------------------------------------------- instructions
 // Everything that is not plain C++; tests/emulator has the same in C++, so that the kernels run on a CPU there.
@@ -68,15 +75,22 @@ __device__ __forceinline__ float exp_2(float x) {
     return y;
 }
 
-__device__ __forceinline__ u32 half2_product(u32 x, u32 y) {
-    u32 z;
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-    return z;
-}
-
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// u8 codes times s8 or u8 numbers.
+__device__ __forceinline__ void mma_signed(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_unsigned(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
@@ -92,14 +106,7 @@ __device__ __forceinline__ void copy_16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
-__device__ __forceinline__ u32 shared_word(u32 address) {
-    u32 x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
-}
-
 // The compiler would work these out anew for every access.
-__device__ __forceinline__ void pin(u32& address) { asm volatile("" : "+r"(address)); }
 __device__ __forceinline__ void pin(u32& to, const char*& from) { asm volatile("" : "+r"(to), "+l"(from)); }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -107,10 +114,6 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int PENDING>
 __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void meet(int pair) {  // of a pair's two warps
-    asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
 }
 
 // The next launch may begin once every thread block has said so, or has ended; elsewhere than on compute capability 9.0
@@ -140,10 +143,10 @@ __device__ __forceinline__ u16 stored(float x) {
 
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 
-// What a row of the packed cache holds of one group: for 16, 8, 4, 2 and 1 bits the first word, the first row of the
-// decoder, and the number of components.
-struct Class {
-    int word, row, count;
+// What a row of the packed cache holds of one group: where it begins and how many words it has; where its classes N, P
+// and S begin in it (F is the first); its components of class F.
+struct Group {
+    int first, words, n, p, s, numbers;
 };
 
 // ------------------------------------------------------------------------------------------------------------ prepare
@@ -152,30 +155,42 @@ struct Class {
 #define TURN_ROWS (16 / (GROUP_COLUMNS <= 1 ? 1 : GROUP_COLUMNS <= 2 ? 2 : GROUP_COLUMNS <= 4 ? 4 : 8))  // turns a warp
 #define PADDED_COLUMNS (16 / TURN_ROWS)
 
-// Offset of the codes of a chunk: 2^(bits - 1) - 1/2.
-__device__ __forceinline__ float offset_of(int chunk) {
-    return chunk < K16                  ? 0.0f
-           : chunk < K16 + K8           ? 127.5f
-           : chunk < K16 + K8 + K4      ? 7.5f
-           : chunk < K16 + K8 + K4 + K2 ? 1.5f
-                                        : 0.5f;
+// Offset of the codes of a set: 2^(bits - 1) - 1/2.
+__device__ __forceinline__ float offset_of(int set, int numbers, int nibbles, int pairs) {
+    return set < numbers ? 0.0f : set < numbers + nibbles ? 7.5f : set < numbers + nibbles + pairs ? 1.5f : 0.5f;
 }
 
-// One thread block: the queries of one KV head, turned back for TURN_ROWS turns in each warp. decoder: of all heads, as
-// the second factor of products: [KV heads, KEY_CHUNKS, 2, 2 STEPS, 32 lanes] of 4 float16 numbers; chunks of it pass
-// through `memory`, RING of them at a time.
+// One thread block: the queries of one KV head, turned back for TURN_ROWS turns in each warp. decoder: of all
+// heads, as the second factor of products: [KV heads, KEY_SETS, 4 tiles, 2 STEPS, 32 lanes] of 4 float16 numbers;
+// halves of sets pass through `memory`, RING of them at a time.
 __device__ __forceinline__ void absorb(
     int task, const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, u32* absorbed,
-    float2* biases, int n_turns, int n_kv_heads, int q_batch, int q_head, int angle_batch, float scale, uint2* memory
+    float4* biases, int n_turns, int n_kv_heads, int q_batch, int q_head, int angle_batch, float scale, uint2* memory
 ) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int parts = (n_turns + TURN_ROWS * PREPARE_WARPS - 1) / (TURN_ROWS * PREPARE_WARPS);
     const int head = task / parts % n_kv_heads, batch = task / parts / n_kv_heads;
     const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
+    const int chunk_size = 4 * STEPS * 32, n_chunks = 2 * KEY_SETS;  // halves of sets, in uint2
+    decoder += head * (n_chunks * chunk_size);
+    const float to_stored = scale * QUERY_SCALE;
+    u32 to = shared_address(memory) + 16 * threadIdx.x;
+    const char* source = (const char*)decoder + 16 * threadIdx.x;
+    pin(to, source);
+    auto fetch = [&](int chunk) {
+        const int pieces = chunk < n_chunks ? chunk_size / 2 - threadIdx.x : 0;
+#pragma unroll
+        for (int i = 0; i < chunk_size / 2; i += 32 * PREPARE_WARPS)
+            if (i < pieces) copy_16(to + chunk % RING * (8 * chunk_size) + 16 * i, source + 16 * i);
+        source += 8 * chunk_size;
+        commit();
+    };
+#pragma unroll
+    for (int chunk = 0; chunk < RING - 1; chunk++) fetch(chunk);
     u32 q[2 * STEPS][4];
     int place[2];
     bool wanted[2];
-    float bias[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f};
+    float bias[2] = {0.0f, 0.0f}, mean[2] = {0.0f, 0.0f}, largest[2] = {0.0f, 0.0f};
     int entry[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -185,7 +200,7 @@ __device__ __forceinline__ void absorb(
         wanted[half] = turn < n_turns && own < GROUP_COLUMNS;
         const int column = head % GROUP_HEADS * GROUP_COLUMNS + own;
         entry[half] = ((batch * n_turns + turn) * n_groups + group) * 8 + column;
-        place[half] = (((batch * n_turns + turn) * n_groups + group) * KEY_CHUNKS * 32 + column * 4 + c) * 2;
+        place[half] = (((batch * n_turns + turn) * n_groups + group) * KEY_SETS * 32 + column * 4 + c) * 4;
         const u16* from = query + (size_t)batch * q_batch + (head * GROUP_COLUMNS + own) * q_head + c * (HEAD_DIM / 8);
         const float2* angle = angles + (size_t)batch * angle_batch + (size_t)turn * (HEAD_DIM / 2) + c * (HEAD_DIM / 8);
         const float* m = key_mean + head * HEAD_DIM + c * (HEAD_DIM / 8);
@@ -224,24 +239,8 @@ __device__ __forceinline__ void absorb(
             q[STEPS + step][2 + half] = to_half2(im[2], im[3]);
         }
     }
-    const int chunk_size = 4 * STEPS * 32;  // in uint2
-    decoder += head * (KEY_CHUNKS * chunk_size);
-    const float to_stored = scale * QUERY_SCALE;
-    u32 to = shared_address(memory) + 16 * threadIdx.x;
-    const char* source = (const char*)decoder + 16 * threadIdx.x;
-    pin(to, source);
-    auto fetch = [&](int chunk) {
-        const int pieces = chunk < KEY_CHUNKS ? chunk_size / 2 - threadIdx.x : 0;
-#pragma unroll
-        for (int i = 0; i < chunk_size / 2; i += 32 * PREPARE_WARPS)
-            if (i < pieces) copy_16(to + chunk % RING * (8 * chunk_size) + 16 * i, source + 16 * i);
-        source += 8 * chunk_size;
-        commit();
-    };
-#pragma unroll
-    for (int chunk = 0; chunk < RING - 1; chunk++) fetch(chunk);
 #pragma unroll 1
-    for (int chunk = 0; chunk < KEY_CHUNKS; chunk++) {
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
         wait<RING - 2>();
         __syncthreads();
         fetch(chunk + RING - 1);  // where the chunk before this one lay
@@ -254,15 +253,20 @@ __device__ __forceinline__ void absorb(
                 const uint2 b = from[(tile * 2 * STEPS + step) * 32];
                 mma(d[tile], q[step][0], q[step][1], q[step][2], q[step][3], b.x, b.y);
             }
-        const float offset = offset_of(chunk);
+        const float offset = offset_of(chunk / 2, KF, KN, KP);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint2 pairs;  // components c and c + 4, c + 8 and c + 12
-            pairs.x = to_half2(clamped(d[0][2 * half] * to_stored), clamped(d[0][2 * half + 1] * to_stored));
-            pairs.y = to_half2(clamped(d[1][2 * half] * to_stored), clamped(d[1][2 * half + 1] * to_stored));
-            bias[half] += offset * (from_half(pairs.x & 0xffff) + from_half(pairs.x >> 16) +
-                                    from_half(pairs.y & 0xffff) + from_half(pairs.y >> 16));
-            if (wanted[half]) *(uint2*)(absorbed + place[half] + chunk * 64) = pairs;
+            float x[4], sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x[i] = clamped(d[i / 2][2 * half + i % 2] * to_stored);
+                sum += x[i];
+                if (chunk >= 2 * KF) largest[half] = fmaxf(largest[half], fabsf(x[i]));
+            }
+            bias[half] += offset * sum;
+            if (wanted[half])
+                *(uint2*)(absorbed + place[half] + chunk / 2 * 128 + chunk % 2 * 2) =
+                    make_uint2(to_half2(x[0], x[1]), to_half2(x[2], x[3]));
         }
     }
 #pragma unroll
@@ -271,8 +275,14 @@ __device__ __forceinline__ void absorb(
         for (int step = 1; step < 4; step *= 2) {
             bias[half] += __shfl_xor_sync(0xffffffffu, bias[half], step);
             mean[half] += __shfl_xor_sync(0xffffffffu, mean[half], step);
+            largest[half] = fmaxf(largest[half], __shfl_xor_sync(0xffffffffu, largest[half], step));
         }
-        if (wanted[half] && c == 0) biases[entry[half]] = make_float2(bias[half] / QUERY_SCALE, mean[half] * scale);
+        // a little more than the largest, which float16 numbers may have been rounded up from
+        const float unit = largest[half] * 1.001f / QUERY_ONE;
+        if (wanted[half] && c == 0)
+            biases[entry[half]] = make_float4(
+                unit / QUERY_SCALE, bias[half] / QUERY_SCALE, mean[half] * scale, unit > 0.0f ? 1.0f / unit : 0.0f
+            );
     }
 }
 
@@ -302,8 +312,9 @@ __device__ __forceinline__ void attend_exact(
     // After the last token, it is there again: to be multiplied with weights of 0.
     auto fetch = [&](u16* to, int stride, const u16* sinks, const u16* recent, int recent_stride) {
 #pragma unroll
-        for (int i = 0; i < EXACT_TOKENS * row / threads; i++) {
-            const int piece = i * threads + threadIdx.x, token = min(first + piece / row, n - 1);
+        for (int i = 0; i < EXACT_TOKENS * row; i += threads) {
+            const int piece = i + threadIdx.x, token = min(first + piece / row, n - 1);
+            if (piece >= EXACT_TOKENS * row) break;
             const u16* from = token < n_sinks ? sinks + token * s_token : recent + (token - n_sinks) * recent_stride;
             copy_16(shared_address(to + piece / row * stride + piece % row * 8), from + piece % row * 8);
         }
@@ -347,10 +358,9 @@ __device__ __forceinline__ void attend_exact(
             const uint2 q = *(const uint2*)(own_query + g * HEAD_DIM + eighth * 4 + 32 * i);
 #pragma unroll
             for (int round = 0; round < rounds; round++)
-                dot[round][g] += number(q.x & 0xffff) * number(k[round].x & 0xffff) +
-                                 number(q.x >> 16) * number(k[round].x >> 16) +
-                                 number(q.y & 0xffff) * number(k[round].y & 0xffff) +
-                                 number(q.y >> 16) * number(k[round].y >> 16);
+                dot[round][g] +=
+                    number(q.x & 0xffff) * number(k[round].x & 0xffff) + number(q.x >> 16) * number(k[round].x >> 16) +
+                    number(q.y & 0xffff) * number(k[round].y & 0xffff) + number(q.y >> 16) * number(k[round].y >> 16);
         }
     }
 #pragma unroll
@@ -418,10 +428,12 @@ __device__ __forceinline__ void attend_exact(
 
 // Thread blocks: first those of `attend_exact`, EXACT_PARTS for each (sequence, KV head); then those of `absorb`.
 // query: [batch, heads, 1, HEAD_DIM]; decoder: see absorb; angles: [1 or batch, n_turns, HEAD_DIM / 2], cos and sin;
-// absorbed: [batch, n_turns, groups, KEY_CHUNKS, 32 lanes, 2] pairs of float16; biases: [batch, n_turns, groups, 8].
+// absorbed: [batch, n_turns, groups, KEY_SETS, 32 lanes], eight float16 numbers, times QUERY_SCALE; biases: [batch,
+// n_turns, groups, 8]: the unit of these numbers as fixed-point ones, what offsets and what the mean add to a score,
+// and what the float16 numbers are multiplied by to become fixed-point ones.
 extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const int* last, u32* absorbed,
-    float2* biases, const u16* sink_keys, const u16* sink_values, const u16* keys, const u16* values,
+    float4* biases, const u16* sink_keys, const u16* sink_values, const u16* keys, const u16* values,
     const u8* exact_mask, float* exact_sums, float2* exact_stats, int n_batch, int n_turns, int n_kv_heads,
     int turn_shift, int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head,
     int s_batch, int s_head, int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token,
@@ -450,512 +462,501 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
 
 // ------------------------------------------------------------------------------------------------------------- attend
 
-// Words that one lane needs of one component's quarter of 8 tokens.
-#define QUARTER_WORDS(BITS) ((BITS) > 4 ? (BITS) / 4 : 1)
+// Words of one warp in shared memory: a unit of keys and one of values, gains of the keys, and of the values of this
+// unit and the next; the queries of a turn.
+#define UNIT_TOKENS (32 * BLOCKS)
+#define VALUES_AT (BLOCKS * KEY_WORDS)
+#define GAINS_AT (VALUES_AT + BLOCKS * VALUE_WORDS)
+#define QUERIES_AT (GAINS_AT + 12 * BLOCKS)
+#define STAGE_WORDS (QUERIES_AT + 128 * KEY_SETS)
+// What is read of quads that sets lack lies in front of here, or within so many words beyond the last warp's memory.
+#define BEYOND (128 * (VALUE_SETS > KEY_SETS ? VALUE_SETS - KEY_SETS + 1 : 1))
 
-template <int BITS>
-__device__ __forceinline__ int quarter_word(int component, int quarter) {
-    return BITS >= 4 ? component * BITS + quarter * QUARTER_WORDS(BITS)
-                     : component * BITS + (BITS == 2 ? quarter / 2 : 0);
-}
-
-// A side's codes of two quarters lie in the two halves of a word, from bit 0 on; those beyond bit 10 are shifted down
-// by 8.
-template <int BITS>
-__device__ __forceinline__ constexpr int place_of(int t) {
-    return BITS > 4 ? 0 : BITS == 4 ? (t & 1) * 4 : BITS * t;
-}
-
-// Codes of place t of a side as two float16 numbers, times 2^(place_of(t) - 24).
-template <int BITS>
-__device__ __forceinline__ u32 codes(u32 packed, int t) {
-    const u32 keep = ((1u << BITS) - 1) << place_of<BITS>(t);
-    return (BITS == 4 && t >= 2 ? packed >> 8 : packed) & (keep | keep << 16);
-}
-
-// The bytes of a permutation that takes byte `from` of each of two words as the low bytes of two halves.
-__device__ __forceinline__ u32 byte_of(int from) { return from | from << 4 | (4 + from) << 8 | (4 + from) << 12; }
-
-__device__ __forceinline__ u32 scaled(u32 x, int place) {  // two float16 numbers times 2^-place
-    return place ? half2_product(x, (u32)(15 - place) << 10 | (u32)(15 - place) << 26) : x;
-}
-
-// Chunks of 16 components of one class into the eight accumulators: rows are quarters, columns queries.
-// row0, row1: this lane's two blocks. Where a chunk has fewer components, what follows them is read as if they were
-// there: their queries are 0. CLAMP: not so near the end of the cache, where nothing follows. Words of a class of a
-// block from some component on: in memory, or (STAGED) in shared memory.
-struct Words {
-    const u32* memory;
-    u32 staged;
+// What is the same for all units of a warp. key_words, value_words: of the sequence, from the group's first word on;
+// memory: the warp's.
+struct Site {
+    const u32 *key_words, *value_words;
+    const uint4* absorbed;
+    const float4* biases;
+    int key_row, value_row, key_pieces, value_pieces, key_gain_word, value_gain_word, n_blocks, turn_shift, turn_stride;
+    u32* memory;
 };
 
-template <bool STAGED>
-__device__ __forceinline__ u32 word_at(const Words& from, int i) {
-    return STAGED ? shared_word(from.staged + 4 * i) : __ldg(from.memory + i);
-}
-
-template <bool STAGED>
-__device__ __forceinline__ void advance(Words& words, int n) {
-    if (STAGED) {
-        words.staged += 4 * n;
-        pin(words.staged);
-    } else {
-        words.memory += n;
+// The group's words of a unit's blocks; a last unit without all of them repeats the last. MOST, pieces: of 16 bytes.
+template <int MOST>
+__device__ __forceinline__ void stage(
+    u32* to, const u32* words, int unit, int row, int pieces, int n_blocks, int lane
+) {
+    u32 place = shared_address(to) + 16 * lane;
+    const char* from = (const char*)(words + (size_t)(unit * BLOCKS) * row) + 16 * lane;
+    pin(place, from);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < MOST; i += 32)
+            if (i + lane < pieces) copy_16(place + 16 * (b * MOST + i), from + 16 * i);
+        if (unit * BLOCKS + b + 1 < n_blocks) from += 4 * row;
     }
 }
 
-template <int BITS, int CHUNKS, bool CLAMP, bool STAGED>
-__device__ __forceinline__ void score_class(
-    float (&s)[4][4], Words row0, Words row1, const Class* own, const uint2* q, int c, int quarter, int side
+// Keys of a unit, and the gains of keys and values, these into the half of their place that `phase` says.
+__device__ __forceinline__ void stage_keys(const Site& site, int unit, int phase, int lane) {
+    stage<KEY_WORDS / 4>(site.memory, site.key_words, unit, site.key_row, site.key_pieces, site.n_blocks, lane);
+    u32* gains = site.memory + GAINS_AT;
+    if (KEY_GAIN) stage<1>(gains, site.key_words + site.key_gain_word, unit, site.key_row, 1, site.n_blocks, lane);
+    if (VALUE_GAIN)
+        stage<1>(
+            gains + 4 * BLOCKS * (1 + phase), site.value_words + site.value_gain_word, unit, site.value_row, 1,
+            site.n_blocks, lane
+        );
+}
+
+__device__ __forceinline__ void stage_queries(const Site& site, int turn, int lane) {
+    const uint4* from = site.absorbed + (size_t)turn * site.turn_stride * (KEY_SETS * 32) + lane;
+    const u32 place = shared_address(site.memory + QUERIES_AT) + 16 * lane;
+#pragma unroll
+    for (int set = 0; set < KEY_SETS; set++) copy_16(place + 512 * set, from + 32 * set);
+}
+
+__device__ __forceinline__ void stage_values(const Site& site, int unit, int lane) {
+    stage<VALUE_WORDS / 4>(
+        site.memory + VALUES_AT, site.value_words, unit, site.value_row, site.value_pieces, site.n_blocks, lane
+    );
+}
+
+// Bytes 0 (or 1) of four integers.
+__device__ __forceinline__ u32 four_bytes(const u32 (&x)[4], bool second) {
+    const u32 pick = second ? 0x51 : 0x40;
+    return __byte_perm(__byte_perm(x[0], x[1], pick), __byte_perm(x[2], x[3], pick), 0x5410);
+}
+
+// This lane's queries for sets of codes, from float16 to fixed-point numbers: the high bytes of eight, then the low.
+__device__ __forceinline__ void round_queries(uint4* queries, float inverse) {
+#pragma unroll
+    for (int set = KF; set < KEY_SETS; set++) {
+        const uint4 all = queries[32 * set];
+        const u32 two[4] = {all.x, all.y, all.z, all.w};
+        u32 x[2][4];  // rounded in the mantissa of 1.5 * 2^23, whose low bytes are those of the integer
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[i / 4][i % 4] =
+                __float_as_uint(from_half(i % 2 ? two[i / 2] >> 16 : two[i / 2] & 0xffff) * inverse + 12582912.0f);
+        queries[32 * set] = make_uint4(
+            four_bytes(x[0], true), four_bytes(x[1], true), four_bytes(x[0], false), four_bytes(x[1], false)
+        );
+    }
+}
+
+// The gains of tokens 8 i + r of a block, i = 0..3: their codes in the mantissa of 2^23, cheaper than a conversion.
+__device__ __forceinline__ void read_gains(float (&gains)[4], const u32* words, int r) {
+    const uint4 four = *(const uint4*)words;
+    const u32 word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        gains[i] = exp_2(__uint_as_float(((word[i] >> (4 * r)) & 15) | 0x4b000000u) * 0.25f - 2097153.0f);
+}
+
+// Where a lane's words of the classes of a block begin.
+struct Lane {
+    const u32 *f, *n, *p, *s;
+};
+
+// Scores of a block in units of the queries: of token 16 t + 8 h + r and column 2 c + k in [t][2 h + k], those of h = 1
+// times 16. numbers: what the class of float16 numbers adds, times QUERY_SCALE. at: words of blocks before this one.
+__device__ __forceinline__ void score_block(
+    int (&codes)[2][4], float (&numbers)[2][4], const Lane& from, const Group& group, const uint4* queries, int at,
+    int r, int c
 ) {
-    if (CHUNKS == 0) return;
-    constexpr bool clamp = CLAMP || BITS == 16;  // what follows might be no number
-    // 4 bits: the low or high halves of a quarter's words; 2 and 1 bits: a byte of them.
-    const u32 pick = BITS == 4 ? (side ? 0x7632u : 0x5410u) : byte_of(BITS == 2 ? (quarter & 1) * 2 + side : quarter);
-    const int last = clamp ? max(own->count - 1, 0) : 0;
-    const int lane = quarter_word<BITS>(clamp ? 0 : c, quarter) + (BITS > 4 ? side * (BITS / 8) : 0);
-    advance<STAGED>(row0, lane);
-    advance<STAGED>(row1, lane);
-#pragma unroll(STAGED || CHUNKS < 1 ? 1 : CHUNKS)
-    for (int chunk = 0; chunk < CHUNKS; chunk++, q += 32) {
-        const uint2 b = STAGED ? *q : __ldg(q);
-        int at[4];
+    int high[2][4], low[2][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) at[i] = BITS * (clamp ? min(chunk * 16 + c + 4 * i, last) : 4 * i);
+    for (int t = 0; t < 2; t++)
 #pragma unroll
-        for (int word = 0; word < (BITS == 16 ? 2 : 1); word++) {
-            u32 x[4][2];
+        for (int i = 0; i < 4; i++) high[t][i] = low[t][i] = 0, numbers[t][i] = 0.0f;
+#pragma unroll
+    for (int set = 0; set < KF; set++) {
+        const uint4 q = queries[32 * set];
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+            // Lane c takes the pairs of components c and c + 4 of each half of the set.
+            const int pair = 16 * set + 8 * step;
+            uint4 x = make_uint4(0, 0, 0, 0), y = x;  // what follows the last pair might be no number
+            if (!KEY_HOLES || 2 * (pair + c) < group.numbers) x = *(const uint4*)(from.f + at + 32 * pair);
+            if (!KEY_HOLES || 2 * (pair + 4 + c) < group.numbers) y = *(const uint4*)(from.f + at + 32 * (pair + 4));
+            const u32 b0 = step ? q.z : q.x, b1 = step ? q.w : q.y;
+            mma(numbers[0], x.x, x.y, y.x, y.y, b0, b1);
+            mma(numbers[1], x.z, x.w, y.z, y.w, b0, b1);
+        }
+    }
+#pragma unroll
+    for (int set = KF; set < KEY_SETS; set++) {
+        const uint4 q = queries[32 * set];
+        u32 even[2], odd[2];  // this lane's quads, of the tokens' two halves t
+        u32 keep = 0x0f0f0f0fu;
+        if (set < KF + KN) {
+            const u32* own = from.n + at + 128 * (set - KF);
+            const uint2 x = *(const uint2*)own, y = *(const uint2*)(own + 64);
+            even[0] = x.x, even[1] = x.y, odd[0] = y.x, odd[1] = y.y;
+        } else if (set < KF + KN + KP) {
+            const u32* own = from.p + at + 64 * (set - KF - KN);
+            const u32 x = own[0], y = own[32];
+            keep = 0x03030303u;
+            even[0] = x, even[1] = x >> 2, odd[0] = y, odd[1] = y >> 2;
+        } else {
+            const u32* own = from.s + at + 32 * (set - KF - KN - KP);
+            const u32 x = own[0] >> (2 * (r & 1)), y = own[16] >> (2 * (r & 1));
+            keep = 0x01010101u;
+            even[0] = x, even[1] = x >> 1, odd[0] = y, odd[1] = y >> 1;
+        }
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const u32 a0 = even[t] & keep, a1 = even[t] & (keep << 4), a2 = odd[t] & keep, a3 = odd[t] & (keep << 4);
+            mma_signed(high[t], a0, a1, a2, a3, q.x, q.y);
+            mma_unsigned(low[t], a0, a1, a2, a3, q.z, q.w);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) codes[t][i] = high[t][i] * 256 + low[t][i];
+}
+
+// Weights of a block: of fixed-point numbers the high and the low bytes, of float16 numbers two tokens a word; the
+// tokens are 16 t + 2 c, 16 t + 2 c + 1, 16 t + 8 + 2 c and 16 t + 8 + 2 c + 1, of column r.
+struct Weights {
+    u32 high[2], low[2], numbers[2][2];
+};
+
+// Sums of a set of class F over the tokens of a unit: of component 4 r + 2 j + h and column 2 c + k into [j][2 h + k].
+__device__ __forceinline__ void sum_numbers(
+    float (&sums)[2][4], const Weights (&weights)[BLOCKS], const u32* from, const Group& group, int set, int r, int c
+) {
+    const int quad = 8 * set + r;
+    const bool there = !VALUE_HOLES || 4 * quad < group.numbers;
+    const u32* own = from + 64 * quad + 4 * c;
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                uint4 x = make_uint4(0, 0, 0, 0);  // what follows the last quad might be no number
+                if (there) x = *(const uint4*)(own + b * VALUE_WORDS + 32 * j + 16 * (t ^ (r & 1)));
+                mma(sums[j], x.x, x.y, x.z, x.w, weights[b].numbers[t][0], weights[b].numbers[t][1]);
+            }
+}
+
+// The same of a set of codes, as integers times the unit of the weights and what place a code has in its byte.
+template <int BITS>
+__device__ __forceinline__ void sum_codes(int (&sums)[2][4], const Weights (&weights)[BLOCKS], const u32* from) {
+    int high[2][4], low[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) high[j][i] = low[j][i] = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        const u32* own = from + b * VALUE_WORDS;
+        u32 x[2][2];  // [j][t]
+        if (BITS == 4) {
+            const uint4 four = *(const uint4*)own;
+            x[0][0] = four.x, x[1][0] = four.y, x[0][1] = four.z, x[1][1] = four.w;
+        } else if (BITS == 2) {
+            const uint2 two = *(const uint2*)own;
+            x[0][0] = x[1][0] = two.x, x[0][1] = x[1][1] = two.y;
+        } else {
+            x[0][0] = x[1][0] = *own, x[0][1] = x[1][1] = *own >> 4;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const u32 keep = (BITS == 4   ? 0x0f0f0f0fu
+                              : BITS == 2 ? 0x03030303u
+                                          : 0x01010101u)
+                             << (BITS == 4 ? 0 : 2 * BITS * j);
+            const u32 a0 = x[j][0] & keep, a1 = x[j][0] & (keep << BITS), a2 = x[j][1] & keep,
+                      a3 = x[j][1] & (keep << BITS);
+            mma_unsigned(high[j], a0, a1, a2, a3, weights[b].high[0], weights[b].high[1]);
+            mma_unsigned(low[j], a0, a1, a2, a3, weights[b].low[0], weights[b].low[1]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[j][i] = high[j][i] * 256 + low[j][i];
+}
+
+// What a warp has seen of its columns 2 c and 2 c + 1: the largest score, the sum of weights, that of weights times
+// gains (all lanes c of a column hold it), value sums. total: of this lane's rows only.
+struct State {
+    float top[2], total[2], weighted[2], sums[VALUE_SETS][8];
+};
+
+// A unit of tokens. As soon as its keys are done with, those of unit `next` are asked for, and so with its values.
+// new_turn: whether the queries are new ones. phase: 0 and 1 in turn.
+__device__ __forceinline__ void attend_unit(
+    State& state, const Site& site, const Group& keys, const Group& values, const Lane& key_lane,
+    const Lane& value_lane, const u8* mask, int unit, int next, bool new_turn, int lo, int hi, int phase, int lane
+) {
+    const int r = lane / 4, c = lane % 4;
+    const float4* own_biases = site.biases + (size_t)(unit >> site.turn_shift) * site.turn_stride * 8 + 2 * c;
+    const float4 bias[2] = {own_biases[0], own_biases[1]};
+    const float inverse = new_turn && KEY_CODES ? own_biases[r - 2 * c].w : 0.0f;
+    wait<1>();
+    if (new_turn && KEY_CODES) round_queries((uint4*)(site.memory + QUERIES_AT) + lane, inverse);
+    __syncwarp();
+    const u32* memory = site.memory;
+    float s[BLOCKS][2][4];  // of each block: of token 16 t + 8 h + r and column 2 c + k in [t][2 h + k]
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        int codes[2][4];
+        float numbers[2][4], gain[4];
+        score_block(codes, numbers, key_lane, keys, (const uint4*)(memory + QUERIES_AT) + lane, b * KEY_WORDS, r, c);
+        if (KEY_GAIN) read_gains(gain, memory + GAINS_AT + 4 * b, r);
+#pragma unroll
+        for (int t = 0; t < 2; t++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                x[i][0] = word_at<STAGED>(row0, at[i] + word);
-                x[i][1] = word_at<STAGED>(row1, at[i] + word);
+                const float4& own = bias[i % 2];
+                float x = -own.y;
+                if (KEY_CODES) x += (float)codes[t][i] * (i / 2 ? own.x * (1.0f / 16.0f) : own.x);
+                if (KF) x += numbers[t][i] * (1.0f / QUERY_SCALE);
+                s[b][t][i] = x * (KEY_GAIN ? gain[2 * t + i / 2] : 1.0f) + own.z;
             }
-            if (BITS <= 4) {
-                u32 a0 = __byte_perm(x[0][0], x[1][0], pick), a1 = __byte_perm(x[0][1], x[1][1], pick);
-                u32 a2 = __byte_perm(x[2][0], x[3][0], pick), a3 = __byte_perm(x[2][1], x[3][1], pick);
-                if (BITS == 1) a0 >>= 4 * side, a1 >>= 4 * side, a2 >>= 4 * side, a3 >>= 4 * side;
+    }
+    __syncwarp();
+    if (next >= 0) {
+        stage_keys(site, next, 1 - phase, lane);
+        if (next >> site.turn_shift != unit >> site.turn_shift) stage_queries(site, next >> site.turn_shift, lane);
+    }
+    commit();
+
+    if (HAS_MASK || unit * UNIT_TOKENS < lo || unit * UNIT_TOKENS + UNIT_TOKENS > hi) {
 #pragma unroll
-                for (int t = 0; t < 4; t++)
-                    mma(s[t], codes<BITS>(a0, t), codes<BITS>(a1, t), codes<BITS>(a2, t), codes<BITS>(a3, t),
-                        scaled(b.x, place_of<BITS>(t)), scaled(b.y, place_of<BITS>(t)));
-            } else {
+        for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-                for (int i = 0; i < 32 / BITS; i++) {
-                    const u32 wide = BITS == 16 ? (i ? 0x7632u : 0x5410u) : byte_of(i);
-                    const u32 keep = BITS == 16 ? 0xffffffffu : 0x00ff00ffu;
-                    mma(s[word * 2 + i], __byte_perm(x[0][0], x[1][0], wide) & keep,
-                        __byte_perm(x[0][1], x[1][1], wide) & keep, __byte_perm(x[2][0], x[3][0], wide) & keep,
-                        __byte_perm(x[2][1], x[3][1], wide) & keep, b.x, b.y);
+            for (int t = 0; t < 2; t++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int token = unit * UNIT_TOKENS + 32 * b + 16 * t + 8 * h + r;
+                    bool seen = token >= lo && token < hi;
+                    if (HAS_MASK) seen = seen && mask[token] != 0;
+                    if (!seen) s[b][t][2 * h] = s[b][t][2 * h + 1] = NEVER;
                 }
-            }
-        }
-        if (!clamp) {
-            advance<STAGED>(row0, 16 * BITS);
-            advance<STAGED>(row1, 16 * BITS);
-        }
     }
-}
-
-// Chunks of 16 value components into their accumulators: rows are components, columns queries. row: the block of
-// quarters 2c and 2c + 1; weights[t]: of place t, transposed. Rows beyond the last component are sums of nothing in
-// particular.
-template <int BITS, int FIRST, int CHUNKS, bool CLAMP, bool STAGED>
-__device__ __forceinline__ void sum_class(
-    float (&sums)[VALUE_CHUNKS + 1][4], Words row, const Class* own, const u32 (&weights)[4], int r, int quarter,
-    int side
-) {
-    if (CHUNKS == 0) return;
-    const int last = CLAMP ? max(own->count - 1, 0) : 0;
-    const u32 halves = side ? 0x7632u : 0x5410u;
-    // 2 bits: both quarters lie in one word, a half each; 1 bit: a byte each.
-    const u32 bytes =
-        BITS == 2 ? (side ? 0x3311u : 0x2200u) : quarter | quarter << 4 | (quarter + 1) << 8 | (quarter + 1) << 12;
-    advance<STAGED>(row, quarter_word<BITS>(CLAMP ? 0 : r, quarter) + (BITS > 4 ? side * (BITS / 8) : 0));
-    u32 p[4];
-#pragma unroll
-    for (int t = 0; t < 4; t++) p[t] = scaled(weights[t], place_of<BITS>(t));
-#pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        float (&o)[4] = sums[FIRST + chunk];
-        const int x0 = BITS * (CLAMP ? min(16 * chunk + r, last) : 16 * chunk);
-        const int x1 = BITS * (CLAMP ? min(16 * chunk + r + 8, last) : 16 * chunk + 8);
-        if (BITS <= 4) {
-            u32 y0, y1;
-            if (BITS == 4) {
-                y0 = __byte_perm(word_at<STAGED>(row, x0), word_at<STAGED>(row, x0 + 1), halves);
-                y1 = __byte_perm(word_at<STAGED>(row, x1), word_at<STAGED>(row, x1 + 1), halves);
-            } else {
-                y0 = __byte_perm(word_at<STAGED>(row, x0), 0, bytes);
-                y1 = __byte_perm(word_at<STAGED>(row, x1), 0, bytes);
-                if (BITS == 1) y0 >>= 4 * side, y1 >>= 4 * side;
-            }
-#pragma unroll
-            for (int t = 0; t < 4; t += 2)
-                mma(o, codes<BITS>(y0, t), codes<BITS>(y1, t), codes<BITS>(y0, t + 1), codes<BITS>(y1, t + 1), p[t],
-                    p[t + 1]);
-        } else {
-#pragma unroll
-            for (int word = 0; word < (BITS == 16 ? 2 : 1); word++) {
-                const u32 a = word_at<STAGED>(row, x0 + word),
-                          b = word_at<STAGED>(row, x0 + QUARTER_WORDS(BITS) + word);
-                const u32 d = word_at<STAGED>(row, x1 + word),
-                          e = word_at<STAGED>(row, x1 + QUARTER_WORDS(BITS) + word);
-#pragma unroll
-                for (int i = 0; i < 32 / BITS; i += 2) {
-                    const u32 even = BITS == 16 ? 0x5410u : byte_of(i), odd = BITS == 16 ? 0x7632u : byte_of(i + 1);
-                    const u32 keep = BITS == 16 ? 0xffffffffu : 0x00ff00ffu;
-                    mma(o, __byte_perm(a, b, even) & keep, __byte_perm(d, e, even) & keep,
-                        __byte_perm(a, b, odd) & keep, __byte_perm(d, e, odd) & keep, p[word * 2 + i],
-                        p[word * 2 + i + 1]);
-                }
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ float gain(u32 packed, int t) {
-    // the code in the mantissa of 2^23, which is cheaper than a conversion
-    const float code = __uint_as_float(((packed >> (4 * t)) & 15) | 0x4b000000u) - 8388608.0f;
-    return exp_2(code * 0.25f - 1.0f);
-}
-
-template <bool CLAMP>
-__device__ __forceinline__ int block_of(int block, int n_blocks) {
-    return CLAMP ? min(block, n_blocks - 1) : block;
-}
-
-// Words of one part's blocks in shared memory: for each class a place of whole chunks and what alignment may need.
-#define PIECES(CHUNKS, BITS) ((CHUNKS) ? 4 * (CHUNKS) * (BITS) + 1 : 0)  // of 16 bytes
-#define KEY_PIECES (PIECES(K16, 16) + PIECES(K8, 8) + PIECES(K4, 4) + PIECES(K2, 2) + PIECES(K1, 1))
-#define VALUE_PIECES (PIECES(V16, 16) + PIECES(V8, 8) + PIECES(V4, 4) + PIECES(V2, 2) + PIECES(V1, 1))
-#define PADDED(PIECES) ((PIECES) + (12 - (PIECES) % 8) % 8)  // blocks lie 16 banks apart
-#define KEY_BLOCK (4 * PADDED(KEY_PIECES))                   // words
-#define VALUE_BLOCK (4 * PADDED(VALUE_PIECES))
-#define STAGE_WORDS (4 * KEY_BLOCK + 4 * VALUE_BLOCK + KEY_CHUNKS * 64)  // of two warps
-
-// Copy one class of one part; `lane`: of the two warps, sixteen a block. `from` is where this lane's block begins in
-// memory, `to` in shared memory.
-template <int BITS, int CHUNKS>
-__device__ __forceinline__ void stage_class(u32 to, const u32* from, const Class* own, int lane) {
-    if (CHUNKS == 0) return;
-    const size_t first = (size_t)(from + own->word), begin = first & ~(size_t)15;
-    const int left =
-        (int)(first - begin) + 4 * BITS * own->count - 16 * (lane % 16);  // bytes from this lane's first piece on
-    const char* source = (const char*)begin + 16 * (lane % 16);
-    to += 16 * (lane % 16);
-    pin(to, source);
-#pragma unroll
-    for (int i = 0; i < 16 * PIECES(CHUNKS, BITS); i += 256)
-        if (i < left) copy_16(to + i, source + i);
-}
-
-__device__ __forceinline__ void stage_keys(
-    u32* memory, const u32* words, const Class* kc, int unit, int row, int lane
-) {
-    const u32* from = words + (size_t)(unit * 4 + lane / 16) * row;
-    u32 to = shared_address(memory + lane / 16 * KEY_BLOCK);
-    stage_class<16, K16>(to, from, kc, lane);
-    stage_class<8, K8>(to += 16 * PIECES(K16, 16), from, kc + 1, lane);
-    stage_class<4, K4>(to += 16 * PIECES(K8, 8), from, kc + 2, lane);
-    stage_class<2, K2>(to += 16 * PIECES(K4, 4), from, kc + 3, lane);
-    stage_class<1, K1>(to += 16 * PIECES(K2, 2), from, kc + 4, lane);
-}
-
-__device__ __forceinline__ void stage_queries(u32* memory, const uint2* absorbed, int lane) {
-    u32 queries = shared_address(memory + 4 * KEY_BLOCK + 4 * VALUE_BLOCK) + 16 * lane;
-    const char* query = (const char*)absorbed + 16 * lane;
-    pin(queries, query);
-#pragma unroll
-    for (int i = 0; i < KEY_CHUNKS * 16; i += 64)
-        if (i + lane < KEY_CHUNKS * 16) copy_16(queries + 16 * i, query + 16 * i);
-}
-
-__device__ __forceinline__ void stage_values(
-    u32* memory, const u32* words, const Class* vc, int unit, int row, int lane
-) {
-    const u32* from = words + (size_t)(unit * 4 + lane / 16) * row;
-    u32 to = shared_address(memory + 4 * KEY_BLOCK + lane / 16 * VALUE_BLOCK);
-    stage_class<16, V16>(to, from, vc, lane);
-    stage_class<8, V8>(to += 16 * PIECES(V16, 16), from, vc + 1, lane);
-    stage_class<4, V4>(to += 16 * PIECES(V8, 8), from, vc + 2, lane);
-    stage_class<2, V2>(to += 16 * PIECES(V4, 4), from, vc + 3, lane);
-    stage_class<1, V1>(to += 16 * PIECES(V2, 2), from, vc + 4, lane);
-}
-
-// Where a class of a block begins, in memory and in shared memory as stage_class put it. staged: the block's address
-// there.
-__device__ __forceinline__ Words class_of(const u32* row, u32 staged, int pieces_before, int word) {
-    return {row + word, staged + 16 * pieces_before + 4 * (((u32)((size_t)row >> 2) + word) % 4)};
-}
-
-struct Sizes {
-    int lo, hi, n_blocks, key_row, value_row, key_gain_word, value_gain_word, last_staged;
-};
-
-// One side of a unit of 128 tokens into the sums `o` (the last one: of the weights themselves, gains included, as the
-// products round them), with the largest score so far and the sum of weights of columns 2c and 2c + 1. CLAMP: near the
-// end of the cache, see score_class. STAGED: the unit lies in `memory`; as soon as its keys are done with, those of
-// unit `next` are asked for, and so with its values.
-template <bool CLAMP, bool STAGED>
-__device__ __forceinline__ void attend_unit(
-    float (&o)[VALUE_CHUNKS + 1][4], float (&top)[2], float (&total)[2], const u32* key_words, const u32* value_words,
-    const Class* kc, const Class* vc, const uint2* q, float4 bias, const u8* mask, int unit, const Sizes& sizes,
-    u32* memory, const uint2* next_q, int next, int lane, int side, int pair
-) {
-    const int r = lane / 4, c = lane % 4, quarter = r % 4, n_blocks = sizes.n_blocks, lo = sizes.lo, hi = sizes.hi;
-    const int block0 = block_of<CLAMP>(unit * 4 + r / 4, n_blocks),
-              block1 = block_of<CLAMP>(unit * 4 + 2 + r / 4, n_blocks);
-    const u32* row0 = key_words + (size_t)block0 * sizes.key_row;
-    const u32* row1 = key_words + (size_t)block1 * sizes.key_row;
-    u32 key_gains[2], value_gains[2];
-    if (KEY_GAIN) {
-        key_gains[0] = __ldg(row0 + sizes.key_gain_word + quarter) >> (16 * side);
-        key_gains[1] = __ldg(row1 + sizes.key_gain_word + quarter) >> (16 * side);
-    }
-    if (VALUE_GAIN) {
-        value_gains[0] =
-            __ldg(value_words + (size_t)block0 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
-        value_gains[1] =
-            __ldg(value_words + (size_t)block1 * sizes.value_row + sizes.value_gain_word + quarter) >> (16 * side);
-    }
-    if (STAGED) {
-        wait<1>();
-        meet(pair);
-        q = (const uint2*)(memory + 4 * KEY_BLOCK + 4 * VALUE_BLOCK) + lane;
-    }
-
-    float s[4][4];
-#pragma unroll
-    for (int t = 0; t < 4; t++) s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0.0f;
-    const u32 here0 = STAGED ? shared_address(memory + r / 4 * KEY_BLOCK) : 0, here1 = here0 + 8 * KEY_BLOCK;
-#define SCORE_CLASS(BITS, CHUNKS, I, CHUNKS_BEFORE, PIECES_BEFORE)                                                     \
-    score_class<BITS, CHUNKS, CLAMP, STAGED>(                                                                          \
-        s, class_of(row0, here0, PIECES_BEFORE, kc[I].word), class_of(row1, here1, PIECES_BEFORE, kc[I].word), kc + I, \
-        q + (CHUNKS_BEFORE) * 32, c, quarter, side                                                                     \
-    )
-    if (K16) {
-        SCORE_CLASS(16, K16, 0, 0, 0);
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[t][i] *= 1.0f / CODE_SCALE;
-    }
-    SCORE_CLASS(8, K8, 1, K16, PIECES(K16, 16));
-    SCORE_CLASS(4, K4, 2, K16 + K8, PIECES(K16, 16) + PIECES(K8, 8));
-    SCORE_CLASS(2, K2, 3, K16 + K8 + K4, PIECES(K16, 16) + PIECES(K8, 8) + PIECES(K4, 4));
-    SCORE_CLASS(1, K1, 4, K16 + K8 + K4 + K2, PIECES(K16, 16) + PIECES(K8, 8) + PIECES(K4, 4) + PIECES(K2, 2));
-    if (STAGED) {
-        meet(pair);
-        if (next < sizes.last_staged) {
-            stage_keys(memory, key_words, kc, next, sizes.key_row, 32 * side + lane);
-            stage_queries(memory, next_q, 32 * side + lane);
-        }
-        commit();
-    }
-
     float high[2] = {NEVER, NEVER};
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
+    for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float g = KEY_GAIN ? gain(key_gains[half], t) : 1.0f;
-            s[t][2 * half] = (s[t][2 * half] * (CODE_SCALE / QUERY_SCALE) - bias.x) * g + bias.y;
-            s[t][2 * half + 1] = (s[t][2 * half + 1] * (CODE_SCALE / QUERY_SCALE) - bias.z) * g + bias.w;
-        }
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) high[i % 2] = fmaxf(high[i % 2], s[b][t][i]);
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+#pragma unroll
+        for (int k = 0; k < 2; k++) high[k] = fmaxf(high[k], __shfl_xor_sync(0xffffffffu, high[k], step));
+    // Weights are relative to the unit's own largest score, sums to the largest so far. Where nothing was seen, weights
+    // must be 0 and not 1.
+    float base[2], factor[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const float now = fmaxf(state.top[k], high[k]);
+        base[k] = high[k] == NEVER ? 0.0f : high[k];
+        factor[k] = high[k] == NEVER ? 0.0f : exp_2(high[k] - now);
+        high[k] = exp_2(state.top[k] - now);  // what older sums shrink by
+        state.top[k] = now;
     }
-    if (HAS_MASK || unit * 128 < lo || unit * 128 + 128 > hi) {
-        const int token =
-            unit * 128 + r * 8 + 4 * side;  // of the first place of the first row; the second is 64 tokens on
+    if (__any_sync(0xffffffffu, high[0] != 1.0f || high[1] != 1.0f)) {
 #pragma unroll
-        for (int t = 0; t < 4; t++)
+        for (int k = 0; k < 2; k++) state.total[k] *= high[k], state.weighted[k] *= high[k];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int mine = token + 64 * half + t;
-                bool seen = mine >= lo && mine < hi;
-                if (HAS_MASK) seen = seen && mask[mine] != 0;
-                if (!seen) s[t][2 * half] = s[t][2 * half + 1] = NEVER;
+        for (int set = 0; set < VALUE_SETS; set++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) state.sums[set][i] *= high[i % 2];
+    }
+    Weights weights[BLOCKS];
+    float total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        float gain[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+        if (VALUE_GAIN) read_gains(gain, memory + GAINS_AT + 4 * BLOCKS * (1 + phase) + 4 * b, r);
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            u32 fixed[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float x = exp_2(s[b][t][2 * h] - base[0]), y = exp_2(s[b][t][2 * h + 1] - base[1]);
+                total[0] += x;
+                total[1] += y;
+                const float g = gain[2 * t + h];
+                if (VALUE_CODES) {  // rounded in the mantissa of 2^23
+                    const float unit_gain = g * WEIGHT_ONE;
+                    fixed[h] = transposed(__byte_perm(
+                        __float_as_uint(x * unit_gain + 8388608.0f), __float_as_uint(y * unit_gain + 8388608.0f), 0x5410
+                    ));
+                }
+                if (VF) weights[b].numbers[t][h] = transposed(to_half2(x * g * WEIGHT_SCALE, y * g * WEIGHT_SCALE));
             }
-    }
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-        high[0] = fmaxf(high[0], fmaxf(s[t][0], s[t][2]));
-        high[1] = fmaxf(high[1], fmaxf(s[t][1], s[t][3]));
-    }
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-        high[0] = fmaxf(high[0], __shfl_xor_sync(0xffffffffu, high[0], step));
-        high[1] = fmaxf(high[1], __shfl_xor_sync(0xffffffffu, high[1], step));
-    }
-    if (__any_sync(0xffffffffu, high[0] > top[0] || high[1] > top[1])) {
-        float shrink[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float now = fmaxf(top[i], high[i]);
-            shrink[i] = exp_2(top[i] - now);
-            top[i] = now;
-            total[i] *= shrink[i];
-        }
-#pragma unroll
-        for (int i = 0; i <= VALUE_CHUNKS; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) o[i][j] *= shrink[j % 2];
-    }
-    // Where nothing was seen yet, weights must be 0 and not 1.
-    const float base0 = (top[0] == NEVER ? 0.0f : top[0]) - WEIGHT_BITS,
-                base1 = (top[1] == NEVER ? 0.0f : top[1]) - WEIGHT_BITS;
-    u32 p[2][4];
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float x = exp_2(s[t][2 * half] - base0), y = exp_2(s[t][2 * half + 1] - base1);
-            const float g = VALUE_GAIN ? gain(value_gains[half], t) : 1.0f;
-            total[0] += x;
-            total[1] += y;
-            p[half][t] = transposed(to_half2(x * g, y * g));
+            if (VALUE_CODES) {
+                weights[b].high[t] = __byte_perm(fixed[0], fixed[1], 0x7531);
+                weights[b].low[t] = __byte_perm(fixed[0], fixed[1], 0x6420);
+            }
         }
     }
-    if (STAGED) {
-        wait<1>();
-        meet(pair);
-    }
-#pragma unroll(STAGED ? 1 : 2)
-    for (int half = 0; half < 2; half++) {
-        u32 weights[4];
 #pragma unroll
-        for (int t = 0; t < 4; t++) weights[t] = half ? p[1][t] : p[0][t];
-        const u32* row = value_words + (size_t)block_of<CLAMP>(unit * 4 + 2 * half + c / 2, n_blocks) * sizes.value_row;
-        const u32 here = STAGED ? shared_address(memory + 4 * KEY_BLOCK + (2 * half + c / 2) * VALUE_BLOCK) : 0;
-        const int even = c % 2 * 2;
-        const u32 one = 0x3c003c00u;
+    for (int k = 0; k < 2; k++) {
+        state.total[k] += total[k] * factor[k];
+        factor[k] *= 1.0f / WEIGHT_ONE;
+    }
+    wait<1>();
+    __syncwarp();
 #pragma unroll
-        for (int t = 0; t < 4; t += 2) mma(o[VALUE_CHUNKS], one, one, one, one, weights[t], weights[t + 1]);
-#define SUM_CLASS(BITS, FIRST, CHUNKS, I, PIECES_BEFORE)                                  \
-    sum_class<BITS, FIRST, CHUNKS, CLAMP, STAGED>(                                        \
-        o, class_of(row, here, PIECES_BEFORE, vc[I].word), vc + I, weights, r, even, side \
-    )
-        SUM_CLASS(16, 0, V16, 0, 0);
-        SUM_CLASS(8, V16, V8, 1, PIECES(V16, 16));
-        SUM_CLASS(4, V16 + V8, V4, 2, PIECES(V16, 16) + PIECES(V8, 8));
-        SUM_CLASS(2, V16 + V8 + V4, V2, 3, PIECES(V16, 16) + PIECES(V8, 8) + PIECES(V4, 4));
-        SUM_CLASS(1, V16 + V8 + V4 + V2, V1, 4, PIECES(V16, 16) + PIECES(V8, 8) + PIECES(V4, 4) + PIECES(V2, 2));
+    for (int set = 0; set < VF; set++) {
+        float sums[2][4];
+        sum_numbers(sums, weights, value_lane.f, values, set, r, c);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            state.sums[set][i] += sums[i / 4][i % 4] * (factor[i % 2] * (WEIGHT_ONE / WEIGHT_SCALE));
     }
-    if (STAGED) {
-        meet(pair);
-        if (next < sizes.last_staged) stage_values(memory, value_words, vc, next, sizes.value_row, 32 * side + lane);
-        commit();
+#pragma unroll
+    for (int set = VF; set < VALUE_SETS; set++) {
+        int sums[2][4];
+        if (set < VF + VN)
+            sum_codes<4>(sums, weights, value_lane.n + 128 * (set - VF));
+        else if (set < VF + VN + VP)
+            sum_codes<2>(sums, weights, value_lane.p + 64 * (set - VF - VN));
+        else
+            sum_codes<1>(sums, weights, value_lane.s + 32 * (set - VF - VN - VP));
+#pragma unroll
+        for (int i = 0; i < 8; i++) state.sums[set][i] += (float)sums[i / 4][i % 4] * factor[i % 2];
     }
+    if (VALUE_CODES) {  // the sum of weights as they were rounded: what the codes' offsets are to be multiplied by
+        int upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
+        const u32 one = 0x01010101u;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            mma_unsigned(upper, one, one, one, one, weights[b].high[0], weights[b].high[1]);
+            mma_unsigned(lower, one, one, one, one, weights[b].low[0], weights[b].low[1]);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) state.weighted[k] += (float)(upper[k] * 256 + lower[k]) * factor[k];
+    }
+    __syncwarp();
+    if (next >= 0) stage_values(site, next, lane);
+    commit();
 }
 
-// Grid: (splits, groups, batch). Each pair of warps takes every PAIRS-th unit of the split's; splits share the units of
-// a sequence. stats: [batch, groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains; sums:
-// [batch, groups, splits, 16 VALUE_CHUNKS, 8].
-extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
-    const u32* key_words, const u32* value_words, const Class* key_classes, const Class* value_classes,
-    const uint2* absorbed, const float2* biases, const int* first, const int* last, const u8* mask, float* stats,
+// Grid: (splits, groups, batch). Splits share the units of a sequence, and a split's warps its own. stats: [batch,
+// groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains; sums: [batch, groups, splits,
+// 32 VALUE_SETS, 8], codes times what place they have in their bytes. Shared: WARPS * STAGE_WORDS + BEYOND words, and
+// at least WARPS * 256 VALUE_SETS.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
+    const u32* key_words, const u32* value_words, const Group* key_groups, const Group* value_groups,
+    const uint4* absorbed, const float4* biases, const int* first, const int* last, const u8* mask, float* stats,
     float* sums, int n_blocks, int n_turns, int turn_shift, int key_row, int value_row, int key_blocks,
     int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
 ) {
-    __shared__ float shared[WARPS][3][8];
-    __shared__ float shared_sums[16 * VALUE_CHUNKS * 8];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
-    const int side = warp % 2, pair = warp / 2;
-    const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, n_groups = gridDim.y;
-    key_words += (size_t)batch * key_blocks * key_row;
-    value_words += (size_t)batch * value_blocks * value_row;
-    const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
-    const int n_units = (n_blocks + 3) / 4;
-    // Splits share what counts of this sequence, however long the others are.
-    const int start = lo / 128, n_used = max((hi + 127) / 128 - start, 0),
-              per_split = (n_used + gridDim.x - 1) / gridDim.x;
-    const int begin = start + split * per_split, end = start + min((split + 1) * per_split, n_used);
-    __shared__ Class classes[10];
-    if (threadIdx.x < 10)
-        classes[threadIdx.x] = (threadIdx.x < 5 ? key_classes : value_classes)[group * 5 + threadIdx.x % 5];
-    __syncthreads();
-    const Class *kc = classes, *vc = classes + 5;
-
-    if (HAS_MASK) mask += (size_t)batch * mask_stride;
-    float o[VALUE_CHUNKS + 1][4];
-#pragma unroll
-    for (int i = 0; i <= VALUE_CHUNKS; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.0f;
-    float top[2] = {NEVER, NEVER}, total[2] = {0.0f, 0.0f};
-
-    const Sizes sizes = {lo, hi, n_blocks, key_row, value_row, key_gain_word, value_gain_word, min(end, n_units - 1)};
-    // A turn has 2^turn_shift units.
-    auto queries = [&](int unit) {
-        return absorbed + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * KEY_CHUNKS * 32;
-    };
-    auto bias = [&](int unit) {  // offset and mean of columns 2c and 2c + 1
-        return *(const float4*)(biases + ((size_t)(batch * n_turns + (unit >> turn_shift)) * n_groups + group) * 8 +
-                                2 * c);
-    };
-    int unit = begin + pair;
-#if STAGED_UNITS
     DYNAMIC_SHARED(u32, all_memory);
-    u32* memory = all_memory + pair * STAGE_WORDS;
-    if (unit < sizes.last_staged) {
-        stage_keys(memory, key_words, kc, unit, key_row, 32 * side + lane);
-        stage_values(memory, value_words, vc, unit, value_row, 32 * side + lane);
+    __shared__ float shared[WARPS][3][8];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
+    const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, n_groups = gridDim.y;
+    const Group keys = key_groups[group], values = value_groups[group];
+    const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
+    // Splits share what counts of this sequence, however long the others are.
+    const int start = lo / UNIT_TOKENS, n_used = max((hi + UNIT_TOKENS - 1) / UNIT_TOKENS - start, 0);
+    const int begin = n_used * split / gridDim.x, n_own = n_used * (split + 1) / gridDim.x - begin;
+    const int from = start + begin + n_own * warp / WARPS, end = start + begin + n_own * (warp + 1) / WARPS;
+    if (HAS_MASK) mask += (size_t)batch * mask_stride;
+    u32* memory = all_memory + warp * STAGE_WORDS;
+    const Site site = {
+        key_words + (size_t)batch * key_blocks * key_row + keys.first,
+        value_words + (size_t)batch * value_blocks * value_row + values.first,
+        absorbed + (size_t)(batch * n_turns * n_groups + group) * (KEY_SETS * 32),
+        biases + (size_t)(batch * n_turns * n_groups + group) * 8,
+        key_row,
+        value_row,
+        keys.words / 4,
+        values.words / 4,
+        key_gain_word - keys.first,
+        value_gain_word - values.first,
+        n_blocks,
+        turn_shift,
+        n_groups,
+        memory,
+    };
+    const Lane key_lane = {
+        memory + 32 * c + 4 * ((r + 2 * c) & 7), memory + keys.n + 16 * c + 2 * (r ^ ((c & 2) << 1)),
+        memory + keys.p + 8 * c + r, memory + keys.s + 4 * c + r / 2
+    };
+    u32* own_values = memory + VALUES_AT;
+    const Lane value_lane = {
+        own_values, own_values + values.n + 16 * r + 4 * c, own_values + values.p + 8 * r + 2 * c,
+        own_values + values.s + 4 * r + c
+    };
+    State state;
+#pragma unroll
+    for (int k = 0; k < 2; k++) state.top[k] = NEVER, state.total[k] = state.weighted[k] = 0.0f;
+#pragma unroll
+    for (int set = 0; set < VALUE_SETS; set++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) state.sums[set][i] = 0.0f;
+    if (from < end) {
+        stage_keys(site, from, 0, lane);
+        stage_values(site, from, lane);
     }
     await_previous();
-    if (unit < sizes.last_staged) stage_queries(memory, queries(unit), 32 * side + lane);
+    if (from < end) stage_queries(site, from >> turn_shift, lane);
     commit();
     commit();  // elsewhere the one of the values
-#else
-    u32* memory = 0;
-    await_previous();
-#endif
+    int phase = 0;
 #pragma unroll 1
-    for (; unit < sizes.last_staged && !ALWAYS_CLAMP; unit += PAIRS)
-        attend_unit<false, STAGED_UNITS>(
-            o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory,
-            queries(min(unit + PAIRS, n_units - 1)), unit + PAIRS, lane, side, pair
-        );
-#pragma unroll 1
-    for (; unit < end; unit += PAIRS)
-        attend_unit<true, false>(
-            o, top, total, key_words, value_words, kc, vc, queries(unit) + lane, bias(unit), mask, unit, sizes, memory,
-            0, 0, lane, side, pair
+    for (int unit = from; unit < end; unit++, phase ^= 1)
+        attend_unit(
+            state, site, keys, values, key_lane, value_lane, mask, unit, unit + 1 < end ? unit + 1 : -1,
+            unit == from || unit % (1 << turn_shift) == 0, lo, hi, phase, lane
         );
     let_next_begin();
 
-    // The warps' sums, brought to one scale and added in turn.
+    // The warps' sums, brought to one scale and added up.
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int k = 0; k < 2; k++) {
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-            total[i] += __shfl_xor_sync(0xffffffffu, total[i], step);
-        }
+        for (int step = 4; step < 32; step *= 2) state.total[k] += __shfl_xor_sync(0xffffffffu, state.total[k], step);
         if (r == 0) {
-            shared[warp][0][2 * c + i] = top[i];
-            shared[warp][1][2 * c + i] = total[i];
-            shared[warp][2][2 * c + i] = o[VALUE_CHUNKS][i];
+            shared[warp][0][2 * c + k] = state.top[k];
+            shared[warp][1][2 * c + k] = state.total[k];
+            shared[warp][2][2 * c + k] = state.weighted[k];
         }
     }
-    __syncthreads();
+    __syncthreads();  // and nobody needs its units any longer
+    float2* shared_sums = (float2*)all_memory;
     float shrink[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int k = 0; k < 2; k++) {
         float all = NEVER;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) all = fmaxf(all, shared[w][0][2 * c + i]);
-        shrink[i] = exp_2(top[i] - all);
+        for (int w = 0; w < WARPS; w++) all = fmaxf(all, shared[w][0][2 * c + k]);
+        shrink[k] = exp_2(state.top[k] - all);
     }
-    for (int w = 0; w < WARPS; w++) {
-        if (w == warp)
 #pragma unroll
-            for (int i = 0; i < VALUE_CHUNKS; i++)
+    for (int set = 0; set < VALUE_SETS; set++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int at = (16 * i + r + 8 * (j / 2)) * 8 + 2 * c + j % 2;
-                    shared_sums[at] = o[i][j] * shrink[j % 2] + (w ? shared_sums[at] : 0.0f);
-                }
-        __syncthreads();
-    }
+        for (int i = 0; i < 4; i++)
+            shared_sums[warp * (128 * VALUE_SETS) + (32 * set + 4 * r + i) * 4 + c] =
+                make_float2(state.sums[set][2 * i] * shrink[0], state.sums[set][2 * i + 1] * shrink[1]);
+    __syncthreads();
     const size_t entry = ((size_t)batch * n_groups + group) * gridDim.x + split;
-    for (int i = threadIdx.x; i < 16 * VALUE_CHUNKS * 8; i += 32 * WARPS)
-        sums[entry * (16 * VALUE_CHUNKS * 8) + i] = shared_sums[i];
+    for (int i = threadIdx.x; i < 128 * VALUE_SETS; i += 32 * WARPS) {
+        float2 all = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float2 x = shared_sums[w * (128 * VALUE_SETS) + i];
+            all.x += x.x, all.y += x.y;
+        }
+        ((float2*)sums)[entry * (128 * VALUE_SETS) + i] = all;
+    }
     if (threadIdx.x < 8) {
         float all = NEVER, sum = 0.0f, sum_weighted = 0.0f;
         for (int w = 0; w < WARPS; w++) all = fmaxf(all, shared[w][0][threadIdx.x]);
@@ -974,32 +975,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) attend(
 
 #define COMBINE_THREADS 1024
 #define PARTS (COMBINE_THREADS / HEAD_DIM)
-#define ROWS ((16 * VALUE_CHUNKS + PARTS - 1) / PARTS)
-#define ITEMS ((16 * VALUE_CHUNKS * GROUP_COLUMNS + COMBINE_THREADS - 1) / COMBINE_THREADS)  // of a thread
+#define COMPONENTS (32 * VALUE_SETS)
+#define ROWS ((COMPONENTS + PARTS - 1) / PARTS)
+#define ITEMS ((COMPONENTS * GROUP_COLUMNS + COMBINE_THREADS - 1) / COMBINE_THREADS)  // of a thread
 #define AHEAD (ITEMS < 4 ? 4 / ITEMS : 1)  // splits whose sums a thread asks for before it knows how much they count
 
-// The decoder's row of a component counted in whole chunks, or -1 if there is none.
-__device__ __forceinline__ int row_of(int component, const Class* classes) {
-    const int chunks[5] = {V16, V8, V4, V2, V1};
-#pragma unroll
-    for (int i = 0; i < 5; i++) {
-        if (component < 16 * chunks[i]) return component < classes[i].count ? classes[i].row + component : -1;
-        component -= 16 * chunks[i];
-    }
-    return -1;
+// What place a code has in its byte, the other way round.
+__device__ __forceinline__ float place_of(int component) {
+    const int set = component / 32, place = component % 4;
+    const int bits = set < VF ? 0 : set < VF + VN ? 4 * (place % 2) : set < VF + VN + VP ? 2 * place : place;
+    return __uint_as_float((127 - bits) << 23);
 }
 
-// Grid: (KV heads, batch). out: [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see attend_exact. Shared:
-// GROUP_COLUMNS * (splits + exact parts + 16 VALUE_CHUNKS + PARTS * HEAD_DIM) floats.
+// Grid: (KV heads, batch). decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
+// [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see attend_exact. Shared: GROUP_COLUMNS * (splits + exact parts
+// + COMPONENTS + PARTS * HEAD_DIM) floats.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
-    const float* mean, const Class* value_classes, u16* out, int n_splits, int n_exact, int decoder_stride,
-    int out_batch, int out_head, int has_mean
+    const float* mean, u16* out, int n_splits, int n_exact, int out_batch, int out_head, int has_mean
 ) {
     DYNAMIC_SHARED(float, memory);
     float* partial = memory;                                // [PARTS, GROUP_COLUMNS, HEAD_DIM]
-    float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [16 VALUE_CHUNKS, GROUP_COLUMNS]
-    float* scale = z + 16 * VALUE_CHUNKS * GROUP_COLUMNS;   // [splits, GROUP_COLUMNS]
+    float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [COMPONENTS, GROUP_COLUMNS]
+    float* scale = z + COMPONENTS * GROUP_COLUMNS;          // [splits, GROUP_COLUMNS]
     float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
     __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
     const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
@@ -1008,16 +1006,14 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The decoder and the mean do not depend on anything: they are asked for first. Component k of this thread's is
-    // row_of(part + PARTS k).
+    // part + PARTS k.
     const int part = threadIdx.x / HEAD_DIM % PARTS, dim = threadIdx.x % HEAD_DIM;
     u16 d[ROWS];
     {
-        const u16* own = decoder + head * HEAD_DIM + dim;
+        const u16* own = decoder + (size_t)(head * COMPONENTS) * HEAD_DIM + dim;
 #pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            const int row = row_of(part + PARTS * k, value_classes + group * 5);
-            d[k] = row >= 0 ? own[(size_t)row * decoder_stride] : (u16)0;
-        }
+        for (int k = 0; k < ROWS; k++)
+            d[k] = part + PARTS * k < COMPONENTS ? own[(part + PARTS * k) * HEAD_DIM] : (u16)0;
     }
     const float own_mean = has_mean && part == 0 ? mean[head * HEAD_DIM + dim] : 0.0f;
     await_previous();
@@ -1033,10 +1029,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
 #pragma unroll
         for (int split = 0; split < AHEAD; split++) {
             const int i = item * COMBINE_THREADS + threadIdx.x;
-            const bool there = i < 16 * VALUE_CHUNKS * GROUP_COLUMNS && split < n_splits;
-            ahead[item][split] = there ? sums[((entry + split) * (16 * VALUE_CHUNKS) + i / GROUP_COLUMNS) * 8 + column +
-                                              i % GROUP_COLUMNS]
-                                       : 0.0f;
+            const bool there = i < COMPONENTS * GROUP_COLUMNS && split < n_splits;
+            ahead[item][split] =
+                there ? sums[((entry + split) * COMPONENTS + i / GROUP_COLUMNS) * 8 + column + i % GROUP_COLUMNS]
+                      : 0.0f;
         }
     for (int g = warp; g < GROUP_COLUMNS; g += COMBINE_THREADS / 32) {
         const float2* exact = exact_stats + (batch * n_kv_heads + head) * n_exact * GROUP_COLUMNS + g;
@@ -1059,7 +1055,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
             const float2 own = exact[i * GROUP_COLUMNS];
             raise(fmaxf(top, own.x));
             exact_scale[i * GROUP_COLUMNS + g] = own.x;
-            sum_exact += exp_2(own.x - top + WEIGHT_BITS) * own.y;  // as the packed weights
+            sum_exact += exp_2(own.x - top) * own.y;
         }
         float all = top;
 #pragma unroll
@@ -1068,7 +1064,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
         for (int i = lane; i < n_splits; i += 32)
             scale[i * GROUP_COLUMNS + g] = exp_2(scale[i * GROUP_COLUMNS + g] - top);
         for (int i = lane; i < n_exact; i += 32)
-            exact_scale[i * GROUP_COLUMNS + g] = exp_2(exact_scale[i * GROUP_COLUMNS + g] - top + WEIGHT_BITS);
+            exact_scale[i * GROUP_COLUMNS + g] = exp_2(exact_scale[i * GROUP_COLUMNS + g] - top);
 #pragma unroll
         for (int step = 16; step; step /= 2) {
             sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -1086,23 +1082,17 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
         const int i = item * COMBINE_THREADS + threadIdx.x;
-        if (i >= 16 * VALUE_CHUNKS * GROUP_COLUMNS) break;
-        const int g = i % GROUP_COLUMNS, component = i / GROUP_COLUMNS, chunk = component / 16;
-        const float* from = sums + (entry * (16 * VALUE_CHUNKS) + component) * 8 + column + g;
+        if (i >= COMPONENTS * GROUP_COLUMNS) break;
+        const int g = i % GROUP_COLUMNS, component = i / GROUP_COLUMNS;
+        const float* from = sums + (entry * COMPONENTS + component) * 8 + column + g;
         float sum = 0.0f;
 #pragma unroll
         for (int split = 0; split < AHEAD; split++)
             if (split < n_splits) sum += scale[split * GROUP_COLUMNS + g] * ahead[item][split];
 #pragma unroll(2 * AHEAD)
         for (int split = AHEAD; split < n_splits; split++)
-            sum += scale[split * GROUP_COLUMNS + g] * from[(size_t)split * (16 * VALUE_CHUNKS * 8)];
-        const float offset = chunk < V16                  ? 0.0f
-                             : chunk < V16 + V8           ? 127.5f
-                             : chunk < V16 + V8 + V4      ? 7.5f
-                             : chunk < V16 + V8 + V4 + V2 ? 1.5f
-                                                          : 0.5f;
-        const bool there = row_of(component, value_classes + group * 5) >= 0;
-        z[i] = !there ? 0.0f : chunk < V16 ? sum : sum * CODE_SCALE - offset * all_weighted[g];
+            sum += scale[split * GROUP_COLUMNS + g] * from[(size_t)split * (COMPONENTS * 8)];
+        z[i] = sum * place_of(component) - offset_of(component / 32, VF, VN, VP) * all_weighted[g];
     }
     __syncthreads();
     if (threadIdx.x < PARTS * HEAD_DIM) {
@@ -1117,7 +1107,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
             const float x = from_half(d[k]);
-            if (part + PARTS * k < 16 * VALUE_CHUNKS)
+            if (part + PARTS * k < COMPONENTS)
 #pragma unroll
                 for (int g = 0; g < GROUP_COLUMNS; g++) value[g] += z[(part + PARTS * k) * GROUP_COLUMNS + g] * x;
         }
