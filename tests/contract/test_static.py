@@ -100,6 +100,18 @@ def test_a_second_prompt_finds_nothing_of_the_first(attached: Any) -> None:
     torch.testing.assert_close(static(decoder, second, 10), growing(model, second, 10), rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_model_gives_the_same(attached: Any) -> None:
+    model, ids = attached(turn=64), random_ids(2, 45)  # the eviction is one of the compiled steps
+    expected = growing(model, ids, 34)
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(model, backend="eager"), attachment_of(model).new_cache(capacity=45)
+    with torch.no_grad():
+        logits = [model(ids[:, :34], past_key_values=cache).logits[:, -1]]
+        logits += [compiled(token, past_key_values=cache).logits[:, -1] for token in ids[:, 34:].split(1, 1)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"policy": "middle", "layers": "1:2", "keep": 0.8, "ranks_only": True}])
 def test_addresses_and_bytes_stay(attached: Any, options: dict[str, Any]) -> None:
     decoder, ids = GraphDecoder(attached(**options), capacity=150), random_ids(2, 150)
