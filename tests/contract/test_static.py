@@ -100,6 +100,10 @@ def test_a_second_prompt_finds_nothing_of_the_first(attached: Any) -> None:
     torch.testing.assert_close(static(decoder, second, 10), growing(model, second, 10), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cuda._utils, "_nvrtc_compile"),  # torch 2.9
+    reason="with torch 2.6 and transformers 5.0 tracing makes a mask, which a cache of a fixed capacity refuses",
+)
 def test_a_compiled_model_gives_the_same(attached: Any) -> None:
     model, ids = attached(turn=64), random_ids(2, 45)  # the eviction is one of the compiled steps
     expected = growing(model, ids, 34)
