@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,8 @@ class Recording:
 def assert_replays_follow(
     model: Any, ids: Tensor, n_prompt: int, replayed: set[int], switch: str, monkeypatch: Any
 ) -> tuple[Recording, GraphDecoder]:
-    """Read ids over a cache of a fixed capacity: as the growing one has it at `replayed`, where steps run in kernels.
+    """Read ids over a cache of a fixed capacity: at `replayed` steps run in kernels, and are as the reference has them
+    over the same cache and over one that grew.
 
     Between them the model reads with the reference, which is faster here. switch: what in `fast` turns kernels on.
     """
@@ -282,15 +284,22 @@ def assert_replays_follow(
     monkeypatch.setattr(fast, switch, lambda device: kernels_on)
     recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
     decoder.prefill(ids[:, :n_prompt])
+
+    def read(place: int, cache: StaticCache) -> Tensor:
+        with torch.no_grad():
+            return model(ids[:, place : place + 1], past_key_values=cache).logits[:, -1].float()
+
     for place in range(n_prompt, ids.shape[1]):
-        kernels_on = place in replayed
-        if kernels_on:
-            ours, theirs = decoder.step(ids[:, place]).float(), reference[:, place - n_prompt + 1]
-            # Both round to float16 after every layer, so that some codes fall on the other side of a border.
-            assert (ours - theirs).norm() / theirs.norm() < 0.03
-        else:
-            with torch.no_grad():
-                model(ids[:, place : place + 1], past_key_values=decoder.cache)
+        if place not in replayed:
+            read(place, decoder.cache)
+            continue
+        same, grown = read(place, copy.deepcopy(decoder.cache)), reference[:, place - n_prompt + 1]
+        kernels_on = True
+        ours = decoder.step(ids[:, place]).float()
+        kernels_on = False
+        assert (ours - same).norm() / same.norm() < 0.01  # both round to float16 after every layer
+        # What earlier steps rounded otherwise has moved codes across borders: then even the reference is off by 0.014.
+        assert (ours - grown).norm() / grown.norm() < 0.03
     return recording, decoder
 
 
