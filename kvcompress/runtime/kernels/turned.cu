@@ -473,7 +473,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
 #define BEYOND (128 * (VALUE_SETS > KEY_SETS ? VALUE_SETS - KEY_SETS + 1 : 1))
 
 // What is the same for all units of a warp. key_words, value_words: of the sequence, from the group's first word on;
-// memory: the warp's.
+// memory: the warp's. A turn has 2^turn_shift units.
 struct Site {
     const u32 *key_words, *value_words;
     const uint4* absorbed;

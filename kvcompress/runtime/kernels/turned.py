@@ -137,7 +137,7 @@ def applies(
         return False
     if n_heads // len(keys.table) > MOST_COLUMNS or min(sum(keys.sets), sum(values.sets)) == 0:
         return False
-    return max(sum(keys.sets), sum(values.sets)) <= MOST_SETS and _launch(keys, values, device) is not None
+    return max(sum(keys.sets), sum(values.sets)) <= MOST_SETS and _launch_of(keys, values, device) is not None
 
 
 @lru_cache(maxsize=64)
@@ -178,7 +178,7 @@ def turned_attention(
     group_columns, group_heads = n_heads // n_kv_heads, n_kv_heads // n_groups
     device = query.device
     n_turns = -(-n_blocks * BLOCK_TOKENS // turn)
-    launch = _launch(keys.layout, values.layout, device)
+    launch = _launch_of(keys.layout, values.layout, device)
     assert launch is not None  # see applies
     turn_shift, unit_shift = ((turn // n).bit_length() - 1 for n in (UNIT_TOKENS, BLOCK_TOKENS * launch.blocks))
     constants = _constants(keys, values, launch, head_dim, group_heads, group_columns, mask is not None, query.dtype)
@@ -255,13 +255,17 @@ class _Launch:
     memory: int
 
 
-def _launch(keys: GroupLayout, values: GroupLayout, device: torch.device) -> _Launch | None:
-    """Return the fastest for which there is room, None if there is none."""
-    key_sets, value_sets = sum(keys.sets), sum(values.sets)
+def _launch_of(keys: GroupLayout, values: GroupLayout, device: torch.device) -> _Launch | None:
+    return _launch(sum(keys.sets), sum(values.sets), keys.n_words + values.n_words, device)
+
+
+@lru_cache(maxsize=1024)
+def _launch(key_sets: int, value_sets: int, n_words: int, device: torch.device) -> _Launch | None:
+    """Return the fastest for which there is room, None if there is none. n_words: of keys and values of a block."""
     room = _multiprocessors(device)[1]
     beyond = 4 * 128 * (max(0, value_sets - key_sets) + 1)  # BEYOND in turned.cu
     for warps, blocks in _LAUNCHES:
-        stage = 4 * (blocks * (keys.n_words + values.n_words + 12) + 128 * key_sets)  # STAGE_WORDS
+        stage = 4 * (blocks * (n_words + 12) + 128 * key_sets)  # STAGE_WORDS
         memory = warps * max(stage, 1024 * value_sets) + beyond
         if memory + 96 * warps <= room:
             return _Launch(warps, blocks, memory)
