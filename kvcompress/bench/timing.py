@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 
 Work = Callable[[], object]
+#: Calls in a CUDA graph, at least: launching it takes the host some 10 us, in which the GPU waits.
+_CALLS = 20
 
 
 def median_seconds(work: Work, device: torch.device, *, repeats: int = 30, warmup: int = 5) -> float:
@@ -22,14 +24,16 @@ def median_seconds(work: Work, device: torch.device, *, repeats: int = 30, warmu
 
 
 def median_replay_seconds(works: Sequence[Work], device: torch.device) -> float:
-    """Return the median time of one of `works`, run one after the other; on a GPU as one CUDA graph.
+    """Return the median time of one of `works`, run one after the other; on a GPU as one CUDA graph, several times over.
 
     Give works over different buffers, so that none finds its data in the cache.
     """
+    n_rounds = -(-_CALLS // len(works)) if device.type == "cuda" else 1
 
     def every() -> None:
-        for work in works:
-            work()
+        for _ in range(n_rounds):
+            for work in works:
+                work()
 
     if device.type != "cuda":
         return median_seconds(every, device) / len(works)
@@ -38,7 +42,7 @@ def median_replay_seconds(works: Sequence[Work], device: torch.device) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         every()
-    return median_seconds(graph.replay, device) / len(works)
+    return median_seconds(graph.replay, device) / (n_rounds * len(works))
 
 
 def seconds(work: Work, device: torch.device) -> float:

@@ -18,17 +18,14 @@ from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
 from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
+from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
 from kvcompress.runtime.kernels.turned import (
     MOST_EXACT,
     UNIT_TOKENS,
     GroupedSite,
-    GroupLayout,
     applies,
     compiler_works,
-    decoder_fragments,
-    group_layout,
-    head_decoders,
     turned_attention,
 )
 

@@ -1,4 +1,4 @@
-"""turned.cu on a CPU: compiled as C++ against emulator.h, with launches that look like torch's."""
+"""The CUDA kernels for turns on a CPU: compiled as C++ against emulator.h, with launches that look like torch's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 from torch import Tensor
 
+from kvcompress.runtime.kernels.turned import kernel_source
+
 _HERE = Path(__file__).parent
-_KERNELS = ("prepare", "attend", "combine")
-_OVERLAPPING = _KERNELS[1:]
 _COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w"]
 
 
@@ -33,18 +32,17 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=256)
-def kernels(constants: tuple[tuple[str, int], ...], *_: Any) -> tuple[Callable[..., None], ...]:
+def kernels(constants: tuple[tuple[str, int], ...], names: tuple[str, ...], *_: Any) -> list[Callable[..., None]]:
     """Stands in for kernels.turned._kernels."""
-    source = f'#include "{_HERE / "emulator.h"}"\n' + "".join(f"#define {name} {value}\n" for name, value in constants)
-    source += files("kvcompress.runtime.kernels").joinpath("turned.cu").read_text(encoding="utf-8")
-    for name in _KERNELS:
+    source = f'#include "{_HERE / "emulator.h"}"\n' + kernel_source(constants, names)
+    for i, name in enumerate(names):
         source += (
             f'extern "C" void run_{name}(const int* grid, int n_threads, int n_shared, void** arguments, '
-            f"const size_t* sizes) {{ emulator::launch({name}, {int(name in _OVERLAPPING)}, grid, n_threads, n_shared, "
+            f"const size_t* sizes) {{ emulator::launch({name}, {int(i > 0)}, grid, n_threads, n_shared, "
             "arguments, sizes); }\n"
         )
     library = ctypes.CDLL(str(_built(source)))
-    return tuple(_launcher(getattr(library, f"run_{name}")) for name in _KERNELS)
+    return [_launcher(getattr(library, f"run_{name}")) for name in names]
 
 
 def _built(source: str) -> Path:

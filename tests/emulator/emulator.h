@@ -253,7 +253,7 @@ inline bool __any_sync(unsigned, bool x) {
     return any;
 }
 
-// ------------------------------------------------------------ the instructions of turned.cu
+// ------------------------------------------------------------ the instructions of cuda/common.cu
 typedef unsigned int u32;
 typedef unsigned short u16;
 
@@ -267,11 +267,11 @@ inline u16 to_bfloat16(float x) {
 }
 inline float exp_2(float x) { return std::exp2(x); }
 
-inline float pair_product(u32 x, u32 y) {
-    return from_half(x & 0xffff) * from_half(y & 0xffff) + from_half(x >> 16) * from_half(y >> 16);
-}
-
-inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <float (*NUMBER)(u16)>
+inline void mma_numbers(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    auto pair_product = [](u32 x, u32 y) {
+        return NUMBER(x & 0xffff) * NUMBER(y & 0xffff) + NUMBER(x >> 16) * NUMBER(y >> 16);
+    };
     const auto* warp = emulator::exchange({a0, a1, a2, a3, b0, b1});
     const int lane = emulator::current % 32, r = lane / 4, c = lane % 4;
     for (int i = 0; i < 4; i++) {
@@ -283,6 +283,13 @@ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     }
     emulator::sync_warp();
 }
+
+inline float from_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    mma_numbers<from_half>(d, a0, a1, a2, a3, b0, b1);
+}
+// QUERY_BF16 is defined after this text
+#define mma_stored mma_numbers<QUERY_BF16 ? from_bfloat16 : from_half>
 
 template <class B>
 inline void mma_integers(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

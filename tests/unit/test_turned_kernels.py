@@ -12,17 +12,8 @@ from torch import Tensor
 
 from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.kernels.arguments import ExactTokens
-from kvcompress.runtime.kernels.turned import (
-    MOST_EXACT,
-    GroupedSite,
-    GroupLayout,
-    applies,
-    compiler_works,
-    decoder_fragments,
-    group_layout,
-    head_decoders,
-    turned_attention,
-)
+from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, compiler_works, turned_attention
 from tests import emulator
 
 
@@ -48,6 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ranks only": {"counts": {16: [20, 36]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
     "whole sets of numbers": {"counts": {16: [64, 64]}, "kv_heads": 2, "head_dim": 128, "n_blocks": 50},
+    "ranks only, the 8B shape": {
+        "counts": {16: [128] * 4}, "heads": 32, "kv_heads": 8, "head_dim": 128, "n_blocks": 131, "turn": 256,
+        "dtype": torch.bfloat16, "first": [4, 50], "last": [4192, 257],
+    },
+    "ranks only, many query heads, masks": {
+        "counts": {16: [44]}, "heads": 8, "kv_heads": 1, "n_blocks": 70, "masked": True, "first": [0, 160],
+    },
+    "ranks only, few columns, a sequence without packed tokens": {
+        "counts": {16: [20] * 3}, "heads": 6, "kv_heads": 3, "head_dim": 96, "last": [352, 0], "dtype": torch.bfloat16,
+    },
     "all classes, numbers in one group only": {"counts": SITE | {16: [0, 40]}, "gain": True},
     "masks, an empty class in one group": {
         "counts": {4: [12, 32, 4], 1: [40, 0, 20]}, "heads": 6, "kv_heads": 3, "head_dim": 96, "gain": True,
@@ -298,4 +299,6 @@ def test_sizes_that_do_not_fit_are_left_to_the_reference() -> None:
     assert not applies(32, 8, 128, four, two, cpu)
     assert not applies(32, 8, 80, four, four, cpu)
     assert not applies(32, 8, 128, four, layout(1, 32 * 21, 4), cpu)
-    assert not applies(32, 8, 128, layout(16, 512, 4), layout(16, 512, 4), cpu)  # no room for a unit
+    assert applies(32, 8, 128, layout(16, 512, 4), layout(16, 512, 4), cpu)
+    mixed = group_layout([16] * 1024 + [4] * 8, [g for n in (512, 4) for g in range(2) for _ in range(n)], 2)
+    assert mixed is not None and not applies(8, 4, 128, mixed, mixed, cpu)  # no room for a unit

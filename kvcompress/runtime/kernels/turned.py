@@ -1,4 +1,4 @@
-"""Decode attention over keys un-rotated turn by turn: three CUDA launches, compiled by NVRTC for a layer's layout."""
+"""Decode attention over keys un-rotated turn by turn: CUDA launches, compiled by NVRTC for a layer's layout."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.options import QUAD
 from kvcompress.runtime.kernels.arguments import ExactTokens
+from kvcompress.runtime.kernels.group_layout import GroupLayout
 from kvcompress.runtime.kernels.launch import overlapping
-from kvcompress.runtime.kernels.layout import BLOCK_TOKENS, LEVELS
+from kvcompress.runtime.kernels.layout import BLOCK_TOKENS
 
 #: Columns of one product of the matrix units: query heads of a group of KV heads.
 MOST_COLUMNS = 8
@@ -27,58 +27,17 @@ UNIT_TOKENS = 128
 #: warps do not have the registers they need, fewer wait for each instruction's result, and other numbers cannot share
 #: most contexts out evenly.
 _LAUNCHES = ((8, 4), (8, 2), (4, 4), (3, 4), (2, 4), (1, 4))
+#: Places of a warp of `attend_numbers` for keys or values of one packed block, at most.
+_MOST_SLOTS = 8
+#: What is launched where there are codes, and where all components are float16 numbers; all but the first may begin
+#: while the one before ends. A file of cuda/ each.
+CODES = ("prepare", "attend", "combine")
+NUMBERS = ("attend_numbers", "combine")
+_SHARED_FILES = ("common", "exact", "absorb", "sums")
 _PREPARE_WARPS = 4
 _RING = 4
-_EXACT_TOKENS = 32
+_EXACT_TOKENS = 16
 _COMBINE_THREADS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLayout:
-    """Where a tiled row (docs/format.md) holds what of each group of heads.
-
-    table: [groups, 6] int32: the group's first word and its words; where in them nibbles, pairs and single bits begin;
-    its float16 components. sets: of 32 components, the most of any group, of float16 numbers, nibbles, pairs, single
-    bits. n_words: of the largest group, rounded up, so that layers share compiled kernels. has_holes: whether some
-    group has fewer float16 components than its sets. rows: [groups, 32 * sum(sets)], the decoder's row of each
-    component, -1 if there is none; factors: what it is to be multiplied by, 16 for the high nibbles of 8-bit ones.
-    """
-
-    table: Tensor
-    sets: tuple[int, ...]
-    n_words: int
-    has_holes: bool
-    rows: Tensor
-    factors: Tensor
-
-
-def group_layout(bits: list[int], group: list[int], n_groups: int) -> GroupLayout | None:
-    """Return the layout of components of these bits and groups, or None if they are no whole quads of a group."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for row, (b, g) in enumerate(zip(bits, group, strict=True)):
-        found.setdefault((g, b), []).append(row)
-    if not bits or any(b not in LEVELS or len(rows) % QUAD for (_, b), rows in found.items()):
-        return None
-    # Of every group the decoder's rows of its four classes, and their factors.
-    kinds = (((16, 1),), ((8, 16), (8, 1), (4, 1)), ((2, 1),), ((1, 1),))
-    classes = [
-        [[(row, factor) for b, factor in kind for row in found.get((g, b), [])] for kind in kinds]
-        for g in range(n_groups)
-    ]
-    sets = tuple(max(-(-len(of[i]) // 32) for of in classes) for i in range(len(kinds)))
-    table, word = [], 0
-    for of in classes:
-        n_numbers, nibbles, pairs, singles = (width * len(own) for width, own in zip((16, 4, 2, 1), of, strict=True))
-        n = n_numbers + nibbles + pairs + singles
-        table.append([word, n, n_numbers, n_numbers + nibbles, n - singles, len(of[0])])
-        word += n
-    padded = [
-        [p for own, n in zip(of, sets, strict=True) for p in own + [(-1, 0)] * (32 * n - len(own))] for of in classes
-    ]
-    rows, factors = torch.tensor(padded).reshape(n_groups, -1, 2).unbind(2)
-    n_words = -(-max(entry[1] for entry in table) // 64) * 64
-    has_holes = any(entry[5] != 32 * sets[0] for entry in table)
-    return GroupLayout(torch.tensor(table, dtype=torch.int32), sets, n_words, has_holes, rows, factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,38 +56,6 @@ class GroupedSite:
     gain_word: int | None
 
 
-def head_decoders(decoder: Tensor, layout: GroupLayout, n_kv_heads: int) -> Tensor:
-    """Return of a decoder [R, n] each head's columns of its group's rows: [KV heads, 32 * sets, head_dim] float16."""
-    heads = decoder.unflatten(1, (n_kv_heads, -1)).transpose(0, 1)  # [KV heads, R, head_dim]
-    group = torch.arange(n_kv_heads) // (n_kv_heads // len(layout.table))
-    rows, factors = (x[group].to(decoder.device) for x in (layout.rows, layout.factors))
-    own = heads.gather(1, rows.clamp_min(0).unsqueeze(2).expand(-1, -1, heads.shape[2]))
-    return (own.float() * factors.unsqueeze(2)).half().contiguous()
-
-
-def decoder_fragments(decoders: Tensor, n_numbers: int) -> Tensor:
-    """Return `head_decoders` as the matrix units take them: [KV heads, sets, 4, head_dim / 16, 32 lanes, 4] float16.
-
-    Lane 4 r + c holds of column r of each of a set's four tiles 4 neighbouring dimensions, and so for every step; a
-    lane's dimensions are c's eighth of a head and the eighth that RoPE rotates with it. Columns are such that a lane's
-    results are those that it stores: of codes the quads c and c + 4, of float16 numbers (the first n_numbers sets)
-    the pairs c, c + 4, c + 8 and c + 12.
-    """
-    _, n_components, head_dim = decoders.shape
-    lane, tile = torch.arange(32), torch.arange(4)[:, None]
-    r, c = lane // 4, lane % 4
-    of_codes = 4 * (r // 2 + 4 * (tile // 2)) + 2 * (tile % 2) + r % 2  # [tile, lane]
-    n_sets = n_components // 32
-    component = torch.where((torch.arange(n_sets) < n_numbers)[:, None, None], 8 * tile + r, of_codes)
-    component = component + 32 * torch.arange(n_sets)[:, None, None]  # [set, tile, lane]
-    step = torch.arange(head_dim // 16)
-    half, place = step // (head_dim // 32), step % (head_dim // 32)
-    start = half[:, None] * (head_dim // 2) + place[:, None] * 4 + c * (head_dim // 8)  # [step, lane]
-    dims = start[..., None] + torch.arange(4)  # [step, lane, 4]
-    device = decoders.device
-    return decoders[:, component.to(device)[:, :, None, :, None], dims.to(device)].contiguous()
-
-
 def applies(
     n_heads: int, n_kv_heads: int, head_dim: int, keys: GroupLayout, values: GroupLayout, device: torch.device
 ) -> bool:
@@ -137,7 +64,9 @@ def applies(
         return False
     if n_heads // len(keys.table) > MOST_COLUMNS or min(sum(keys.sets), sum(values.sets)) == 0:
         return False
-    return max(sum(keys.sets), sum(values.sets)) <= MOST_SETS and _launch_of(keys, values, device) is not None
+    if max(sum(keys.sets), sum(values.sets)) > MOST_SETS:
+        return False
+    return _launch_of(n_heads // n_kv_heads, keys, values, device) is not None
 
 
 @lru_cache(maxsize=64)
@@ -146,7 +75,7 @@ def compiler_works(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        _compiled('extern "C" __global__ void attend() {}', device)
+        _compiled('extern "C" __global__ void nothing() {}', "nothing", device)
     except (ImportError, AttributeError, RuntimeError, OSError):
         return False
     return True
@@ -177,57 +106,73 @@ def turned_attention(
     n_kv_heads, n_groups = exact.keys.shape[1], len(keys.layout.table)
     group_columns, group_heads = n_heads // n_kv_heads, n_kv_heads // n_groups
     device = query.device
-    n_turns = -(-n_blocks * BLOCK_TOKENS // turn)
-    launch = _launch_of(keys.layout, values.layout, device)
+    launch = _launch_of(n_heads // n_kv_heads, keys.layout, values.layout, device)
     assert launch is not None  # see applies
-    turn_shift, unit_shift = ((turn // n).bit_length() - 1 for n in (UNIT_TOKENS, BLOCK_TOKENS * launch.blocks))
     constants = _constants(keys, values, launch, head_dim, group_heads, group_columns, mask is not None, query.dtype)
-    prepare, attend, combine = _kernels(constants, launch.memory, device)
+    kernels = _kernels(constants, launch.names, launch.memory, device)
     query = query if query.stride(3) == 1 else query.contiguous()
+    nothing = query
 
-    columns, key_sets, value_sets = group_heads * group_columns, sum(keys.layout.sets), sum(values.layout.sets)
-    # Columns of no query are computed as well, so that they must hold numbers.
-    new = torch.empty if columns == MOST_COLUMNS else torch.zeros
-    absorbed = new(batch, n_turns, n_groups, key_sets, 128, dtype=torch.int32, device=device)
-    biases = new(batch, n_turns, n_groups, MOST_COLUMNS, 4, device=device)
+    key_sets, value_sets = sum(keys.layout.sets), sum(values.layout.sets)
+    n_turns = -(-n_blocks * BLOCK_TOKENS // turn)
     exact_parts = -(-(exact.sink_keys.shape[2] + exact.keys.shape[2]) // _EXACT_TOKENS)
     exact_sums = torch.empty(batch, n_kv_heads, exact_parts, group_columns, head_dim, device=device)
     exact_stats = torch.empty(batch, n_kv_heads, exact_parts, group_columns, 2, device=device)
-    rows = 1 << (group_columns - 1).bit_length()
-    tasks = batch * n_kv_heads * -(-n_turns * rows // (16 * _PREPARE_WARPS))
-    nothing = query
-    no_mean = keys.mean if keys.mean is not None else _zeros(n_kv_heads * head_dim, device)
-    prepare(
-        (batch * n_kv_heads * exact_parts + tasks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
-        [
-            query, keys.maps, no_mean, angles, last, absorbed, biases, exact.sink_keys, exact.sink_values,
-            exact.keys, exact.values, nothing if exact.mask is None else exact.mask, exact_sums, exact_stats, batch,
-            n_turns, n_kv_heads, turn_shift, angles.stride(0) // 2 if angles.shape[0] > 1 else 0,
-            exact.sink_keys.shape[2], exact.keys.shape[2], int(exact.mask is not None), *query.stride()[:2],
-            *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
-            scaling * 1.4426950408889634,
-        ],
-        max(_exact_bytes(head_dim, group_columns), _RING * head_dim * 32),
-    )  # fmt: skip
     if n_splits is None:
         n_splits = _best_splits(batch * n_groups, _multiprocessors(device)[0])
     n_splits = min(n_splits, -(-n_blocks * BLOCK_TOKENS // UNIT_TOKENS))
     stats = torch.empty(batch, n_groups, n_splits, 3, MOST_COLUMNS, device=device)
     sums = torch.empty(batch, n_groups, n_splits, 32 * value_sets, MOST_COLUMNS, device=device)
-    attend(
-        (n_splits, n_groups, batch), (32 * launch.warps, 1, 1),
-        [
-            keys.words, values.words, keys.layout.table, values.layout.table, absorbed, biases, first, last,
-            nothing if mask is None else mask, stats, sums, n_blocks, n_turns, unit_shift,
-            keys.words.stride(1), values.words.stride(1), keys.words.stride(0) // keys.words.stride(1),
-            values.words.stride(0) // values.words.stride(1), keys.gain_word or 0, values.gain_word or 0,
-            0 if mask is None else mask.stride(0),
-        ],
-        launch.memory,
-    )  # fmt: skip
+    # What several launches are given.
+    to_absorb = [query, keys.maps, _zeros(n_kv_heads * head_dim, device) if keys.mean is None else keys.mean, angles]
+    angle_batch = angles.stride(0) // 2 if angles.shape[0] > 1 else 0
+    exact_tensors = [
+        exact.sink_keys, exact.sink_values, exact.keys, exact.values, nothing if exact.mask is None else exact.mask,
+        exact_sums, exact_stats,
+    ]  # fmt: skip
+    exact_sizes = [
+        exact.sink_keys.shape[2], exact.keys.shape[2], int(exact.mask is not None), *query.stride()[:2],
+        *exact.sink_keys.stride()[:3], *exact.keys.stride()[:3], *exact.values.stride()[:3],
+    ]  # fmt: skip
+    packed = [keys.words, values.words, keys.layout.table, values.layout.table]
+    seen = [first, last, nothing if mask is None else mask, stats, sums]
+    row_sizes = [
+        keys.words.stride(1), values.words.stride(1), keys.words.stride(0) // keys.words.stride(1),
+        values.words.stride(0) // values.words.stride(1),
+    ]  # fmt: skip
+    mask_stride = 0 if mask is None else mask.stride(0)
+    scale = scaling * 1.4426950408889634  # scores are powers of two
+    grid, threads = (n_splits, n_groups, batch), (32 * (launch.warps + launch.absorbers), 1, 1)
+    turn_shift = (turn // launch.unit_tokens).bit_length() - 1
+
+    if launch.names == NUMBERS:
+        arguments = [*to_absorb, *exact_tensors, *packed, *seen, angle_batch, *exact_sizes, n_blocks, n_turns]
+        kernels[0](grid, threads, [*arguments, turn_shift, *row_sizes, mask_stride, scale], launch.memory)
+    else:
+        # Columns of no query are computed as well, so that they must hold numbers.
+        new = torch.empty if n_heads // n_groups == MOST_COLUMNS else torch.zeros
+        absorbed = new(batch, n_turns, n_groups, key_sets, 128, dtype=torch.int32, device=device)
+        biases = new(batch, n_turns, n_groups, MOST_COLUMNS, 4, device=device)
+        tasks = batch * n_kv_heads * -(-n_turns // (_turn_rows(group_columns) * _PREPARE_WARPS))
+        kernels[0](
+            (-(-batch * n_kv_heads * exact_parts // _PREPARE_WARPS) + tasks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
+            [
+                *to_absorb, last, absorbed, biases, *exact_tensors, batch, n_turns, n_kv_heads,
+                (turn // UNIT_TOKENS).bit_length() - 1, angle_batch, *exact_sizes, scale,
+            ],
+            _RING * head_dim * 32,
+        )  # fmt: skip
+        gain_words = [keys.gain_word or 0, values.gain_word or 0]
+        kernels[1](
+            grid, threads,
+            [
+                *packed, absorbed, biases, *seen, n_blocks, n_turns, turn_shift, *row_sizes, *gain_words, mask_stride,
+            ],
+            launch.memory,
+        )  # fmt: skip
     out = torch.empty(batch, 1, n_heads, head_dim, dtype=query.dtype, device=device)
     parts = max(1, _COMBINE_THREADS // head_dim)
-    combine(
+    kernels[-1](
         (n_kv_heads, batch, 1), (_COMBINE_THREADS, 1, 1),
         [
             stats, sums, exact_sums, exact_stats, values.maps, nothing if values.mean is None else values.mean, out,
@@ -238,37 +183,56 @@ def turned_attention(
     return out
 
 
-def _exact_bytes(head_dim: int, group_columns: int) -> int:
-    """Return the bytes that attend_exact in turned.cu shares: scores, queries, values, and keys or partial sums."""
-    key_stride = head_dim + (0 if head_dim % 64 else 32)
-    keys = max(2 * _EXACT_TOKENS * key_stride, 4 * group_columns * 128 * _PREPARE_WARPS)
-    return group_columns * (4 * _EXACT_TOKENS + 2 * head_dim) + 2 * _EXACT_TOKENS * head_dim + keys
+def _turn_rows(group_columns: int) -> int:
+    """Return of how many turns a warp absorbs the queries of one KV head at once: TURN_ROWS in cuda/absorb.cu."""
+    return 16 // (1 << (group_columns - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """How `attend` is launched: warps of a thread block, of which a multiprocessor has one, packed blocks that each
-    takes at once, and the bytes of shared memory."""
+    """How the packed tokens are attended to. names: CODES or NUMBERS. warps: of a thread block, of which a
+    multiprocessor has one; others beside them: see cuda/attend_numbers.cu. per_warp: of CODES the packed blocks that each takes at once, of NUMBERS its places for keys
+    or values of a block. memory: shared, in bytes. unit_tokens: those that a warp takes at once."""
 
+    names: tuple[str, ...]
     warps: int
-    blocks: int
+    per_warp: int
     memory: int
 
+    @property
+    def absorbers(self) -> int:
+        return 0 if self.names == CODES else 4
 
-def _launch_of(keys: GroupLayout, values: GroupLayout, device: torch.device) -> _Launch | None:
-    return _launch(sum(keys.sets), sum(values.sets), keys.n_words + values.n_words, device)
+    @property
+    def unit_tokens(self) -> int:
+        return BLOCK_TOKENS * (self.per_warp if self.names == CODES else 1)
+
+
+def _launch_of(group_columns: int, keys: GroupLayout, values: GroupLayout, device: torch.device) -> _Launch | None:
+    return _launch(group_columns, keys.sets, values.sets, keys.n_words, values.n_words, device)
 
 
 @lru_cache(maxsize=1024)
-def _launch(key_sets: int, value_sets: int, n_words: int, device: torch.device) -> _Launch | None:
-    """Return the fastest for which there is room, None if there is none. n_words: of keys and values of a block."""
-    room = _multiprocessors(device)[1]
-    beyond = 4 * 128 * (max(0, value_sets - key_sets) + 1)  # BEYOND in turned.cu
+def _launch(
+    group_columns: int, key_sets: tuple[int, ...], value_sets: tuple[int, ...], key_words: int, value_words: int,
+    device: torch.device,
+) -> _Launch | None:  # fmt: skip
+    """Return the fastest for which there is room, None if there is none. key_words, value_words: of a block."""
+    n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
+    if not any(key_sets[1:] + value_sets[1:]):
+        queries = 64 * _turn_rows(group_columns) * (16 * n_keys + 1)  # 2 BATCH_WORDS
+        for warps in (8, 4, 2, 1):
+            slot = 4 * max(key_words, value_words)
+            slots = min(_MOST_SLOTS, (room - queries - 96 * warps) // (warps * slot))
+            if slots >= 2:
+                return _Launch(NUMBERS, warps, slots, warps * max(slots * slot, 1024 * n_values) + queries)
+        return None
+    beyond = 4 * 128 * (max(0, n_values - n_keys) + 1)  # BEYOND in cuda/attend.cu
     for warps, blocks in _LAUNCHES:
-        stage = 4 * (blocks * (n_words + 12) + 128 * key_sets)  # STAGE_WORDS
-        memory = warps * max(stage, 1024 * value_sets) + beyond
+        stage = 4 * (blocks * (key_words + value_words + 12) + 128 * n_keys)  # STAGE_WORDS
+        memory = warps * max(stage, 1024 * n_values) + beyond
         if memory + 96 * warps <= room:
-            return _Launch(warps, blocks, memory)
+            return _Launch(CODES, warps, blocks, memory)
     return None
 
 
@@ -307,26 +271,36 @@ def _constants(
         "VALUE_GAIN": int(values.gain_word is not None),
         "HAS_MASK": int(masked),
         "WARPS": launch.warps,
-        "BLOCKS": launch.blocks,
+        "BLOCKS" if launch.names == CODES else "SLOTS": launch.per_warp,
         "QUERY_BF16": int(dtype == torch.bfloat16),
     }
     return tuple(named.items())
 
 
+def kernel_source(constants: tuple[tuple[str, int], ...], names: tuple[str, ...]) -> str:
+    """Return the CUDA source of the kernels CODES or NUMBERS."""
+    directory = files(__package__).joinpath("cuda")
+    texts = (directory.joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in _SHARED_FILES + names)
+    return "".join(f"#define {name} {value}\n" for name, value in constants) + "\n".join(texts)
+
+
 @lru_cache(maxsize=1024)
-def _kernels(constants: tuple[tuple[str, int], ...], memory: int, device: torch.device) -> tuple[Any, Any, Any]:
-    source = "".join(f"#define {name} {value}\n" for name, value in constants)
-    module = _compiled(source + files(__package__).joinpath("turned.cu").read_text(encoding="utf-8"), device)
-    module.attend.set_shared_memory_config(memory)
-    return module.prepare, overlapping(module.attend, device), overlapping(module.combine, device)
+def _kernels(
+    constants: tuple[tuple[str, int], ...], names: tuple[str, ...], memory: int, device: torch.device
+) -> list[Any]:
+    """Return what is launched, in turn. memory: shared by those before the last, in bytes."""
+    module = _compiled(kernel_source(constants, names), names[0], device)
+    kernels = [getattr(module, name) for name in names]
+    kernels[-2].set_shared_memory_config(memory)
+    return [kernels[0], *(overlapping(kernel, device) for kernel in kernels[1:])]
 
 
-def _compiled(source: str, device: torch.device) -> Any:
-    """Return a module of CUDA kernels, through the NVRTC that torch brings along (since 2.9)."""
+def _compiled(source: str, name: str, device: torch.device) -> Any:
+    """Return a module of CUDA kernels, `name` among them, through the NVRTC that torch brings along (since 2.9)."""
     from torch.cuda import _utils
 
     with torch.cuda.device(device):
-        binary, _ = _utils._nvrtc_compile(source, "attend")
+        binary, _ = _utils._nvrtc_compile(source, name)
         return _utils._cuda_load_module(binary)
 
 

@@ -1,0 +1,228 @@
+// ----------------------------------------------------------------------------------------------------- attend_numbers
+
+// Words of the place of one block of keys or of values, of all places, of the queries of a turn.
+#define SLOT_WORDS (KEY_WORDS > VALUE_WORDS ? KEY_WORDS : VALUE_WORDS)
+#define SLOTS_WORDS (WARPS * SLOTS * SLOT_WORDS)
+#define TURN_WORDS (128 * KEY_SETS)
+#define ABSORBERS 4  // warps beside the WARPS that attend
+// Queries of TURN_ROWS turns, [TURN_ROWS, KEY_SETS, 32 lanes] of eight float16 numbers, and what the mean adds to their
+// scores, [TURN_ROWS, 8].
+#define BATCH_WORDS (TURN_ROWS * (TURN_WORDS + 8))
+
+// What of the cache belongs to one group of a sequence. rows: words of a row of keys and of values; pieces: of 16 bytes
+// of the group in a row. The blocks that count end at `end`.
+struct Source {
+    const u32* words[2];
+    int rows[2], pieces[2], end;
+};
+
+// Asks for a block's keys (part 0) or values (part 1), if it counts.
+template <int PART>
+__device__ __forceinline__ void fill(u32* slot, const Source& source, int block, int lane) {
+    constexpr int most = (PART ? VALUE_WORDS : KEY_WORDS) / 4;
+    u32 to = shared_address(slot) + 16 * lane;
+    const char* from = (const char*)(source.words[PART] + (size_t)block * source.rows[PART]) + 16 * lane;
+    pin(to, from);
+    const int pieces = block < source.end ? source.pieces[PART] - lane : 0;
+#pragma unroll
+    for (int i = 0; i < most; i += 32)
+        if (i < pieces) copy_16(to + 16 * i, from + 16 * i);
+    commit();
+}
+
+// Absorbed queries of TURN_ROWS turns, from `turn` on. Workers, which are warps, share the halves of sets of the group's
+// heads.
+__device__ __forceinline__ void absorb_turns(
+    u32* queries, int worker, int n_workers, int turn, int n_turns, int first_head, const u16* query,
+    const uint2* decoder, const float* key_mean, const float2* angles, int q_head, float scale
+) {
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, dim = c * (HEAD_DIM / 8);
+    const int n_tasks = GROUP_HEADS * CHUNKS, last = n_tasks * (worker + 1) / n_workers;
+    float* means = (float*)(queries + TURN_ROWS * TURN_WORDS);
+    u32 q[2 * STEPS][4];
+#pragma unroll 1
+    for (int task = n_tasks * worker / n_workers, head = -1; task < last; task++) {
+        const int chunk = task % CHUNKS;
+        const bool new_head = head != task / CHUNKS;
+        head = task / CHUNKS;
+        if (new_head) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = r + 8 * half, own = row % PADDED_COLUMNS, its_turn = turn + row / PADDED_COLUMNS;
+                const float of_mean = row_sum(turn_back(
+                    q, half, own < GROUP_COLUMNS && its_turn < n_turns,
+                    query + ((first_head + head) * GROUP_COLUMNS + own) * q_head + dim,
+                    angles + (size_t)its_turn * (HEAD_DIM / 2) + dim, key_mean + (first_head + head) * HEAD_DIM + dim
+                ));
+                if (chunk == 0 && c == 0 && own < GROUP_COLUMNS)
+                    means[row / PADDED_COLUMNS * 8 + head * GROUP_COLUMNS + own] = of_mean * scale;
+            }
+        }
+        float x[2][4];
+        absorb_chunk(x, q, decoder + ((first_head + head) * CHUNKS + chunk) * CHUNK_SIZE + lane, scale * QUERY_SCALE);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = r + 8 * half, own = row % PADDED_COLUMNS;
+            u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + CHUNK_PLACE(chunk);
+            if (own < GROUP_COLUMNS)
+                *(uint2*)(to + ((head * GROUP_COLUMNS + own) * 4 + c) * 4) =
+                    make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
+        }
+    }
+}
+
+// Grid: (splits, groups, batch). Splits share the blocks of a sequence, a split's first WARPS warps take them in turn, and
+// each keeps SLOTS of keys and values on their way. The other ABSORBERS absorb the queries of the turns to come, and
+// attend to exact tokens; all of them those of the first turns, while the first keys come. stats, sums: as of attend.
+// Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS words.
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend_numbers(
+    const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const u16* sink_keys,
+    const u16* sink_values, const u16* keys, const u16* values, const u8* exact_mask, float* exact_sums,
+    float2* exact_stats, const u32* key_words, const u32* value_words, const Group* key_groups,
+    const Group* value_groups, const int* first, const int* last, const u8* mask, float* stats, float* sums,
+    int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head, int s_batch, int s_head,
+    int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token, int n_blocks, int n_turns,
+    int turn_shift, int key_row, int value_row, int key_blocks, int value_blocks, int mask_stride, double scaling
+) {
+    DYNAMIC_SHARED(u32, all_memory);
+    __shared__ float shared[WARPS][3][8];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
+    const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, n_groups = gridDim.y;
+    const float scale = (float)scaling;
+    const Group key_group = key_groups[group], value_group = value_groups[group];
+    const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
+    // Splits share what counts of this sequence, however long the others are.
+    const int start = lo / 32, n_used = max((hi + 31) / 32 - start, 0);
+    const int begin = start + n_used * split / gridDim.x, end = start + n_used * (split + 1) / gridDim.x;
+    const Source source = {
+        {key_words + (size_t)batch * key_blocks * key_row + key_group.first,
+         value_words + (size_t)batch * value_blocks * value_row + value_group.first},
+        {key_row, value_row},
+        {key_group.words / 4, value_group.words / 4},
+        end,
+    };
+    u32* slots = all_memory + warp * (SLOTS * SLOT_WORDS);
+#pragma unroll
+    for (int i = 0; i < SLOTS && warp < WARPS; i++) {
+        const int block = begin + warp + WARPS * (i / 2);
+        if (i % 2)
+            fill<1>(slots + i * SLOT_WORDS, source, block, lane);
+        else
+            fill<0>(slots + i * SLOT_WORDS, source, block, lane);
+    }
+
+    u32* queries = all_memory + SLOTS_WORDS;
+    if (GROUP_HEADS * GROUP_COLUMNS < 8) {  // columns of no query are computed as well, so that they must hold numbers
+        for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
+        __syncthreads();
+    }
+    const int first_head = group * GROUP_HEADS, first_turn = begin >> turn_shift;
+    auto absorb = [&](int turn, int worker, int n_workers) {
+        absorb_turns(
+            queries + (turn - first_turn) / TURN_ROWS % 2 * BATCH_WORDS, worker, n_workers, turn, n_turns, first_head,
+            query + (size_t)batch * q_batch, decoder, key_mean, angles + (size_t)batch * angle_batch, q_head, scale
+        );
+    };
+    if (begin < end) absorb(first_turn, warp, WARPS + ABSORBERS);
+    if (warp >= WARPS) {
+        for (int turn = first_turn; turn << turn_shift < end; turn += TURN_ROWS) {
+            __syncthreads();
+            if ((turn + TURN_ROWS) << turn_shift < end) absorb(turn + TURN_ROWS, warp - WARPS, ABSORBERS);
+        }
+        const Exact exact = {
+            sink_keys,  sink_values, keys,    values,  has_exact_mask ? exact_mask : 0,
+            exact_sums, exact_stats, n_sinks, n_recent,
+            s_batch,    s_head,      s_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+        };
+        const int n_kv_heads = n_groups * GROUP_HEADS, parts = EXACT_PARTS(n_sinks + n_recent);
+        for (int i = split + gridDim.x * (warp - WARPS); i < GROUP_HEADS * parts; i += gridDim.x * ABSORBERS)
+            attend_exact(
+                exact, (batch * n_kv_heads + first_head) * parts + i, query, n_kv_heads, q_batch, q_head, scale
+            );
+        __syncthreads();  // those of add_up
+        __syncthreads();
+        return;
+    }
+    if (HAS_MASK) mask += (size_t)batch * mask_stride;
+
+    State state;
+    begin_sums(state);
+    int slot = 0, block = begin + warp;
+    auto next_slot = [&] { slot = slot + 1 == SLOTS ? 0 : slot + 1; };
+#pragma unroll 1
+    for (int turn = first_turn; turn << turn_shift < end; turn += TURN_ROWS) {
+        __syncthreads();  // their queries are there, and nobody needs those before any longer
+        const u32* batch_queries = queries + (turn - first_turn) / TURN_ROWS % 2 * BATCH_WORDS;
+        const float* means = (const float*)(batch_queries + TURN_ROWS * TURN_WORDS);
+        const int stop = min(end, (turn + TURN_ROWS) << turn_shift);
+#pragma unroll 1
+        for (; block < stop; block += WARPS) {
+            const int own = (block >> turn_shift) - turn;
+            wait<SLOTS - 1>();
+            __syncwarp();
+            float s[2][4];  // of token 16 t + 8 h + r and column 2 c + k in [t][2 h + k]
+            score_numbers(
+                s, number_keys(slots + slot * SLOT_WORDS, r, c), key_group,
+                (const uint4*)(batch_queries + own * TURN_WORDS) + lane, c
+            );
+            __syncwarp();
+            fill<SLOTS % 2>(slots + slot * SLOT_WORDS, source, block + WARPS * (SLOTS / 2), lane);
+            next_slot();
+            const float2 mean = *(const float2*)(means + own * 8 + 2 * c);
+#pragma unroll
+            for (int t = 0; t < 2; t++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) s[t][i] = s[t][i] * (1.0f / QUERY_SCALE) + (i % 2 ? mean.y : mean.x);
+            if (HAS_MASK || 32 * block < lo || 32 * block + 32 > hi) {
+#pragma unroll
+                for (int t = 0; t < 2; t++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int token = 32 * block + 16 * t + 8 * h + r;
+                        bool seen = token >= lo && token < hi;
+                        if (HAS_MASK) seen = seen && mask[token] != 0;
+                        if (!seen) s[t][2 * h] = s[t][2 * h + 1] = NEVER;
+                    }
+            }
+            float base[2], shrink[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                float high = fmaxf(fmaxf(s[0][k], s[0][2 + k]), fmaxf(s[1][k], s[1][2 + k]));
+#pragma unroll
+                for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
+                high = fmaxf(high, state.top[k]);
+                shrink[k] = exp_2(state.top[k] - high);
+                base[k] = high == NEVER ? 0.0f : high;  // where nothing was seen, weights must be 0 and not 1
+                state.top[k] = high;
+            }
+            shrink_sums(state, shrink);
+            u32 weights[2][2];
+#pragma unroll
+            for (int t = 0; t < 2; t++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float x = exp_2(s[t][2 * h] - base[0]), y = exp_2(s[t][2 * h + 1] - base[1]);
+                    state.total[0] += x;
+                    state.total[1] += y;
+                    weights[t][h] = transposed(to_half2(x * WEIGHT_SCALE, y * WEIGHT_SCALE));
+                }
+            wait<SLOTS - 1>();
+            __syncwarp();
+#pragma unroll
+            for (int set = 0; set < VF; set++)
+                sum_numbers(
+                    state.sums[set], weights, number_values(slots + slot * SLOT_WORDS, r, c), value_group, set, r
+                );
+            __syncwarp();
+            fill<(SLOTS + 1) % 2>(slots + slot * SLOT_WORDS, source, block + WARPS * ((SLOTS + 1) / 2), lane);
+            next_slot();
+        }
+    }
+    let_next_begin();
+    wait<0>();
+    const size_t entry = ((size_t)batch * n_groups + group) * gridDim.x + split;
+    add_up(
+        state, 1.0f / WEIGHT_SCALE, shared, (float2*)all_memory, stats + entry * 24,
+        (float2*)sums + entry * (128 * VALUE_SETS)
+    );
+}
