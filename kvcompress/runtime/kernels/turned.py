@@ -27,7 +27,7 @@ UNIT_TOKENS = 128
 #: warps do not have the registers they need, fewer wait for each instruction's result, and other numbers cannot share
 #: most contexts out evenly.
 _LAUNCHES = ((8, 4), (8, 2), (4, 4), (3, 4), (2, 4), (1, 4))
-#: Places of a warp of `attend_numbers` for keys or values of one packed block, at most.
+#: Places of a warp of `attend_numbers` for keys or values of one packed block, at most: more are no faster.
 _MOST_SLOTS = 8
 #: What is launched where there are codes, and where all components are float16 numbers; all but the first may begin
 #: while the one before ends. A file of cuda/ each.
@@ -37,7 +37,8 @@ _SHARED_FILES = ("common", "exact", "absorb", "sums")
 _PREPARE_WARPS = 4
 _RING = 4
 _EXACT_TOKENS = 16
-_COMBINE_THREADS = 1024
+#: Shared bytes of `combine`, more than it ever asks for.
+_COMBINE_MEMORY = 98304
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def applies(
         return False
     if max(sum(keys.sets), sum(values.sets)) > MOST_SETS:
         return False
-    return _launch_of(n_heads // n_kv_heads, keys, values, device) is not None
+    return _launch_of(n_heads, n_kv_heads, head_dim, keys, values, device) is not None
 
 
 @lru_cache(maxsize=64)
@@ -106,7 +107,7 @@ def turned_attention(
     n_kv_heads, n_groups = exact.keys.shape[1], len(keys.layout.table)
     group_columns, group_heads = n_heads // n_kv_heads, n_kv_heads // n_groups
     device = query.device
-    launch = _launch_of(n_heads // n_kv_heads, keys.layout, values.layout, device)
+    launch = _launch_of(n_heads, n_kv_heads, head_dim, keys.layout, values.layout, device)
     assert launch is not None  # see applies
     constants = _constants(keys, values, launch, head_dim, group_heads, group_columns, mask is not None, query.dtype)
     kernels = _kernels(constants, launch.names, launch.memory, device)
@@ -171,14 +172,15 @@ def turned_attention(
             launch.memory,
         )  # fmt: skip
     out = torch.empty(batch, 1, n_heads, head_dim, dtype=query.dtype, device=device)
-    parts = max(1, _COMBINE_THREADS // head_dim)
+    slices, combine_threads = (constant[1] for constant in constants[-2:])
+    parts = combine_threads // (head_dim // slices // 2)
     kernels[-1](
-        (n_kv_heads, batch, 1), (_COMBINE_THREADS, 1, 1),
+        (n_kv_heads * slices, batch, 1), (combine_threads, 1, 1),
         [
             stats, sums, exact_sums, exact_stats, values.maps, nothing if values.mean is None else values.mean, out,
             n_splits, exact_parts, out.stride(0), out.stride(2), int(values.mean is not None),
         ],
-        4 * group_columns * (n_splits + exact_parts + 32 * value_sets + parts * head_dim),
+        4 * group_columns * (n_splits + exact_parts + 32 * value_sets + parts * head_dim // slices),
     )  # fmt: skip
     return out
 
@@ -208,21 +210,27 @@ class _Launch:
         return BLOCK_TOKENS * (self.per_warp if self.names == CODES else 1)
 
 
-def _launch_of(group_columns: int, keys: GroupLayout, values: GroupLayout, device: torch.device) -> _Launch | None:
-    return _launch(group_columns, keys.sets, values.sets, keys.n_words, values.n_words, device)
+def _launch_of(
+    n_heads: int, n_kv_heads: int, head_dim: int, keys: GroupLayout, values: GroupLayout, device: torch.device
+) -> _Launch | None:
+    sizes = head_dim, n_kv_heads // len(keys.table), n_heads // n_kv_heads
+    return _launch(sizes, keys.sets, values.sets, keys.n_words, values.n_words, device)
 
 
 @lru_cache(maxsize=1024)
 def _launch(
-    group_columns: int, key_sets: tuple[int, ...], value_sets: tuple[int, ...], key_words: int, value_words: int,
-    device: torch.device,
+    sizes: tuple[int, int, int], key_sets: tuple[int, ...], value_sets: tuple[int, ...], key_words: int,
+    value_words: int, device: torch.device,
 ) -> _Launch | None:  # fmt: skip
     """Return the fastest for which there is room, None if there is none. key_words, value_words: of a block."""
     n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
     if not any(key_sets[1:] + value_sets[1:]):
-        queries = 64 * _turn_rows(group_columns) * (16 * n_keys + 1)  # 2 BATCH_WORDS
-        for warps in (8, 4, 2, 1):
-            slot = 4 * max(key_words, value_words)
+        head_dim, group_heads, group_columns = sizes
+        rows = _turn_rows(group_columns)
+        queries = 64 * rows * (16 * n_keys + 1)  # 2 BATCH_WORDS
+        queries += 2 * head_dim * (group_heads * group_columns + 2 * rows + 2 * group_heads)  # INPUT_WORDS
+        slot = 4 * max(key_words, value_words)
+        for warps in (4, 2, 1):
             slots = min(_MOST_SLOTS, (room - queries - 96 * warps) // (warps * slot))
             if slots >= 2:
                 return _Launch(NUMBERS, warps, slots, warps * max(slots * slot, 1024 * n_values) + queries)
@@ -273,6 +281,8 @@ def _constants(
         "WARPS": launch.warps,
         "BLOCKS" if launch.names == CODES else "SLOTS": launch.per_warp,
         "QUERY_BF16": int(dtype == torch.bfloat16),
+        "SLICES": 1,
+        "COMBINE_THREADS": 1024,
     }
     return tuple(named.items())
 
@@ -292,6 +302,7 @@ def _kernels(
     module = _compiled(kernel_source(constants, names), names[0], device)
     kernels = [getattr(module, name) for name in names]
     kernels[-2].set_shared_memory_config(memory)
+    kernels[-1].set_shared_memory_config(_COMBINE_MEMORY)
     return [kernels[0], *(overlapping(kernel, device) for kernel in kernels[1:])]
 
 

@@ -54,19 +54,26 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Half a set of a head's decoder: [2 tiles, 2 STEPS, 32 lanes] of 4 float16 numbers, this lane's of each.
+typedef uint2 Chunk[2][2 * STEPS];
+
+__device__ __forceinline__ void load_chunk(Chunk& chunk, const uint2* from) {
+#pragma unroll
+    for (int step = 0; step < 2 * STEPS; step++)
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) chunk[tile][step] = from[(tile * 2 * STEPS + step) * 32];
+}
+
 // Both rows times half a set of a head's decoder, as what is stored of an absorbed query: [half][4 components].
-// decoder: of a lane, [2 tiles, 2 STEPS, 32 lanes] of 4 float16 numbers.
 __device__ __forceinline__ void absorb_chunk(
-    float (&x)[2][4], const u32 (&q)[2 * STEPS][4], const uint2* decoder, float to_stored
+    float (&x)[2][4], const u32 (&q)[2 * STEPS][4], const Chunk& chunk, float to_stored
 ) {
     float d[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int step = 0; step < 2 * STEPS; step++)
 #pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-            const uint2 b = decoder[(tile * 2 * STEPS + step) * 32];
-            mma(d[tile], q[step][0], q[step][1], q[step][2], q[step][3], b.x, b.y);
-        }
+        for (int tile = 0; tile < 2; tile++)
+            mma(d[tile], q[step][0], q[step][1], q[step][2], q[step][3], chunk[tile][step].x, chunk[tile][step].y);
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll

@@ -8,6 +8,9 @@
 // Queries of TURN_ROWS turns, [TURN_ROWS, KEY_SETS, 32 lanes] of eight float16 numbers, and what the mean adds to their
 // scores, [TURN_ROWS, 8].
 #define BATCH_WORDS (TURN_ROWS * (TURN_WORDS + 8))
+// What the first of them are made of: the group's queries, the angles of the turns, the mean.
+#define INPUT_WORDS (HEAD_DIM / 2 * (GROUP_HEADS * GROUP_COLUMNS + 2 * TURN_ROWS + 2 * GROUP_HEADS))
+#define CHUNKS_AHEAD (HEAD_DIM <= 128 ? 2 : 1)  // of a decoder that a warp asks for before anything
 
 // What of the cache belongs to one group of a sequence. rows: words of a row of keys and of values; pieces: of 16 bytes
 // of the group in a row. The blocks that count end at `end`.
@@ -30,43 +33,65 @@ __device__ __forceinline__ void fill(u32* slot, const Source& source, int block,
     commit();
 }
 
-// Absorbed queries of TURN_ROWS turns, from `turn` on. Workers, which are warps, share the halves of sets of the group's
-// heads.
+// What queries are absorbed with. query: of the group's first column, q_head apart; decoder, key_mean: of its first head;
+// angles: of the first of n_turns turns.
+struct Absorbed {
+    const u16* query;
+    const uint2* decoder;
+    const float* key_mean;
+    const float2* angles;
+    int q_head, n_turns;
+};
+
+// Absorbs TURN_ROWS turns. Workers, which are warps, share the halves of sets of a head, and the heads. between: what is
+// to be done once the decoder has been asked for.
+template <class Between>
 __device__ __forceinline__ void absorb_turns(
-    u32* queries, int worker, int n_workers, int turn, int n_turns, int first_head, const u16* query,
-    const uint2* decoder, const float* key_mean, const float2* angles, int q_head, float scale
+    u32* queries, int worker, int n_workers, const Absorbed& from, float scale, const Between& between
 ) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, dim = c * (HEAD_DIM / 8);
-    const int n_tasks = GROUP_HEADS * CHUNKS, last = n_tasks * (worker + 1) / n_workers;
+    const int per_head = max(n_workers / GROUP_HEADS, 1);
+    const int first = worker / GROUP_HEADS < per_head ? worker / GROUP_HEADS : CHUNKS;
     float* means = (float*)(queries + TURN_ROWS * TURN_WORDS);
-    u32 q[2 * STEPS][4];
 #pragma unroll 1
-    for (int task = n_tasks * worker / n_workers, head = -1; task < last; task++) {
-        const int chunk = task % CHUNKS;
-        const bool new_head = head != task / CHUNKS;
-        head = task / CHUNKS;
-        if (new_head) {
+    for (int head = worker % GROUP_HEADS; head < GROUP_HEADS; head += n_workers) {
+        const uint2* decoder = from.decoder + head * (CHUNKS * CHUNK_SIZE) + lane;
+        Chunk ahead[CHUNKS_AHEAD];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = r + 8 * half, own = row % PADDED_COLUMNS, its_turn = turn + row / PADDED_COLUMNS;
-                const float of_mean = row_sum(turn_back(
-                    q, half, own < GROUP_COLUMNS && its_turn < n_turns,
-                    query + ((first_head + head) * GROUP_COLUMNS + own) * q_head + dim,
-                    angles + (size_t)its_turn * (HEAD_DIM / 2) + dim, key_mean + (first_head + head) * HEAD_DIM + dim
-                ));
-                if (chunk == 0 && c == 0 && own < GROUP_COLUMNS)
-                    means[row / PADDED_COLUMNS * 8 + head * GROUP_COLUMNS + own] = of_mean * scale;
-            }
-        }
-        float x[2][4];
-        absorb_chunk(x, q, decoder + ((first_head + head) * CHUNKS + chunk) * CHUNK_SIZE + lane, scale * QUERY_SCALE);
+        for (int i = 0; i < CHUNKS_AHEAD; i++)
+            load_chunk(ahead[i], decoder + min(first + i * per_head, CHUNKS - 1) * CHUNK_SIZE);
+        if (head == worker % GROUP_HEADS) between();
+        u32 q[2 * STEPS][4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = r + 8 * half, own = row % PADDED_COLUMNS;
-            u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + CHUNK_PLACE(chunk);
-            if (own < GROUP_COLUMNS)
-                *(uint2*)(to + ((head * GROUP_COLUMNS + own) * 4 + c) * 4) =
-                    make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
+            const int row = r + 8 * half, own = row % PADDED_COLUMNS, turn = row / PADDED_COLUMNS;
+            const float of_mean = row_sum(turn_back(
+                q, half, own < GROUP_COLUMNS && turn < from.n_turns,
+                from.query + (head * GROUP_COLUMNS + own) * from.q_head + dim,
+                from.angles + turn * (HEAD_DIM / 2) + dim, from.key_mean + head * HEAD_DIM + dim
+            ));
+            if (first == 0 && c == 0 && own < GROUP_COLUMNS)
+                means[turn * 8 + head * GROUP_COLUMNS + own] = of_mean * scale;
+        }
+        auto absorb = [&](int chunk, const Chunk& its_decoder) {
+            float x[2][4];
+            absorb_chunk(x, q, its_decoder, scale * QUERY_SCALE);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = r + 8 * half, own = row % PADDED_COLUMNS;
+                u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + CHUNK_PLACE(chunk);
+                if (own < GROUP_COLUMNS)
+                    *(uint2*)(to + ((head * GROUP_COLUMNS + own) * 4 + c) * 4) =
+                        make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
+            }
+        };
+#pragma unroll
+        for (int i = 0; i < CHUNKS_AHEAD; i++)
+            if (first + i * per_head < CHUNKS) absorb(first + i * per_head, ahead[i]);
+#pragma unroll 1
+        for (int chunk = first + CHUNKS_AHEAD * per_head; chunk < CHUNKS; chunk += per_head) {
+            load_chunk(ahead[0], decoder + chunk * CHUNK_SIZE);
+            absorb(chunk, ahead[0]);
         }
     }
 }
@@ -74,7 +99,7 @@ __device__ __forceinline__ void absorb_turns(
 // Grid: (splits, groups, batch). Splits share the blocks of a sequence, a split's first WARPS warps take them in turn, and
 // each keeps SLOTS of keys and values on their way. The other ABSORBERS absorb the queries of the turns to come, and
 // attend to exact tokens; all of them those of the first turns, while the first keys come. stats, sums: as of attend.
-// Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS words.
+// Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS + INPUT_WORDS words.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend_numbers(
     const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const u16* sink_keys,
     const u16* sink_values, const u16* keys, const u16* values, const u8* exact_mask, float* exact_sums,
@@ -102,32 +127,58 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
         end,
     };
     u32* slots = all_memory + warp * (SLOTS * SLOT_WORDS);
-#pragma unroll
-    for (int i = 0; i < SLOTS && warp < WARPS; i++) {
-        const int block = begin + warp + WARPS * (i / 2);
-        if (i % 2)
-            fill<1>(slots + i * SLOT_WORDS, source, block, lane);
-        else
-            fill<0>(slots + i * SLOT_WORDS, source, block, lane);
-    }
-
     u32* queries = all_memory + SLOTS_WORDS;
-    if (GROUP_HEADS * GROUP_COLUMNS < 8) {  // columns of no query are computed as well, so that they must hold numbers
-        for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
-        __syncthreads();
-    }
     const int first_head = group * GROUP_HEADS, first_turn = begin >> turn_shift;
-    auto absorb = [&](int turn, int worker, int n_workers) {
-        absorb_turns(
-            queries + (turn - first_turn) / TURN_ROWS % 2 * BATCH_WORDS, worker, n_workers, turn, n_turns, first_head,
-            query + (size_t)batch * q_batch, decoder, key_mean, angles + (size_t)batch * angle_batch, q_head, scale
-        );
+    const u16* group_query = query + (size_t)batch * q_batch + first_head * GROUP_COLUMNS * q_head;
+    decoder += first_head * (CHUNKS * CHUNK_SIZE);
+    key_mean += first_head * HEAD_DIM;
+    angles += (size_t)batch * angle_batch;
+    // The first queries' input lies in shared memory: what is asked for after the first keys and values comes after them.
+    u16* own_query = (u16*)(queries + 2 * BATCH_WORDS);
+    float2* own_angles = (float2*)(own_query + GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM);
+    float* own_mean = (float*)(own_angles + TURN_ROWS * (HEAD_DIM / 2));
+    auto fill_all = [&] {
+        for (int i = threadIdx.x; i < INPUT_WORDS / 4; i += 32 * (WARPS + ABSORBERS)) {
+            const int dim = i % (HEAD_DIM / 8) * 8, column = i / (HEAD_DIM / 8);
+            const int angle = i - GROUP_HEADS * GROUP_COLUMNS * (HEAD_DIM / 8), mean = angle - TURN_ROWS * (HEAD_DIM / 4);
+            const void* from = angle < 0  ? (const void*)(group_query + column * q_head + dim)
+                               : mean < 0 ? (const void*)(angles + (size_t)first_turn * (HEAD_DIM / 2) + 2 * angle)
+                                          : (const void*)(key_mean + 4 * mean);
+            if (angle < 0 || mean >= 0 || first_turn + angle / (HEAD_DIM / 4) < n_turns)
+                copy_16(shared_address((u32*)own_query + 4 * i), from);
+        }
+        commit();
+#pragma unroll
+        for (int i = 0; i < SLOTS && warp < WARPS; i++) {
+            const int block = begin + warp + WARPS * (i / 2);
+            if (i % 2)
+                fill<1>(slots + i * SLOT_WORDS, source, block, lane);
+            else
+                fill<0>(slots + i * SLOT_WORDS, source, block, lane);
+        }
+        if (GROUP_HEADS * GROUP_COLUMNS < 8)  // columns of no query are computed as well, so that they must hold numbers
+            for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
+        if (warp < WARPS)
+            wait<SLOTS>();
+        else
+            wait<0>();
+        __syncthreads();
     };
-    if (begin < end) absorb(first_turn, warp, WARPS + ABSORBERS);
+    absorb_turns(
+        queries, warp, WARPS + ABSORBERS,
+        Absorbed{own_query, decoder, own_mean, own_angles, HEAD_DIM, n_turns - first_turn}, scale, fill_all
+    );
     if (warp >= WARPS) {
         for (int turn = first_turn; turn << turn_shift < end; turn += TURN_ROWS) {
             __syncthreads();
-            if ((turn + TURN_ROWS) << turn_shift < end) absorb(turn + TURN_ROWS, warp - WARPS, ABSORBERS);
+            const int next = turn + TURN_ROWS;
+            if (next << turn_shift >= end) continue;
+            const Absorbed from = {
+                group_query, decoder, key_mean, angles + (size_t)next * (HEAD_DIM / 2), q_head, n_turns - next
+            };
+            absorb_turns(
+                queries + (next - first_turn) / TURN_ROWS % 2 * BATCH_WORDS, warp - WARPS, ABSORBERS, from, scale, [] {}
+            );
         }
         const Exact exact = {
             sink_keys,  sink_values, keys,    values,  has_exact_mask ? exact_mask : 0,

@@ -1,11 +1,12 @@
 // ------------------------------------------------------------------------------------------------------------ combine
 
-#define COMBINE_THREADS 1024
-#define PARTS (COMBINE_THREADS / HEAD_DIM)
+#define SLICE (HEAD_DIM / SLICES)
+#define PARTS (COMBINE_THREADS / (SLICE / 2))
 #define COMPONENTS (32 * VALUE_SETS)
 #define ROWS ((COMPONENTS + PARTS - 1) / PARTS)
 #define ITEMS ((COMPONENTS * GROUP_COLUMNS + COMBINE_THREADS - 1) / COMBINE_THREADS)  // of a thread
 #define AHEAD (ITEMS < 4 ? 4 / ITEMS : 1)  // splits whose sums a thread asks for before it knows how much they count
+#define ROWS_AHEAD (ROWS < 16 ? ROWS : 16)  // of the decoder, asked for before anything
 
 // What place a code has in its byte, the other way round.
 __device__ __forceinline__ float place_of(int component) {
@@ -14,41 +15,41 @@ __device__ __forceinline__ float place_of(int component) {
     return __uint_as_float((127 - bits) << 23);
 }
 
-// Grid: (KV heads, batch). decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
-// [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see attend_exact. Shared: GROUP_COLUMNS * (splits + exact parts
-// + COMPONENTS + PARTS * HEAD_DIM) floats.
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
+// Grid: (KV heads * SLICES, batch): thread blocks of a head have a slice of its dimensions each. decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
+// [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see Exact. Shared: GROUP_COLUMNS * (splits + exact parts +
+// COMPONENTS + PARTS * SLICE) floats.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1024 / COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
     const float* mean, u16* out, int n_splits, int n_exact, int out_batch, int out_head, int has_mean
 ) {
     DYNAMIC_SHARED(float, memory);
-    float* partial = memory;                                // [PARTS, GROUP_COLUMNS, HEAD_DIM]
-    float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [COMPONENTS, GROUP_COLUMNS]
+    float* partial = memory;                                // [PARTS, GROUP_COLUMNS, SLICE]
+    float* z = partial + PARTS * GROUP_COLUMNS * SLICE;     // [COMPONENTS, GROUP_COLUMNS]
     float* scale = z + COMPONENTS * GROUP_COLUMNS;          // [splits, GROUP_COLUMNS]
     float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
     __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
-    const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
+    const int head = blockIdx.x / SLICES, batch = blockIdx.y, n_kv_heads = gridDim.x / SLICES;
+    const int first_dim = blockIdx.x % SLICES * SLICE;
     const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
     const int column = head % GROUP_HEADS * GROUP_COLUMNS;
     const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The decoder and the mean do not depend on anything: they are asked for first. Component k of this thread's is
     // part + PARTS k.
-    const int part = threadIdx.x / HEAD_DIM % PARTS, dim = threadIdx.x % HEAD_DIM;
-    u16 d[ROWS];
-    {
-        const u16* own = decoder + (size_t)(head * COMPONENTS) * HEAD_DIM + dim;
+    const int part = threadIdx.x / (SLICE / 2) % PARTS, dim = 2 * (threadIdx.x % (SLICE / 2));  // and the next
+    decoder += (size_t)(head * COMPONENTS + part) * HEAD_DIM + first_dim + dim;
+    u32 d[ROWS_AHEAD];
 #pragma unroll
-        for (int k = 0; k < ROWS; k++)
-            d[k] = part + PARTS * k < COMPONENTS ? own[(part + PARTS * k) * HEAD_DIM] : (u16)0;
-    }
-    const float own_mean = has_mean && part == 0 ? mean[head * HEAD_DIM + dim] : 0.0f;
+    for (int k = 0; k < ROWS_AHEAD; k++)
+        d[k] = part + PARTS * k < COMPONENTS ? *(const u32*)(decoder + PARTS * k * HEAD_DIM) : 0;
+    const float2 own_mean =
+        has_mean && part == 0 ? *(const float2*)(mean + head * HEAD_DIM + first_dim + dim) : make_float2(0.0f, 0.0f);
     await_previous();
     // The rest before it is known how much it counts: exact parts lie where what is added to them will, sums of the
     // first splits are kept.
-    exact_sums += (size_t)(batch * n_kv_heads + head) * n_exact * (GROUP_COLUMNS * HEAD_DIM);
-    for (int i = threadIdx.x; i < min(n_exact, PARTS) * (GROUP_COLUMNS * HEAD_DIM / 4); i += COMBINE_THREADS)
-        copy_16(shared_address(partial + 4 * i), exact_sums + 4 * i);
+    exact_sums += (size_t)(batch * n_kv_heads + head) * n_exact * (GROUP_COLUMNS * HEAD_DIM) + first_dim;
+    for (int i = threadIdx.x; i < min(n_exact, PARTS) * (GROUP_COLUMNS * SLICE / 4); i += COMBINE_THREADS)
+        copy_16(shared_address(partial + 4 * i), exact_sums + i / (SLICE / 4) * HEAD_DIM + i % (SLICE / 4) * 4);
     commit();
     float ahead[ITEMS][AHEAD];
 #pragma unroll
@@ -122,33 +123,38 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
         z[i] = sum * place_of(component) - offset_of(component / 32, VF, VN, VP) * all_weighted[g];
     }
     __syncthreads();
-    if (threadIdx.x < PARTS * HEAD_DIM) {
-        float value[GROUP_COLUMNS];
+    if (threadIdx.x < PARTS * (SLICE / 2)) {
+        float2 value[GROUP_COLUMNS];
 #pragma unroll
-        for (int g = 0; g < GROUP_COLUMNS; g++) value[g] = packed_total[g] * own_mean;
+        for (int g = 0; g < GROUP_COLUMNS; g++)
+            value[g] = make_float2(packed_total[g] * own_mean.x, packed_total[g] * own_mean.y);
+        auto add = [&](int g, float weight, float2 x) { value[g].x += weight * x.x, value[g].y += weight * x.y; };
         for (int k = part; k < n_exact; k += PARTS)
 #pragma unroll
-            for (int g = 0; g < GROUP_COLUMNS; g++)
-                value[g] += exact_scale[k * GROUP_COLUMNS + g] *
-                            (k == part ? partial : exact_sums)[(k * GROUP_COLUMNS + g) * HEAD_DIM + dim];
+            for (int g = 0; g < GROUP_COLUMNS; g++) {
+                const int row = k * GROUP_COLUMNS + g;
+                const float* x = k == part ? partial + row * SLICE : exact_sums + row * HEAD_DIM;
+                add(g, exact_scale[row], *(const float2*)(x + dim));
+            }
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
-            const float x = from_half(d[k]);
-            if (part + PARTS * k < COMPONENTS)
+            if (part + PARTS * k >= COMPONENTS) break;
+            const u32 two = k < ROWS_AHEAD ? d[k < ROWS_AHEAD ? k : 0] : *(const u32*)(decoder + PARTS * k * HEAD_DIM);
+            const float2 x = make_float2(from_half(two & 0xffff), from_half(two >> 16));
 #pragma unroll
-                for (int g = 0; g < GROUP_COLUMNS; g++) value[g] += z[(part + PARTS * k) * GROUP_COLUMNS + g] * x;
+            for (int g = 0; g < GROUP_COLUMNS; g++) add(g, z[(part + PARTS * k) * GROUP_COLUMNS + g], x);
         }
 #pragma unroll
-        for (int g = 0; g < GROUP_COLUMNS; g++) partial[(part * GROUP_COLUMNS + g) * HEAD_DIM + dim] = value[g];
+        for (int g = 0; g < GROUP_COLUMNS; g++) *(float2*)(partial + (part * GROUP_COLUMNS + g) * SLICE + dim) = value[g];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < HEAD_DIM * GROUP_COLUMNS; i += COMBINE_THREADS) {
-        const int dim = i % HEAD_DIM, g = i / HEAD_DIM;
+    for (int i = threadIdx.x; i < SLICE * GROUP_COLUMNS; i += COMBINE_THREADS) {
+        const int g = i / SLICE;
         float value = 0.0f;
 #pragma unroll
-        for (int k = 0; k < PARTS; k++) value += partial[k * GROUP_COLUMNS * HEAD_DIM + i];
+        for (int k = 0; k < PARTS; k++) value += partial[k * GROUP_COLUMNS * SLICE + i];
         const float total = all_total[g];
-        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + dim] =
+        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + first_dim + i % SLICE] =
             stored(total > 0.0f ? value / total : 0.0f);
     }
 }

@@ -54,8 +54,10 @@ __device__ __forceinline__ void absorb(
         wait<RING - 2>();
         __syncthreads();
         fetch(chunk + RING - 1);  // where the chunk before this one lay
+        Chunk own;
+        load_chunk(own, memory + chunk % RING * CHUNK_SIZE + lane);
         float x[2][4];
-        absorb_chunk(x, q, memory + chunk % RING * CHUNK_SIZE + lane, to_stored);
+        absorb_chunk(x, q, own, to_stored);
         const float offset = offset_of(chunk / 2, KF, KN, KP);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
