@@ -24,7 +24,7 @@ def median_seconds(work: Work, device: torch.device, *, repeats: int = 30, warmu
 
 
 def median_replay_seconds(works: Sequence[Work], device: torch.device) -> float:
-    """Return the median time of one of `works`, run one after the other; on a GPU as one CUDA graph, several times over.
+    """Return the median time of one of `works`, run one after the other; on a GPU several times, in one CUDA graph.
 
     Give works over different buffers, so that none finds its data in the cache.
     """

@@ -27,8 +27,9 @@ UNIT_TOKENS = 128
 #: warps do not have the registers they need, fewer wait for each instruction's result, and other numbers cannot share
 #: most contexts out evenly.
 _LAUNCHES = ((8, 4), (8, 2), (4, 4), (3, 4), (2, 4), (1, 4))
-#: Places of a warp of `attend_numbers` for keys or values of one packed block, at most: more are no faster.
-_MOST_SLOTS = 8
+#: Places of a warp of `attend_numbers` for keys or values of one packed block, at most, and bytes of all of them: more
+#: are no faster.
+_MOST_SLOTS, _MOST_SLOT_BYTES = 8, 1 << 17
 #: What is launched where there are codes, and where all components are float16 numbers; all but the first may begin
 #: while the one before ends. A file of cuda/ each.
 CODES = ("prepare", "attend", "combine")
@@ -193,8 +194,9 @@ def _turn_rows(group_columns: int) -> int:
 @dataclass(frozen=True, slots=True)
 class _Launch:
     """How the packed tokens are attended to. names: CODES or NUMBERS. warps: of a thread block, of which a
-    multiprocessor has one; others beside them: see cuda/attend_numbers.cu. per_warp: of CODES the packed blocks that each takes at once, of NUMBERS its places for keys
-    or values of a block. memory: shared, in bytes. unit_tokens: those that a warp takes at once."""
+    multiprocessor has one. per_warp: of CODES the packed blocks that each takes at once, of NUMBERS its places for keys
+    or values of a block. memory: shared, in bytes. absorbers: warps beside them, as in cuda/attend_numbers.cu.
+    unit_tokens: those that a warp takes at once."""
 
     names: tuple[str, ...]
     warps: int
@@ -231,7 +233,7 @@ def _launch(
         queries += 2 * head_dim * (group_heads * group_columns + 2 * rows + 2 * group_heads)  # INPUT_WORDS
         slot = 4 * max(key_words, value_words)
         for warps in (4, 2, 1):
-            slots = min(_MOST_SLOTS, (room - queries - 96 * warps) // (warps * slot))
+            slots = min(_MOST_SLOTS, min(_MOST_SLOT_BYTES, room - queries - 96 * warps) // (warps * slot))
             if slots >= 2:
                 return _Launch(NUMBERS, warps, slots, warps * max(slots * slot, 1024 * n_values) + queries)
         return None

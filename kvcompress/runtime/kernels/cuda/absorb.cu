@@ -2,10 +2,8 @@
 
 #define TURN_ROWS (16 / (GROUP_COLUMNS <= 1 ? 1 : GROUP_COLUMNS <= 2 ? 2 : GROUP_COLUMNS <= 4 ? 4 : 8))  // turns a warp
 #define PADDED_COLUMNS (16 / TURN_ROWS)
-#define CHUNKS (2 * KEY_SETS)         // of a head's decoder: halves of sets
-#define CHUNK_SIZE (4 * STEPS * 32)   // in uint2
-// Of word 4 lane of an absorbed set of 32 components, that of the half set `chunk`.
-#define CHUNK_PLACE(CHUNK) ((CHUNK) / 2 * 128 + (CHUNK) % 2 * 2)
+#define CHUNKS (2 * KEY_SETS)        // of a head's decoder: halves of sets
+#define CHUNK_SIZE (4 * STEPS * 32)  // in uint2
 
 // One row of this lane's: a query turned back to a turn's first position, R_-c q, as the first factor of products of 16
 // dimensions; half: whether it is row r or r + 8. query, angle, key_mean: from dimension c HEAD_DIM / 8 on. Returns this

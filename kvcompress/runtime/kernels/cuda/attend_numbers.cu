@@ -79,7 +79,7 @@ __device__ __forceinline__ void absorb_turns(
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = r + 8 * half, own = row % PADDED_COLUMNS;
-                u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + CHUNK_PLACE(chunk);
+                u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + chunk / 2 * 128 + chunk % 2 * 2;
                 if (own < GROUP_COLUMNS)
                     *(uint2*)(to + ((head * GROUP_COLUMNS + own) * 4 + c) * 4) =
                         make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
@@ -133,40 +133,44 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
     decoder += first_head * (CHUNKS * CHUNK_SIZE);
     key_mean += first_head * HEAD_DIM;
     angles += (size_t)batch * angle_batch;
-    // The first queries' input lies in shared memory: what is asked for after the first keys and values comes after them.
+    // The first queries' input goes to shared memory: what is asked for after the first keys and values comes after them.
     u16* own_query = (u16*)(queries + 2 * BATCH_WORDS);
     float2* own_angles = (float2*)(own_query + GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM);
     float* own_mean = (float*)(own_angles + TURN_ROWS * (HEAD_DIM / 2));
-    auto fill_all = [&] {
-        for (int i = threadIdx.x; i < INPUT_WORDS / 4; i += 32 * (WARPS + ABSORBERS)) {
-            const int dim = i % (HEAD_DIM / 8) * 8, column = i / (HEAD_DIM / 8);
-            const int angle = i - GROUP_HEADS * GROUP_COLUMNS * (HEAD_DIM / 8), mean = angle - TURN_ROWS * (HEAD_DIM / 4);
-            const void* from = angle < 0  ? (const void*)(group_query + column * q_head + dim)
-                               : mean < 0 ? (const void*)(angles + (size_t)first_turn * (HEAD_DIM / 2) + 2 * angle)
-                                          : (const void*)(key_mean + 4 * mean);
-            if (angle < 0 || mean >= 0 || first_turn + angle / (HEAD_DIM / 4) < n_turns)
-                copy_16(shared_address((u32*)own_query + 4 * i), from);
-        }
+    auto stage_input = [&](int thread) {
+        constexpr int threads = 32 * ABSORBERS;
+        for (int i = 8 * thread; i < GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM; i += 8 * threads)
+            copy_16(shared_address(own_query + i), group_query + i / HEAD_DIM * q_head + i % HEAD_DIM);
+        for (int i = 2 * thread; i < min(TURN_ROWS, n_turns - first_turn) * (HEAD_DIM / 2); i += 2 * threads)
+            copy_16(shared_address(own_angles + i), angles + (size_t)first_turn * (HEAD_DIM / 2) + i);
+        for (int i = 4 * thread; i < GROUP_HEADS * HEAD_DIM; i += 4 * threads)
+            copy_16(shared_address(own_mean + i), key_mean + i);
         commit();
+    };
+    auto fill_all = [&] {
 #pragma unroll
-        for (int i = 0; i < SLOTS && warp < WARPS; i++) {
+        for (int i = 0; i < SLOTS; i++) {
             const int block = begin + warp + WARPS * (i / 2);
             if (i % 2)
                 fill<1>(slots + i * SLOT_WORDS, source, block, lane);
             else
                 fill<0>(slots + i * SLOT_WORDS, source, block, lane);
         }
+    };
+    auto ask = [&] {
         if (GROUP_HEADS * GROUP_COLUMNS < 8)  // columns of no query are computed as well, so that they must hold numbers
             for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
-        if (warp < WARPS)
-            wait<SLOTS>();
-        else
+        if (warp < WARPS) {
+            fill_all();
+        } else {
+            stage_input(threadIdx.x - 32 * WARPS);
             wait<0>();
+        }
         __syncthreads();
     };
     absorb_turns(
         queries, warp, WARPS + ABSORBERS,
-        Absorbed{own_query, decoder, own_mean, own_angles, HEAD_DIM, n_turns - first_turn}, scale, fill_all
+        Absorbed{own_query, decoder, own_mean, own_angles, HEAD_DIM, n_turns - first_turn}, scale, ask
     );
     if (warp >= WARPS) {
         for (int turn = first_turn; turn << turn_shift < end; turn += TURN_ROWS) {

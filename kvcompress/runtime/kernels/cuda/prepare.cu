@@ -50,25 +50,34 @@ __device__ __forceinline__ void absorb(
         );
     }
 #pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        wait<RING - 2>();
-        __syncthreads();
-        fetch(chunk + RING - 1);  // where the chunk before this one lay
-        Chunk own;
-        load_chunk(own, memory + chunk % RING * CHUNK_SIZE + lane);
-        float x[2][4];
-        absorb_chunk(x, q, own, to_stored);
-        const float offset = offset_of(chunk / 2, KF, KN, KP);
+    for (int set = 0; set < KEY_SETS; set++) {
+        const float offset = offset_of(set, KF, KN, KP);
+        u32 numbers[2][4];  // of both rows, eight components
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            bias[half] += offset * (x[half][0] + x[half][1] + x[half][2] + x[half][3]);
+        for (int part = 0; part < 2; part++) {
+            const int chunk = 2 * set + part;
+            wait<RING - 2>();
+            __syncthreads();
+            fetch(chunk + RING - 1);  // where the chunk before this one lay
+            Chunk own;
+            load_chunk(own, memory + chunk % RING * CHUNK_SIZE + lane);
+            float x[2][4];
+            absorb_chunk(x, q, own, to_stored);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (chunk >= 2 * KF) largest[half] = fmaxf(largest[half], fabsf(x[half][i]));
-            if (wanted[half])
-                *(uint2*)(absorbed + place[half] + CHUNK_PLACE(chunk)) =
-                    make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
+            for (int half = 0; half < 2; half++) {
+                bias[half] += offset * (x[half][0] + x[half][1] + x[half][2] + x[half][3]);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (set >= KF) largest[half] = fmaxf(largest[half], fabsf(x[half][i]));
+                numbers[half][2 * part] = to_half2(x[half][0], x[half][1]);
+                numbers[half][2 * part + 1] = to_half2(x[half][2], x[half][3]);
+            }
         }
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (wanted[half])
+                *(uint4*)(absorbed + place[half] + 128 * set) =
+                    make_uint4(numbers[half][0], numbers[half][1], numbers[half][2], numbers[half][3]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
