@@ -38,6 +38,7 @@ _SHARED_FILES = ("common", "exact", "absorb", "sums")
 _PREPARE_WARPS = 4
 _RING = 4
 _EXACT_TOKENS = 16
+_COMBINE_THREADS = 1024
 #: Shared bytes of `combine`, more than it ever asks for.
 _COMBINE_MEMORY = 98304
 
@@ -173,15 +174,14 @@ def turned_attention(
             launch.memory,
         )  # fmt: skip
     out = torch.empty(batch, 1, n_heads, head_dim, dtype=query.dtype, device=device)
-    slices, combine_threads = (constant[1] for constant in constants[-2:])
-    parts = combine_threads // (head_dim // slices // 2)
+    parts = _COMBINE_THREADS // (head_dim // 2)
     kernels[-1](
-        (n_kv_heads * slices, batch, 1), (combine_threads, 1, 1),
+        (n_kv_heads, batch, 1), (_COMBINE_THREADS, 1, 1),
         [
             stats, sums, exact_sums, exact_stats, values.maps, nothing if values.mean is None else values.mean, out,
             n_splits, exact_parts, out.stride(0), out.stride(2), int(values.mean is not None),
         ],
-        4 * group_columns * (n_splits + exact_parts + 32 * value_sets + parts * head_dim // slices),
+        4 * group_columns * (n_splits + exact_parts + 32 * value_sets + parts * head_dim),
     )  # fmt: skip
     return out
 
@@ -283,8 +283,6 @@ def _constants(
         "WARPS": launch.warps,
         "BLOCKS" if launch.names == CODES else "SLOTS": launch.per_warp,
         "QUERY_BF16": int(dtype == torch.bfloat16),
-        "SLICES": 1,
-        "COMBINE_THREADS": 1024,
     }
     return tuple(named.items())
 

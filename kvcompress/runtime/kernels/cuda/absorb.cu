@@ -6,8 +6,8 @@
 #define CHUNK_SIZE (4 * STEPS * 32)  // in uint2
 
 // One row of this lane's: a query turned back to a turn's first position, R_-c q, as the first factor of products of 16
-// dimensions; half: whether it is row r or r + 8. query, angle, key_mean: from dimension c HEAD_DIM / 8 on. Returns this
-// lane's part of what the mean adds to a score.
+// dimensions; half: whether it is row r or r + 8. query, angle, key_mean: from dimension c HEAD_DIM / 8 on. Returns
+// this lane's part of what the mean adds to a score.
 __device__ __forceinline__ float turn_back(
     u32 (&q)[2 * STEPS][4], int half, bool wanted, const u16* query, const float2* angle, const float* key_mean
 ) {

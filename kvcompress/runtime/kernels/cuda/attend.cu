@@ -380,8 +380,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
         memory,
     };
     const Lane key_lane = {
-        number_keys(memory, r, c), memory + keys.n + 16 * c + 2 * (r ^ ((c & 2) << 1)),
-        memory + keys.p + 8 * c + r, memory + keys.s + 4 * c + r / 2
+        number_keys(memory, r, c), memory + keys.n + 16 * c + 2 * (r ^ ((c & 2) << 1)), memory + keys.p + 8 * c + r,
+        memory + keys.s + 4 * c + r / 2
     };
     u32* own_values = memory + VALUES_AT;
     const Lane value_lane = {

@@ -33,8 +33,8 @@ __device__ __forceinline__ void fill(u32* slot, const Source& source, int block,
     commit();
 }
 
-// What queries are absorbed with. query: of the group's first column, q_head apart; decoder, key_mean: of its first head;
-// angles: of the first of n_turns turns.
+// What queries are absorbed with. query: of the group's first column, q_head apart; decoder, key_mean: of its first
+// head; angles: of the first of n_turns turns.
 struct Absorbed {
     const u16* query;
     const uint2* decoder;
@@ -43,8 +43,22 @@ struct Absorbed {
     int q_head, n_turns;
 };
 
-// Absorbs TURN_ROWS turns. Workers, which are warps, share the halves of sets of a head, and the heads. between: what is
-// to be done once the decoder has been asked for.
+// Copies that input: as many turns of it as there are.
+__device__ __forceinline__ void stage_input(
+    u16* query, float2* angles, float* key_mean, const Absorbed& from, int thread
+) {
+    constexpr int threads = 32 * ABSORBERS;
+    for (int i = 8 * thread; i < GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM; i += 8 * threads)
+        copy_16(shared_address(query + i), from.query + i / HEAD_DIM * from.q_head + i % HEAD_DIM);
+    for (int i = 2 * thread; i < min(TURN_ROWS, from.n_turns) * (HEAD_DIM / 2); i += 2 * threads)
+        copy_16(shared_address(angles + i), from.angles + i);
+    for (int i = 4 * thread; i < GROUP_HEADS * HEAD_DIM; i += 4 * threads)
+        copy_16(shared_address(key_mean + i), from.key_mean + i);
+    commit();
+}
+
+// Absorbs TURN_ROWS turns. Workers, which are warps, share the halves of sets of a head, and the heads. between: what
+// is to be done once the decoder has been asked for.
 template <class Between>
 __device__ __forceinline__ void absorb_turns(
     u32* queries, int worker, int n_workers, const Absorbed& from, float scale, const Between& between
@@ -96,10 +110,49 @@ __device__ __forceinline__ void absorb_turns(
     }
 }
 
-// Grid: (splits, groups, batch). Splits share the blocks of a sequence, a split's first WARPS warps take them in turn, and
-// each keeps SLOTS of keys and values on their way. The other ABSORBERS absorb the queries of the turns to come, and
-// attend to exact tokens; all of them those of the first turns, while the first keys come. stats, sums: as of attend.
-// Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS + INPUT_WORDS words.
+// Weights of a block's tokens from their scores s, which sums so far are brought to one scale with: two tokens a word,
+// as sum_numbers takes them. s: of token 16 t + 8 h + r and column 2 c + k in [t][2 h + k], overwritten.
+__device__ __forceinline__ void weigh(
+    u32 (&weights)[2][2], State& state, float (&s)[2][4], const u8* mask, int block, int lo, int hi, int r
+) {
+    if (HAS_MASK || 32 * block < lo || 32 * block + 32 > hi) {
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int token = 32 * block + 16 * t + 8 * h + r;
+                bool seen = token >= lo && token < hi;
+                if (HAS_MASK) seen = seen && mask[token] != 0;
+                if (!seen) s[t][2 * h] = s[t][2 * h + 1] = NEVER;
+            }
+    }
+    float base[2], shrink[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        float high = fmaxf(fmaxf(s[0][k], s[0][2 + k]), fmaxf(s[1][k], s[1][2 + k]));
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
+        high = fmaxf(high, state.top[k]);
+        shrink[k] = exp_2(state.top[k] - high);
+        base[k] = high == NEVER ? 0.0f : high;  // where nothing was seen, weights must be 0 and not 1
+        state.top[k] = high;
+    }
+    shrink_sums(state, shrink);
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float x = exp_2(s[t][2 * h] - base[0]), y = exp_2(s[t][2 * h + 1] - base[1]);
+            state.total[0] += x;
+            state.total[1] += y;
+            weights[t][h] = transposed(to_half2(x * WEIGHT_SCALE, y * WEIGHT_SCALE));
+        }
+}
+
+// Grid: (splits, groups, batch). Splits share the blocks of a sequence, a split's first WARPS warps take them in turn,
+// and each keeps SLOTS of keys and values on their way. The other ABSORBERS absorb the queries of the turns to come,
+// and attend to exact tokens; all of them those of the first turns, while the first keys come. stats, sums: as of
+// attend. Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS + INPUT_WORDS words.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend_numbers(
     const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const u16* sink_keys,
     const u16* sink_values, const u16* keys, const u16* values, const u8* exact_mask, float* exact_sums,
@@ -129,65 +182,59 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
     u32* slots = all_memory + warp * (SLOTS * SLOT_WORDS);
     u32* queries = all_memory + SLOTS_WORDS;
     const int first_head = group * GROUP_HEADS, first_turn = begin >> turn_shift;
-    const u16* group_query = query + (size_t)batch * q_batch + first_head * GROUP_COLUMNS * q_head;
-    decoder += first_head * (CHUNKS * CHUNK_SIZE);
-    key_mean += first_head * HEAD_DIM;
-    angles += (size_t)batch * angle_batch;
-    // The first queries' input goes to shared memory: what is asked for after the first keys and values comes after them.
+    const Absorbed input = {
+        query + (size_t)batch * q_batch + first_head * GROUP_COLUMNS * q_head,
+        decoder + first_head * (CHUNKS * CHUNK_SIZE),
+        key_mean + first_head * HEAD_DIM,
+        angles + (size_t)batch * angle_batch + (size_t)first_turn * (HEAD_DIM / 2),
+        q_head,
+        n_turns - first_turn,
+    };
+    // The first queries' input goes to shared memory: what is asked for after the first keys and values comes after
+    // them.
     u16* own_query = (u16*)(queries + 2 * BATCH_WORDS);
     float2* own_angles = (float2*)(own_query + GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM);
     float* own_mean = (float*)(own_angles + TURN_ROWS * (HEAD_DIM / 2));
-    auto stage_input = [&](int thread) {
-        constexpr int threads = 32 * ABSORBERS;
-        for (int i = 8 * thread; i < GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM; i += 8 * threads)
-            copy_16(shared_address(own_query + i), group_query + i / HEAD_DIM * q_head + i % HEAD_DIM);
-        for (int i = 2 * thread; i < min(TURN_ROWS, n_turns - first_turn) * (HEAD_DIM / 2); i += 2 * threads)
-            copy_16(shared_address(own_angles + i), angles + (size_t)first_turn * (HEAD_DIM / 2) + i);
-        for (int i = 4 * thread; i < GROUP_HEADS * HEAD_DIM; i += 4 * threads)
-            copy_16(shared_address(own_mean + i), key_mean + i);
-        commit();
-    };
-    auto fill_all = [&] {
-#pragma unroll
-        for (int i = 0; i < SLOTS; i++) {
-            const int block = begin + warp + WARPS * (i / 2);
-            if (i % 2)
-                fill<1>(slots + i * SLOT_WORDS, source, block, lane);
-            else
-                fill<0>(slots + i * SLOT_WORDS, source, block, lane);
-        }
-    };
     auto ask = [&] {
-        if (GROUP_HEADS * GROUP_COLUMNS < 8)  // columns of no query are computed as well, so that they must hold numbers
+        if (GROUP_HEADS * GROUP_COLUMNS <
+            8)  // columns of no query are computed as well, so that they must hold numbers
             for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
-        if (warp < WARPS) {
-            fill_all();
-        } else {
-            stage_input(threadIdx.x - 32 * WARPS);
+        if (warp >= WARPS) {
+            stage_input(own_query, own_angles, own_mean, input, threadIdx.x - 32 * WARPS);
             wait<0>();
+        } else {
+#pragma unroll
+            for (int i = 0; i < SLOTS; i++) {
+                const int block = begin + warp + WARPS * (i / 2);
+                if (i % 2)
+                    fill<1>(slots + i * SLOT_WORDS, source, block, lane);
+                else
+                    fill<0>(slots + i * SLOT_WORDS, source, block, lane);
+            }
         }
         __syncthreads();
     };
     absorb_turns(
         queries, warp, WARPS + ABSORBERS,
-        Absorbed{own_query, decoder, own_mean, own_angles, HEAD_DIM, n_turns - first_turn}, scale, ask
+        Absorbed{own_query, input.decoder, own_mean, own_angles, HEAD_DIM, input.n_turns}, scale, ask
     );
     if (warp >= WARPS) {
         for (int turn = first_turn; turn << turn_shift < end; turn += TURN_ROWS) {
             __syncthreads();
             const int next = turn + TURN_ROWS;
             if (next << turn_shift >= end) continue;
-            const Absorbed from = {
-                group_query, decoder, key_mean, angles + (size_t)next * (HEAD_DIM / 2), q_head, n_turns - next
-            };
+            Absorbed from = input;
+            from.angles += (size_t)(next - first_turn) * (HEAD_DIM / 2);
+            from.n_turns -= next - first_turn;
             absorb_turns(
                 queries + (next - first_turn) / TURN_ROWS % 2 * BATCH_WORDS, warp - WARPS, ABSORBERS, from, scale, [] {}
             );
         }
         const Exact exact = {
-            sink_keys,  sink_values, keys,    values,  has_exact_mask ? exact_mask : 0,
-            exact_sums, exact_stats, n_sinks, n_recent,
-            s_batch,    s_head,      s_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+            sink_keys,  sink_values, keys,    values,   has_exact_mask ? exact_mask : 0,
+            exact_sums, exact_stats, n_sinks, n_recent, s_batch,
+            s_head,     s_token,     k_batch, k_head,   k_token,
+            v_batch,    v_head,      v_token,
         };
         const int n_kv_heads = n_groups * GROUP_HEADS, parts = EXACT_PARTS(n_sinks + n_recent);
         for (int i = split + gridDim.x * (warp - WARPS); i < GROUP_HEADS * parts; i += gridDim.x * ABSORBERS)
@@ -228,39 +275,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
             for (int t = 0; t < 2; t++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[t][i] = s[t][i] * (1.0f / QUERY_SCALE) + (i % 2 ? mean.y : mean.x);
-            if (HAS_MASK || 32 * block < lo || 32 * block + 32 > hi) {
-#pragma unroll
-                for (int t = 0; t < 2; t++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const int token = 32 * block + 16 * t + 8 * h + r;
-                        bool seen = token >= lo && token < hi;
-                        if (HAS_MASK) seen = seen && mask[token] != 0;
-                        if (!seen) s[t][2 * h] = s[t][2 * h + 1] = NEVER;
-                    }
-            }
-            float base[2], shrink[2];
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                float high = fmaxf(fmaxf(s[0][k], s[0][2 + k]), fmaxf(s[1][k], s[1][2 + k]));
-#pragma unroll
-                for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
-                high = fmaxf(high, state.top[k]);
-                shrink[k] = exp_2(state.top[k] - high);
-                base[k] = high == NEVER ? 0.0f : high;  // where nothing was seen, weights must be 0 and not 1
-                state.top[k] = high;
-            }
-            shrink_sums(state, shrink);
             u32 weights[2][2];
-#pragma unroll
-            for (int t = 0; t < 2; t++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const float x = exp_2(s[t][2 * h] - base[0]), y = exp_2(s[t][2 * h + 1] - base[1]);
-                    state.total[0] += x;
-                    state.total[1] += y;
-                    weights[t][h] = transposed(to_half2(x * WEIGHT_SCALE, y * WEIGHT_SCALE));
-                }
+            weigh(weights, state, s, mask, block, lo, hi, r);
             wait<SLOTS - 1>();
             __syncwarp();
 #pragma unroll

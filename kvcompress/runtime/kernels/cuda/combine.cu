@@ -1,11 +1,12 @@
 // ------------------------------------------------------------------------------------------------------------ combine
 
-#define SLICE (HEAD_DIM / SLICES)
-#define PARTS (COMBINE_THREADS / (SLICE / 2))
+#define COMBINE_THREADS 1024
+#define PAIRS (HEAD_DIM / 2)  // of dimensions: a thread has one
+#define PARTS (COMBINE_THREADS / PAIRS)
 #define COMPONENTS (32 * VALUE_SETS)
 #define ROWS ((COMPONENTS + PARTS - 1) / PARTS)
 #define ITEMS ((COMPONENTS * GROUP_COLUMNS + COMBINE_THREADS - 1) / COMBINE_THREADS)  // of a thread
-#define AHEAD (ITEMS < 4 ? 4 / ITEMS : 1)  // splits whose sums a thread asks for before it knows how much they count
+#define AHEAD (ITEMS < 4 ? 4 / ITEMS : 1)   // splits whose sums a thread asks for before it knows how much they count
 #define ROWS_AHEAD (ROWS < 16 ? ROWS : 16)  // of the decoder, asked for before anything
 
 // What place a code has in its byte, the other way round.
@@ -15,41 +16,40 @@ __device__ __forceinline__ float place_of(int component) {
     return __uint_as_float((127 - bits) << 23);
 }
 
-// Grid: (KV heads * SLICES, batch): thread blocks of a head have a slice of its dimensions each. decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
+// Grid: (KV heads, batch). decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
 // [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see Exact. Shared: GROUP_COLUMNS * (splits + exact parts +
-// COMPONENTS + PARTS * SLICE) floats.
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1024 / COMBINE_THREADS) combine(
+// COMPONENTS + PARTS * HEAD_DIM) floats.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
     const float* mean, u16* out, int n_splits, int n_exact, int out_batch, int out_head, int has_mean
 ) {
     DYNAMIC_SHARED(float, memory);
-    float* partial = memory;                                // [PARTS, GROUP_COLUMNS, SLICE]
-    float* z = partial + PARTS * GROUP_COLUMNS * SLICE;     // [COMPONENTS, GROUP_COLUMNS]
+    float* partial = memory;                                // [PARTS, GROUP_COLUMNS, HEAD_DIM]
+    float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [COMPONENTS, GROUP_COLUMNS]
     float* scale = z + COMPONENTS * GROUP_COLUMNS;          // [splits, GROUP_COLUMNS]
     float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
     __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
-    const int head = blockIdx.x / SLICES, batch = blockIdx.y, n_kv_heads = gridDim.x / SLICES;
-    const int first_dim = blockIdx.x % SLICES * SLICE;
+    const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
     const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
     const int column = head % GROUP_HEADS * GROUP_COLUMNS;
     const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The decoder and the mean do not depend on anything: they are asked for first. Component k of this thread's is
     // part + PARTS k.
-    const int part = threadIdx.x / (SLICE / 2) % PARTS, dim = 2 * (threadIdx.x % (SLICE / 2));  // and the next
-    decoder += (size_t)(head * COMPONENTS + part) * HEAD_DIM + first_dim + dim;
+    const int part = threadIdx.x / PAIRS % PARTS, dim = 2 * (threadIdx.x % PAIRS);  // and the next
+    decoder += (size_t)(head * COMPONENTS + part) * HEAD_DIM + dim;
     u32 d[ROWS_AHEAD];
 #pragma unroll
     for (int k = 0; k < ROWS_AHEAD; k++)
         d[k] = part + PARTS * k < COMPONENTS ? *(const u32*)(decoder + PARTS * k * HEAD_DIM) : 0;
     const float2 own_mean =
-        has_mean && part == 0 ? *(const float2*)(mean + head * HEAD_DIM + first_dim + dim) : make_float2(0.0f, 0.0f);
+        has_mean && part == 0 ? *(const float2*)(mean + head * HEAD_DIM + dim) : make_float2(0.0f, 0.0f);
     await_previous();
     // The rest before it is known how much it counts: exact parts lie where what is added to them will, sums of the
     // first splits are kept.
-    exact_sums += (size_t)(batch * n_kv_heads + head) * n_exact * (GROUP_COLUMNS * HEAD_DIM) + first_dim;
-    for (int i = threadIdx.x; i < min(n_exact, PARTS) * (GROUP_COLUMNS * SLICE / 4); i += COMBINE_THREADS)
-        copy_16(shared_address(partial + 4 * i), exact_sums + i / (SLICE / 4) * HEAD_DIM + i % (SLICE / 4) * 4);
+    exact_sums += (size_t)(batch * n_kv_heads + head) * n_exact * (GROUP_COLUMNS * HEAD_DIM);
+    for (int i = threadIdx.x; i < min(n_exact, PARTS) * (GROUP_COLUMNS * HEAD_DIM / 4); i += COMBINE_THREADS)
+        copy_16(shared_address(partial + 4 * i), exact_sums + 4 * i);
     commit();
     float ahead[ITEMS][AHEAD];
 #pragma unroll
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1024 / COMBINE_THR
         z[i] = sum * place_of(component) - offset_of(component / 32, VF, VN, VP) * all_weighted[g];
     }
     __syncthreads();
-    if (threadIdx.x < PARTS * (SLICE / 2)) {
+    if (threadIdx.x < PARTS * PAIRS) {
         float2 value[GROUP_COLUMNS];
 #pragma unroll
         for (int g = 0; g < GROUP_COLUMNS; g++)
@@ -133,8 +133,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1024 / COMBINE_THR
 #pragma unroll
             for (int g = 0; g < GROUP_COLUMNS; g++) {
                 const int row = k * GROUP_COLUMNS + g;
-                const float* x = k == part ? partial + row * SLICE : exact_sums + row * HEAD_DIM;
-                add(g, exact_scale[row], *(const float2*)(x + dim));
+                add(g, exact_scale[row], *(const float2*)((k == part ? partial : exact_sums) + row * HEAD_DIM + dim));
             }
 #pragma unroll
         for (int k = 0; k < ROWS; k++) {
@@ -145,16 +144,17 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1024 / COMBINE_THR
             for (int g = 0; g < GROUP_COLUMNS; g++) add(g, z[(part + PARTS * k) * GROUP_COLUMNS + g], x);
         }
 #pragma unroll
-        for (int g = 0; g < GROUP_COLUMNS; g++) *(float2*)(partial + (part * GROUP_COLUMNS + g) * SLICE + dim) = value[g];
+        for (int g = 0; g < GROUP_COLUMNS; g++)
+            *(float2*)(partial + (part * GROUP_COLUMNS + g) * HEAD_DIM + dim) = value[g];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < SLICE * GROUP_COLUMNS; i += COMBINE_THREADS) {
-        const int g = i / SLICE;
+    for (int i = threadIdx.x; i < HEAD_DIM * GROUP_COLUMNS; i += COMBINE_THREADS) {
+        const int g = i / HEAD_DIM;
         float value = 0.0f;
 #pragma unroll
-        for (int k = 0; k < PARTS; k++) value += partial[k * GROUP_COLUMNS * SLICE + i];
+        for (int k = 0; k < PARTS; k++) value += partial[k * GROUP_COLUMNS * HEAD_DIM + i];
         const float total = all_total[g];
-        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + first_dim + i % SLICE] =
+        out[(size_t)batch * out_batch + (head * GROUP_COLUMNS + g) * out_head + i % HEAD_DIM] =
             stored(total > 0.0f ? value / total : 0.0f);
     }
 }

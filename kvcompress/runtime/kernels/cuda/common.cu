@@ -7,10 +7,10 @@
 // 3. combine: splits added up, values decoded, joined with the exact tokens.
 // Where all components are float16 numbers, two: attend_numbers does what the first two do, then combine.
 //
-// From compute capability 9.0 on, attend may begin while prepare ends, and combine while the launch before it ends: each
-// of their thread blocks, whatever it has to do, waits for the launch before it (await_previous) before it reads what
-// that one wrote, or writes anything. So combine ends after attend has, and attend after prepare has. The first launch
-// begins after all that came before it has ended, and may write where launches of an earlier layer read.
+// From compute capability 9.0 on, attend may begin while prepare ends, and combine while the launch before it ends:
+// each of their thread blocks, whatever it has to do, waits for the launch before it (await_previous) before it reads
+// what that one wrote, or writes anything. So combine ends after attend has, and attend after prepare has. The first
+// launch begins after all that came before it has ended, and may write where launches of an earlier layer read.
 //
 // Compile-time constants, defined in front of this text by turned.py:
 //   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head; their product is at most 8.

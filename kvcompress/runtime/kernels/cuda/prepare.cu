@@ -115,9 +115,10 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     const int n_exact = (n_tasks + PREPARE_WARPS - 1) / PREPARE_WARPS, block = blockIdx.x;
     if (block < n_exact) {
         const Exact exact = {
-            sink_keys,   sink_values, keys,    values, has_exact_mask ? exact_mask : 0,
-            exact_sums,  exact_stats, n_sinks, n_recent,
-            s_batch,     s_head,      s_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+            sink_keys,  sink_values, keys,    values,   has_exact_mask ? exact_mask : 0,
+            exact_sums, exact_stats, n_sinks, n_recent, s_batch,
+            s_head,     s_token,     k_batch, k_head,   k_token,
+            v_batch,    v_head,      v_token,
         };
         const int task = block * PREPARE_WARPS + threadIdx.x / 32;
         if (task < n_tasks) attend_exact(exact, task, query, n_kv_heads, q_batch, q_head, scale);

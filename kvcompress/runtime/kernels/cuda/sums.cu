@@ -105,7 +105,7 @@ __device__ __forceinline__ void add_up(
     for (int set = 0; set < VALUE_SETS; set++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float(&four)[4] = state.sums[set][i / 2];
+            const float (&four)[4] = state.sums[set][i / 2];
             const int h = 2 * (i % 2);
             memory[warp * (128 * VALUE_SETS) + (32 * set + 4 * r + i) * 4 + c] =
                 make_float2(four[h] * shrink[0], four[h + 1] * shrink[1]);
