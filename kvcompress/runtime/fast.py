@@ -20,12 +20,12 @@ from kvcompress.runtime.codec import SiteCodec
 from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
 from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
+from kvcompress.runtime.kernels.nvrtc import compiler_works
 from kvcompress.runtime.kernels.turned import (
     MOST_EXACT,
     UNIT_TOKENS,
     GroupedSite,
     applies,
-    compiler_works,
     turned_attention,
 )
 
@@ -60,10 +60,11 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """A tiled codec's layout and maps as the kernels for turns take them; see kernels.turned.GroupedSite."""
+    """A tiled codec's layout, maps and mean as the kernels for turns take them; see kernels.turned.GroupedSite."""
 
     layout: GroupLayout
     maps: Tensor
+    mean: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +211,16 @@ def _grouped(codec: SiteCodec, n_kv_heads: int) -> _Groups | None:
             maps = head_decoders(_dense_maps(codec).decoder, layout, n_kv_heads)
             if codec.tiles.part == "key":
                 maps = decoder_fragments(maps, layout.sets[0])
-            _groups[codec] = _Groups(replace(layout, table=layout.table.to(maps.device)), maps)
+            # A part of a file's memory might lie anywhere: kernels read 16 bytes at a time.
+            mean = None if codec.mean is None else codec.mean.clone()
+            _groups[codec] = _Groups(replace(layout, table=layout.table.to(maps.device)), maps, mean)
     return _groups[codec]
 
 
 def _grouped_site(codec: SiteCodec, groups: _Groups, packed: Tensor) -> GroupedSite:
     words = packed.view(torch.int32)
     gain_word = sum(bits * (last - first) for bits, first, last in codec.classes) if codec.has_gain else None
-    return GroupedSite(words, groups.layout, groups.maps, codec.mean, gain_word)
+    return GroupedSite(words, groups.layout, groups.maps, groups.mean, gain_word)
 
 
 def _angles_of_turns(layer: CompressedLayer) -> Tensor:

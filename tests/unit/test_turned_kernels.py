@@ -13,7 +13,8 @@ from torch import Tensor
 from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
-from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, compiler_works, turned_attention
+from kvcompress.runtime.kernels.nvrtc import compiler_works
+from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
 from tests import emulator
 
 

@@ -14,6 +14,7 @@ from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.group_layout import GroupLayout
 from kvcompress.runtime.kernels.launch import overlapping
 from kvcompress.runtime.kernels.layout import BLOCK_TOKENS
+from kvcompress.runtime.kernels.nvrtc import compiled
 
 #: Columns of one product of the matrix units: query heads of a group of KV heads.
 MOST_COLUMNS = 8
@@ -70,18 +71,6 @@ def applies(
     if max(sum(keys.sets), sum(values.sets)) > MOST_SETS:
         return False
     return _launch_of(n_heads, n_kv_heads, head_dim, keys, values, device) is not None
-
-
-@lru_cache(maxsize=64)
-def compiler_works(device: torch.device) -> bool:
-    """Return whether this is a GPU that has what the kernels need, and this torch an NVRTC that compiles for it."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        _compiled('extern "C" __global__ void nothing() {}', "nothing", device)
-    except (ImportError, AttributeError, RuntimeError, OSError):
-        return False
-    return True
 
 
 def turned_attention(
@@ -299,20 +288,11 @@ def _kernels(
     constants: tuple[tuple[str, int], ...], names: tuple[str, ...], memory: int, device: torch.device
 ) -> list[Any]:
     """Return what is launched, in turn. memory: shared by those before the last, in bytes."""
-    module = _compiled(kernel_source(constants, names), names[0], device)
+    module = compiled(kernel_source(constants, names), names[0], device)
     kernels = [getattr(module, name) for name in names]
     kernels[-2].set_shared_memory_config(memory)
     kernels[-1].set_shared_memory_config(_COMBINE_MEMORY)
     return [kernels[0], *(overlapping(kernel, device) for kernel in kernels[1:])]
-
-
-def _compiled(source: str, name: str, device: torch.device) -> Any:
-    """Return a module of CUDA kernels, `name` among them, through the NVRTC that torch brings along (since 2.9)."""
-    from torch.cuda import _utils
-
-    with torch.cuda.device(device):
-        binary, _ = _utils._nvrtc_compile(source, name)
-        return _utils._cuda_load_module(binary)
 
 
 @lru_cache(maxsize=64)

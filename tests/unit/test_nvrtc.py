@@ -1,0 +1,62 @@
+"""Compiled kernels on disk, with a compiler and a GPU that are stand-ins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvcompress.runtime.kernels import nvrtc
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: Any) -> list[str]:
+    """The sources that were compiled so far; what is loaded comes back as it is, unless it is broken."""
+    sources: list[str] = []
+
+    def binary(source: str, name: str, device: torch.device) -> bytes:
+        sources.append(source)
+        return f"{name} of {source}".encode()
+
+    def load(binary: bytes, device: torch.device) -> bytes:
+        if b" of " not in binary:
+            raise RuntimeError("CUDA error: device kernel image is invalid")
+        return binary
+
+    monkeypatch.setattr(nvrtc, "_binary", binary)
+    monkeypatch.setattr(nvrtc, "_load", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return sources
+
+
+def test_a_kernel_is_compiled_once(compilations: list[str], monkeypatch: Any) -> None:
+    for _ in range(2):
+        assert nvrtc.compiled("a", "k", GPU) == b"k of a"
+    assert nvrtc.compiled("b", "k", GPU) == b"k of b"
+    assert compilations == ["a", "b"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    nvrtc.compiled("a", "k", GPU)
+    assert compilations == ["a", "b", "a"]
+
+
+def test_a_broken_file_is_replaced(compilations: list[str], tmp_path: Path) -> None:
+    nvrtc.compiled("a", "k", GPU)
+    (file,) = (tmp_path / "kvcompress" / "kernels").iterdir()
+    file.write_bytes(b"half")
+    assert nvrtc.compiled("a", "k", GPU) == b"k of a" == file.read_bytes()
+    assert compilations == ["a", "a"]
+
+
+def test_nothing_needs_to_be_writable(compilations: list[str], tmp_path: Path) -> None:
+    (tmp_path / "kvcompress").write_text("where the directory would be")
+    assert nvrtc.compiled("a", "k", GPU) == b"k of a"
+    assert compilations == ["a"]
+
+
+def test_without_a_gpu_nothing_compiles() -> None:
+    assert not nvrtc.compiler_works(torch.device("cpu"))
