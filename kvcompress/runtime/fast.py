@@ -19,15 +19,10 @@ from kvcompress.rope import Rotary
 from kvcompress.runtime.codec import SiteCodec
 from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
 from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.runtime.kernels.launch_shapes import UNIT_TOKENS
 from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
 from kvcompress.runtime.kernels.nvrtc import compiler_works
-from kvcompress.runtime.kernels.turned import (
-    MOST_EXACT,
-    UNIT_TOKENS,
-    GroupedSite,
-    applies,
-    turned_attention,
-)
+from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache import CompressedLayer, TokenLine

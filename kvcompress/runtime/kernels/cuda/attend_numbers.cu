@@ -190,14 +190,14 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
         q_head,
         n_turns - first_turn,
     };
-    // The first queries' input goes to shared memory: what is asked for after the first keys and values comes after
-    // them.
+    // The first queries' input goes to shared memory, asked for beside the first keys and values: what is asked for
+    // after these comes after them.
     u16* own_query = (u16*)(queries + 2 * BATCH_WORDS);
     float2* own_angles = (float2*)(own_query + GROUP_HEADS * GROUP_COLUMNS * HEAD_DIM);
     float* own_mean = (float*)(own_angles + TURN_ROWS * (HEAD_DIM / 2));
     auto ask = [&] {
-        if (GROUP_HEADS * GROUP_COLUMNS <
-            8)  // columns of no query are computed as well, so that they must hold numbers
+        // Columns of no query are computed as well, so that they must hold numbers.
+        if (GROUP_HEADS * GROUP_COLUMNS < 8)
             for (int i = threadIdx.x; i < 2 * BATCH_WORDS; i += 32 * (WARPS + ABSORBERS)) queries[i] = 0;
         if (warp >= WARPS) {
             stage_input(own_query, own_angles, own_mean, input, threadIdx.x - 32 * WARPS);

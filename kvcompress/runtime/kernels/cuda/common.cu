@@ -1,5 +1,5 @@
 // Decode attention over a packed cache whose keys are un-rotated turn by turn, compiled by NVRTC: these files one after
-// the other, as turned.py says.
+// the other, as turned.py orders them.
 //
 // Where there are codes, three launches:
 // 1. prepare: q' = D^T R_-c q for every turn, laid out as the matrix units want it; attention over exact tokens.
@@ -18,9 +18,9 @@
 //   N, nibbles (a component of 8 bits is two of them); P, pairs of bits; S, single bits.
 //   KEY_WORDS, VALUE_WORDS: of a group in a row, the most of any. KEY_HOLES, VALUE_HOLES: 1 where a set of F of some
 //   group is not full. WARPS: of a thread block of `attend`; BLOCKS: packed blocks that a warp takes at once, its unit.
-//   Of `attend_numbers`: WARPS, and SLOTS, the places of a warp for keys or values of one packed block.
-//   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: 1 for
-//   bfloat16 queries, keys, values and outputs, 0 for float16.
+//   Of `attend_numbers`: WARPS, those that attend; SLOTS, places of each for keys or values of one packed block.
+//   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: whether queries, keys, values and outputs are bfloat16 numbers
+//   instead of float16 ones.
 //
 // The row of a block of 32 tokens is in the order in which lanes load it (docs/format.md, tiles): a word is a row of an
 // operand of mma.m16n8k32 once it is masked, lane = 4 r + c. Codes stay where they are in their bytes, times 1 and 16

@@ -93,8 +93,7 @@ __device__ __forceinline__ void attend_exact(
         if (r == 0 && 2 * c + i < GROUP_COLUMNS)
             exact.stats[task * GROUP_COLUMNS + 2 * c + i] = make_float2(top[i], total[i]);
     }
-    // Rows of the product of weights and values: what can be stored of a weight, and eight rows further, the rest of
-    // it.
+    // Rows of the product of weights and values: what can be stored of a weight, and eight rows further, the rest.
     const u32 a0 = transposed(stored_2(p[0], p[1])), a1 = transposed(stored_2(rest_of(p[0]), rest_of(p[1])));
     const u32 a2 = transposed(stored_2(p[2], p[3])), a3 = transposed(stored_2(rest_of(p[2]), rest_of(p[3])));
     float* sums = exact.sums + ((size_t)task * GROUP_COLUMNS + r) * HEAD_DIM;
