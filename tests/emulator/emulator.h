@@ -158,9 +158,12 @@ inline void run_block(int n_threads) {
         fiber.context.uc_stack = {fiber.stack.get(), 0, size};
         makecontext(&fiber.context, enter, 0);
     }
+    static bool backwards = false;  // every other block, so that nothing depends on which warp is ahead
+    backwards = !backwards;
     for (bool any = true; any;) {
         any = false;
-        for (current = 0; current < n_threads; current++) {
+        for (int i = 0; i < n_threads; i++) {
+            current = backwards ? n_threads - 1 - i : i;
             if (fibers[current].done) continue;
             any = true;
             threadIdx = {current, 0, 0};
