@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: More (heads * query tokens) than this are a prompt: decoding tiles of keys and values is then cheaper.
 _MOST_COLUMNS = 256
+#: Of keys in turns, whose kernels take one query token at a time.
+_MOST_QUERIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,8 @@ def _packed(codec: SiteCodec, latents: Tensor) -> Tensor:
 def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
     """Return what tiled_attention returns, or None; the arguments are its own.
 
-    Applies to a few query tokens over keys that are encoded after RoPE (or without it), or one over keys in turns, and
-    coded values. Of a mask only what its last query sees is used: all queries see the same packed tokens, and recent
-    ones causally.
+    Applies to a few query tokens over keys that are encoded after RoPE (or without it) or in turns, and coded values.
+    Of a mask only what its last query sees is used: all queries see the same packed tokens, and recent ones causally.
     """
     codecs = layer.codecs
     if codecs.turn > 1:
@@ -165,9 +166,9 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
 def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
     codecs = layer.codecs
     batch, n_heads, n_queries, head_dim = query.shape
-    if n_queries != 1 or query.dtype == torch.float32 or codecs.turn % UNIT_TOKENS:
+    if n_queries > _MOST_QUERIES or query.dtype == torch.float32 or codecs.turn % UNIT_TOKENS:
         return None
-    if not 0 < layer.keys.shape[2] <= MOST_EXACT:
+    if not n_queries <= layer.keys.shape[2] <= MOST_EXACT:
         return None
     if codecs.key is None or codecs.value is None or not _whole_rotation(codecs.rotary, head_dim):
         return None
@@ -180,19 +181,32 @@ def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling:
         return None
     assert layer.packed_keys is not None and layer.packed_values is not None
     seen = _visible(layer, mask, batch)
-    return turned_attention(
-        query,
-        _grouped_site(codecs.key, keys, layer.packed_keys),
-        _grouped_site(codecs.value, values, layer.packed_values),
-        turn=codecs.turn,
-        angles=_angles_of_turns(layer),
-        first=seen.first,
-        last=seen.last,
-        n_blocks=layer.packed_keys.shape[1],
-        exact=_exact(layer, seen.exact),
-        scaling=scaling,
-        mask=seen.packed,
-    )
+    exact, angles = _exact(layer, seen.exact), _angles_of_turns(layer)
+    outputs = [
+        turned_attention(
+            query[:, :, i : i + 1],
+            _grouped_site(codecs.key, keys, layer.packed_keys),
+            _grouped_site(codecs.value, values, layer.packed_values),
+            turn=codecs.turn,
+            angles=angles,
+            first=seen.first,
+            last=seen.last,
+            n_blocks=layer.packed_keys.shape[1],
+            exact=_without_last(exact, n_queries - 1 - i),
+            scaling=scaling,
+            mask=seen.packed,
+        )
+        for i in range(n_queries)
+    ]
+    return outputs[0] if n_queries == 1 else torch.cat(outputs, 1)
+
+
+def _without_last(exact: ExactTokens, n: int) -> ExactTokens:
+    """Return all exact tokens but the last n, which come after a query."""
+    if n == 0:
+        return exact
+    mask = None if exact.mask is None else exact.mask[:, :-n].contiguous()
+    return replace(exact, keys=exact.keys[:, :, :-n], values=exact.values[:, :, :-n], mask=mask)
 
 
 def _grouped(codec: SiteCodec, n_kv_heads: int) -> _Groups | None:

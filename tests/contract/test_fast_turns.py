@@ -25,30 +25,32 @@ def source(tmp_path_factory: Any) -> Path:
     return save_tiny_checkpoint(directory, "llama-bf16", head_dim=64, max_position_embeddings=512)
 
 
-def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor, n_steps: int) -> torch.Tensor:
-    """Prefill, then decode token by token: [batch, n_steps, vocabulary]."""
-    cache, n_prompt = attachment_of(model).new_cache(), ids.shape[1] - n_steps
+def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: list[int]) -> torch.Tensor:
+    """Prefill, then decode as many tokens at a time as `steps` says: [batch, sum(steps), vocabulary]."""
+    cache, ends = attachment_of(model).new_cache(), [ids.shape[1] - sum(steps)]
     positions, logits = (mask.cumsum(1) - 1).clamp_min(0), []
+    for n in steps:
+        ends.append(ends[-1] + n)
     with torch.no_grad():
-        for start, stop in [(0, n_prompt), *((i, i + 1) for i in range(n_prompt, ids.shape[1]))]:
+        for start, stop in zip([0, *ends], ends, strict=False):
             part = slice(start, stop)
             output = model(
                 ids[:, part], attention_mask=mask[:, :stop], position_ids=positions[:, part], past_key_values=cache
             )
-            logits.append(output.logits[:, -1:])
+            logits.append(output.logits)
     return torch.cat(logits[1:], 1).float()
 
 
 @pytest.mark.parametrize(
-    ("options", "padding"),
+    ("options", "padding", "steps"),
     [
-        ({"key_basis": "per_head", "value_basis": "per_head", "keep": 0.3}, 0),
-        ({"group": 2, "keep": 0.5, "ranks_only": True}, 0),
-        ({"keep": 0.3}, 50),  # with turns the blocks of `latent` are as wide as the kernels take
+        ({"key_basis": "per_head", "value_basis": "per_head", "keep": 0.3}, 0, [1, 1]),
+        ({"group": 2, "keep": 0.5, "ranks_only": True}, 0, [1, 2]),
+        ({"keep": 0.3}, 50, [2, 1]),  # with turns the blocks of `latent` are as wide as the kernels take
     ],
 )
 def test_kernels_give_what_the_reference_gives(
-    source: Path, tmp_path: Path, options: dict[str, Any], padding: int, monkeypatch: Any
+    source: Path, tmp_path: Path, options: dict[str, Any], padding: int, steps: list[int], monkeypatch: Any
 ) -> None:
     chosen = CompressOptions(metric="weights", turn=128, sinks=2, recent=5, **options)
     kvcompress.compress(source, tmp_path / "out", chosen)
@@ -56,7 +58,7 @@ def test_kernels_give_what_the_reference_gives(
     ids, mask = random_ids(2, 300), torch.ones(2, 300, dtype=torch.long)
     mask[1, :padding] = 0
     ids = ids.masked_fill(mask == 0, PAD)
-    reference = decoded(model, ids, mask, 2)
+    reference = decoded(model, ids, mask, steps)
     calls, attend = [], fast.attention
 
     def counted(*args: Any) -> Any:
@@ -67,6 +69,6 @@ def test_kernels_give_what_the_reference_gives(
     monkeypatch.setattr(fast, "compiler_works", lambda device: True)
     monkeypatch.setattr(turned, "_kernels", emulator.kernels)
     monkeypatch.setattr(fast, "attention", counted)
-    fused = decoded(model, ids, mask, 2)
+    fused = decoded(model, ids, mask, steps)
     assert calls == [True] * (2 * len(model.model.layers))
     assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer
