@@ -58,5 +58,14 @@ def test_nothing_needs_to_be_writable(compilations: list[str], tmp_path: Path) -
     assert compilations == ["a"]
 
 
+def test_nobody_needs_a_home(compilations: list[str], monkeypatch: Any) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert nvrtc.compiled("a", "k", GPU) == b"k of a"
+
+
 def test_without_a_gpu_nothing_compiles() -> None:
     assert not nvrtc.compiler_works(torch.device("cpu"))

@@ -34,11 +34,12 @@ def compiled(source: str, name: str, device: torch.device) -> Any:
     (~/.cache if that is not set), and is only compiled again where it cannot be read or loaded.
     """
     made_for = (source, torch.cuda.get_device_capability(device), torch.version.cuda, torch.__version__)
-    file = _directory() / f"{hashlib.sha256(repr(made_for).encode()).hexdigest()}.cubin"
+    file_name = f"{hashlib.sha256(repr(made_for).encode()).hexdigest()}.cubin"
     with suppress(OSError, RuntimeError):
-        return _load(file.read_bytes(), device)
+        return _load((_directory() / file_name).read_bytes(), device)
     binary = _binary(source, name, device)
-    with suppress(OSError, OutputError), atomic_file(file) as scratch:  # a home that is read-only, a full disk
+    # There may be no home, or one that is read-only, or a full disk.
+    with suppress(OSError, RuntimeError, OutputError), atomic_file(_directory() / file_name) as scratch:
         scratch.write_bytes(binary)
     return _load(binary, device)
 
