@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,7 +123,8 @@ def _sdpa_microseconds(
     ]
     times = {}
     for name in ("cudnn", "flash", "efficient") if device.type == "cuda" else ("flash", "math"):
-        with sdpa_kernel(_BACKENDS[name]):
+        with sdpa_kernel(_BACKENDS[name]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some releases of torch explain at length why a backend does not apply
             works = [
                 lambda cache=cache: F.scaled_dot_product_attention(query, cache[0], cache[1], enable_gqa=True)
                 for cache in caches
