@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.kernels.arguments import ExactTokens
 from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.runtime.kernels.launch_shapes import CODES, NUMBERS
 from kvcompress.runtime.kernels.nvrtc import compiler_works
 from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
 from tests import emulator
@@ -255,6 +257,31 @@ def test_a_query_that_sees_nothing_gives_zero(device: str) -> None:
     output = case.attend(exact=replace(case.arguments["exact"], mask=blind))
     assert torch.equal(output[0], torch.zeros_like(output[0]))
     assert torch.isfinite(output).all() and output[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("names", [CODES, NUMBERS])
+def test_the_first_launch_waits_for_all_before_it_and_the_others_overlap(
+    names: tuple[str, ...], monkeypatch: Any
+) -> None:
+    memory: dict[str, int] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def set_shared_memory_config(self, n_bytes: int) -> None:
+            memory[self.name] = n_bytes
+
+    def compiled(source: str, name: str, device: torch.device) -> Any:
+        assert source.startswith("#define WARPS 8\n") and name == names[0]
+        return SimpleNamespace(**{n: Kernel(n) for n in names if f"{n}(" in source})
+
+    monkeypatch.setattr(turned, "compiled", compiled)
+    monkeypatch.setattr(turned, "overlapping", lambda kernel, device: ("overlapping", kernel.name))
+    first, *others = turned._kernels((("WARPS", 8),), names, 1000, torch.device("cuda", 0))
+    turned._kernels.cache_clear()
+    assert first.name == names[0] and others == [("overlapping", name) for name in names[1:]]
+    assert memory.pop("combine") > 2**16 and memory == {names[-2]: 1000}
 
 
 def test_group_layout_says_where_groups_begin() -> None:
