@@ -45,10 +45,12 @@ def obtain_moments(
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     file = output.parent / f"kvcompress-moments-{key}.safetensors"
     partial = file.with_suffix(".partial.safetensors")
+    for left in (file, partial):
+        remove_stale(left)
+    if file.is_file() or not resume:
+        partial.unlink(missing_ok=True)
     if file.is_file():
         return Moments.load(file)
-    if partial.is_file() and not resume:
-        partial.unlink()
     model, tokenizer = _load_model(checkpoint, protocol["device"], protocol["dtype"])
     windows = _calibration_windows(model, tokenizer, options, report)
     protocol["text_sha256"] = windows.sha256
@@ -73,7 +75,6 @@ def obtain_moments(
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)
-    remove_stale(partial)
     return moments
 
 

@@ -80,16 +80,20 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a scratch path beside `target` that becomes `target` when the block ends without an error."""
+    """Yield a path in a scratch directory beside `target` that becomes `target` when the block ends without an error.
+
+    Libraries write scratch files of their own beside what they are asked to write: those go with the directory.
+    """
     with explained_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(target)
-        scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+        directory = target.parent / f".{target.name}.partial-{os.getpid()}"
+        directory.mkdir(exist_ok=True)
         try:
-            yield scratch
-            scratch.rename(target)
+            yield directory / target.name
+            (directory / target.name).rename(target)
         finally:
-            scratch.unlink(missing_ok=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def copy_checkpoint(source: Path, target: Path, *, skip: frozenset[str] = frozenset()) -> None:

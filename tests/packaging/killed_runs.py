@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import safetensors.torch
 import torch
 from transformers.utils import logging
 
@@ -56,11 +57,21 @@ def at_rename(prefix: str) -> None:
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
-        if self.name.startswith(prefix):
+        if any(part.startswith(prefix) for part in self.parts[-2:]):
             die()
         return original(self, target)
 
     Path.rename = rename  # type: ignore[method-assign, assignment]
+
+
+def in_library() -> None:
+    """Die in safetensors, which writes to a file of its own beside the one it is asked for and renames that."""
+
+    def save_file(tensors: Any, file: Path, metadata: Any = None) -> None:
+        (Path(file).parent / ".tmpABCDEF").write_bytes(b"half of them")
+        die()
+
+    safetensors.torch.save_file = save_file
 
 
 def tokens(n_windows: int) -> int:
@@ -73,6 +84,7 @@ KILLS: dict[str, Callable[[], Any]] = {
     "middle window": lambda: at_progress("calibrate", tokens(N_WINDOWS // 2)),
     "last window": lambda: at_progress("calibrate", tokens(N_WINDOWS)),
     "while the sums are saved": lambda: at_rename(".kvcompress-moments-"),
+    "in the library that saves them": in_library,
     "fit": lambda: at_progress("fit", 2),
     "write": lambda: at_progress("write", 0),
     "weights copied": lambda: after(pipeline, "copy_checkpoint"),

@@ -128,6 +128,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
 def test_a_file_appears_whole(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "new" / "f") as scratch:
         scratch.write_text("1")
+        (scratch.parent / ".tmp1").write_text("a library's own")
         assert not (tmp_path / "new" / "f").exists()
     assert names(tmp_path) == {"new", "new/f"}
     with pytest.raises(ValueError, match="x"), atomic_file(tmp_path / "new" / "f") as scratch:
