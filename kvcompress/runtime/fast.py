@@ -182,11 +182,13 @@ def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling:
     assert layer.packed_keys is not None and layer.packed_values is not None
     seen = _visible(layer, mask, batch)
     exact, angles = _exact(layer, seen.exact), _angles_of_turns(layer)
+    key_site = _grouped_site(codecs.key, keys, layer.packed_keys)
+    value_site = _grouped_site(codecs.value, values, layer.packed_values)
     outputs = [
         turned_attention(
             query[:, :, i : i + 1],
-            _grouped_site(codecs.key, keys, layer.packed_keys),
-            _grouped_site(codecs.value, values, layer.packed_values),
+            key_site,
+            value_site,
             turn=codecs.turn,
             angles=angles,
             first=seen.first,

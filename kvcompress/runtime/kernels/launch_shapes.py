@@ -29,8 +29,8 @@ NUMBERS = ("attend_numbers", "combine")
 class Launch:
     """How the packed tokens are attended to. names: CODES or NUMBERS. warps: of a thread block, of which a
     multiprocessor has one. per_warp: of CODES the packed blocks that each takes at once, of NUMBERS its places for keys
-    or values of a block. memory: shared, in bytes. absorbers: warps beside them, as in cuda/attend_numbers.cu.
-    unit_tokens: those that a warp takes at once."""
+    or values of a block. memory: shared, in bytes. absorbers: of NUMBERS the warps beside them, which absorb queries
+    and attend to exact tokens. unit_tokens: those that a warp takes at once."""
 
     names: tuple[str, ...]
     warps: int
@@ -59,7 +59,10 @@ def _launch(
     sizes: tuple[int, int, int], key_sets: tuple[int, ...], value_sets: tuple[int, ...], key_words: int,
     value_words: int, device: torch.device,
 ) -> Launch | None:  # fmt: skip
-    """sizes: head_dim, KV heads of a group, query heads of a KV head; key_words, value_words: of a block."""
+    """Return what launch_of returns.
+
+    sizes: head_dim, KV heads of a group, query heads of a KV head; key_words, value_words: of a block.
+    """
     n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
     if not any(key_sets[1:] + value_sets[1:]):
         head_dim, group_heads, group_columns = sizes
@@ -96,7 +99,7 @@ def best_splits(n_sequences: int, device: torch.device) -> int:
 
 
 def turn_rows(group_columns: int) -> int:
-    """Return of how many turns a warp absorbs the queries of one KV head at once: TURN_ROWS in cuda/absorb.cu."""
+    """Return of how many turns a warp absorbs the queries of one KV head at once, as the 16 rows of a product."""
     return 16 // (1 << (group_columns - 1).bit_length())
 
 

@@ -245,6 +245,12 @@ def _constants(
         "HAS_MASK": int(masked),
         "WARPS": launch.warps,
         "BLOCKS" if launch.names == CODES else "SLOTS": launch.per_warp,
+        "ABSORBERS": launch.absorbers,
+        "TURN_ROWS": turn_rows(group_columns),
+        "EXACT_TOKENS": _EXACT_TOKENS,
+        "PREPARE_WARPS": _PREPARE_WARPS,
+        "RING": _RING,
+        "COMBINE_THREADS": _COMBINE_THREADS,
         "QUERY_BF16": int(dtype == torch.bfloat16),
     }
     return tuple(named.items())

@@ -1,6 +1,5 @@
 // ------------------------------------------------------------------------------------------------------------- absorb
 
-#define TURN_ROWS (16 / (GROUP_COLUMNS <= 1 ? 1 : GROUP_COLUMNS <= 2 ? 2 : GROUP_COLUMNS <= 4 ? 4 : 8))  // turns a warp
 #define PADDED_COLUMNS (16 / TURN_ROWS)
 #define CHUNKS (2 * KEY_SETS)        // of a head's decoder: halves of sets
 #define CHUNK_SIZE (4 * STEPS * 32)  // in uint2

@@ -231,16 +231,7 @@ __device__ __forceinline__ void attend_unit(
 
     if (HAS_MASK || unit * UNIT_TOKENS < lo || unit * UNIT_TOKENS + UNIT_TOKENS > hi) {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-            for (int t = 0; t < 2; t++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int token = unit * UNIT_TOKENS + 32 * b + 16 * t + 8 * h + r;
-                    bool seen = token >= lo && token < hi;
-                    if (HAS_MASK) seen = seen && mask[token] != 0;
-                    if (!seen) s[b][t][2 * h] = s[b][t][2 * h + 1] = NEVER;
-                }
+        for (int b = 0; b < BLOCKS; b++) hide_unseen(s[b], mask, unit * UNIT_TOKENS + 32 * b, lo, hi, r);
     }
     float high[2] = {NEVER, NEVER};
 #pragma unroll

@@ -4,7 +4,6 @@
 #define SLOT_WORDS (KEY_WORDS > VALUE_WORDS ? KEY_WORDS : VALUE_WORDS)
 #define SLOTS_WORDS (WARPS * SLOTS * SLOT_WORDS)
 #define TURN_WORDS (128 * KEY_SETS)
-#define ABSORBERS 4  // warps beside the WARPS that attend
 // Queries of TURN_ROWS turns, [TURN_ROWS, KEY_SETS, 32 lanes] of eight float16 numbers, and what the mean adds to their
 // scores, [TURN_ROWS, 8].
 #define BATCH_WORDS (TURN_ROWS * (TURN_WORDS + 8))
@@ -115,17 +114,7 @@ __device__ __forceinline__ void absorb_turns(
 __device__ __forceinline__ void weigh(
     u32 (&weights)[2][2], State& state, float (&s)[2][4], const u8* mask, int block, int lo, int hi, int r
 ) {
-    if (HAS_MASK || 32 * block < lo || 32 * block + 32 > hi) {
-#pragma unroll
-        for (int t = 0; t < 2; t++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int token = 32 * block + 16 * t + 8 * h + r;
-                bool seen = token >= lo && token < hi;
-                if (HAS_MASK) seen = seen && mask[token] != 0;
-                if (!seen) s[t][2 * h] = s[t][2 * h + 1] = NEVER;
-            }
-    }
+    if (HAS_MASK || 32 * block < lo || 32 * block + 32 > hi) hide_unseen(s, mask, 32 * block, lo, hi, r);
     float base[2], shrink[2];
 #pragma unroll
     for (int k = 0; k < 2; k++) {

@@ -1,6 +1,5 @@
 // ------------------------------------------------------------------------------------------------------------ combine
 
-#define COMBINE_THREADS 1024
 #define PAIRS (HEAD_DIM / 2)  // of dimensions: a thread has one
 #define PARTS (COMBINE_THREADS / PAIRS)
 #define COMPONENTS (32 * VALUE_SETS)

@@ -18,7 +18,10 @@
 //   N, nibbles (a component of 8 bits is two of them); P, pairs of bits; S, single bits.
 //   KEY_WORDS, VALUE_WORDS: of a group in a row, the most of any. KEY_HOLES, VALUE_HOLES: 1 where a set of F of some
 //   group is not full. WARPS: of a thread block of `attend`; BLOCKS: packed blocks that a warp takes at once, its unit.
-//   Of `attend_numbers`: WARPS, those that attend; SLOTS, places of each for keys or values of one packed block.
+//   Of `attend_numbers`: WARPS, those that attend; SLOTS, places of each for keys or values of one packed block;
+//   ABSORBERS, warps beside them. PREPARE_WARPS, COMBINE_THREADS: of a thread block; RING: halves of sets of a decoder
+//   that prepare keeps on their way. EXACT_TOKENS: of a warp, the rows of a product, 16. TURN_ROWS: turns whose queries
+//   of one KV head are the rows of a product.
 //   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: whether queries, keys, values and outputs are bfloat16 numbers
 //   instead of float16 ones.
 //

@@ -1,6 +1,5 @@
 // -------------------------------------------------------------------------------------------------------------- exact
 
-#define EXACT_TOKENS 16  // of a warp: the rows of a product
 #define EXACT_PARTS(TOKENS) (((TOKENS) + EXACT_TOKENS - 1) / EXACT_TOKENS)
 #define STEPS (HEAD_DIM / 32)          // pieces of 8 dimensions of a lane c
 #define PIECES ((HEAD_DIM + 63) / 64)  // of a lane r

@@ -1,8 +1,5 @@
 // ------------------------------------------------------------------------------------------------------------ prepare
 
-#define PREPARE_WARPS 4
-#define RING 4
-
 // One thread block: the queries of one KV head, turned back for TURN_ROWS turns in each warp. decoder: of all
 // heads, as the second factor of products: [KV heads, KEY_SETS, 4 tiles, 2 STEPS, 32 lanes] of 4 float16 numbers;
 // halves of sets pass through `memory`, RING of them at a time.

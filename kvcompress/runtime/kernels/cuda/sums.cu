@@ -49,6 +49,19 @@ __device__ __forceinline__ void sum_numbers(
         }
 }
 
+// Scores of a block's tokens that do not count, from token `first` on: of token 16 t + 8 h + r in [t][2 h + k].
+__device__ __forceinline__ void hide_unseen(float (&s)[2][4], const u8* mask, int first, int lo, int hi, int r) {
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int token = first + 16 * t + 8 * h + r;
+            bool seen = token >= lo && token < hi;
+            if (HAS_MASK) seen = seen && mask[token] != 0;
+            if (!seen) s[t][2 * h] = s[t][2 * h + 1] = NEVER;
+        }
+}
+
 // What a warp has seen of its columns 2 c and 2 c + 1: the largest score, the sum of weights, that of weights times
 // gains (all lanes c of a column hold it), value sums as of sum_numbers. total: of this lane's rows only.
 struct State {
