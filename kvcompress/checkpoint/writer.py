@@ -58,21 +58,17 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     check_target(target, force=force)
     with explained_os_errors(target):
         made = [p for p in target.absolute().parents if not p.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target)
-        scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
-        scratch.mkdir()
         try:
-            yield scratch
-            if target.exists():
-                retired = target.parent / f".{target.name}.partial-{os.getpid()}-old"
-                target.rename(retired)
-                scratch.rename(target)
-                shutil.rmtree(retired)
-            else:
-                scratch.rename(target)
+            with _scratch_directory(target) as scratch:
+                yield scratch
+                if target.exists():
+                    retired = scratch.with_name(f"{scratch.name}-old")
+                    target.rename(retired)
+                    scratch.rename(target)
+                    shutil.rmtree(retired)
+                else:
+                    scratch.rename(target)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
             for directory in made:  # those that are still empty: nothing was written
                 with suppress(OSError):
                     directory.rmdir()
@@ -84,16 +80,25 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
     Libraries write scratch files of their own beside what they are asked to write: those go with the directory.
     """
-    with explained_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target)
-        directory = target.parent / f".{target.name}.partial-{os.getpid()}"
-        directory.mkdir(exist_ok=True)
-        try:
-            yield directory / target.name
-            (directory / target.name).rename(target)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+    with explained_os_errors(target), _scratch_directory(target, exist_ok=True) as directory:
+        yield directory / target.name
+        (directory / target.name).rename(target)
+
+
+@contextmanager
+def _scratch_directory(target: Path, *, exist_ok: bool = False) -> Iterator[Path]:
+    """Yield a directory beside `target`, which is gone when the block ends, unless it was renamed.
+
+    exist_ok: whether it may be there, left by a dead process that had the number of this one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target)
+    scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+    scratch.mkdir(exist_ok=exist_ok)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def copy_checkpoint(source: Path, target: Path, *, skip: frozenset[str] = frozenset()) -> None:

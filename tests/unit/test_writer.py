@@ -125,6 +125,15 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"out", f".out.partial-{alive}", f".other.partial-{dead}"}
 
 
+def test_a_file_does_not_mind_what_a_dead_process_of_our_number_left(tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with atomic_file(tmp_path / "out") as scratch:
+        scratch.write_text("x")
+    assert names(tmp_path) == {"out"}
+
+
 def test_a_file_appears_whole(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "new" / "f") as scratch:
         scratch.write_text("1")
