@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-from kvcompress.allocation import Choice, choose_bits, choose_ranks, make_policy
-from kvcompress.calibrate import Progress, obtain_moments
+from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments, SiteMoments
+from kvcompress.calibration.turns import turned_moments
+from kvcompress.checkpoint.map_budget import MAPS_SHARE
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
+from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
+from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
 from kvcompress.errors import BudgetError, OutputError, UnsupportedModelError
-from kvcompress.fitting import FittedSite, fit_site, key_basis, value_basis
-from kvcompress.folding import write_folded_weights
-from kvcompress.grouping import choose_groups, group_sizes
-from kvcompress.map_budget import MAPS_SHARE
-from kvcompress.model_spec import Site
+from kvcompress.fold.folding import write_folded_weights
+from kvcompress.fold.grouping import choose_groups, group_sizes
+from kvcompress.model.model_spec import Site
 from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
-from kvcompress.turns import turned_moments
 
 
 @dataclass(frozen=True)

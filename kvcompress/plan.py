@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvcompress.errors import CheckpointError
-from kvcompress.model_spec import DTYPE_BYTES, Part, Site
+from kvcompress.model.model_spec import DTYPE_BYTES, Part, Site
 from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
 from kvcompress.options import GAIN_BITS, is_turn
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvcompress.calibrate import obtain_moments
+from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.bases import BASES, Basis, Components
 from kvcompress.bases.base import _FISHER_RIDGE, FittedBasis
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.model_spec import AttentionSpec, Projection
+from kvcompress.model.model_spec import AttentionSpec, Projection
 
 HEAD_DIM = 8
 

@@ -8,12 +8,12 @@ import torch
 
 from kvcompress.bases import BASES, Basis
 from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import Plan, SitePlan
-from kvcompress.turns import turned_moments
 
 
 def coded_plan(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
-from kvcompress.runtime.kernels.layout import PackedSite
+from kvcompress.kernels.arguments import Angles, ExactTokens, angle_table
+from kvcompress.kernels.layout import PackedSite
 
 
 def pack_codes(codes: list[tuple[int, Tensor]], *, pad_words: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
     from kvcompress.checkpoint.reader import Checkpoint
-    from kvcompress.model_spec import AttentionSpec, ModelSpec
+    from kvcompress.model.model_spec import AttentionSpec, ModelSpec
 
 _KEY_NORM = "keys are normalised per head, so they are not linear in the hidden state"
 _ONE_HEAD = "one KV head: there are no heads to mix"
@@ -36,7 +36,7 @@ def inspect(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what --json prints. An obstacle of None means possible."""
-    from kvcompress.map_budget import default_group
+    from kvcompress.checkpoint.map_budget import default_group
     from kvcompress.options import CompressOptions
     from kvcompress.report.document import CONTEXTS
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
-from kvcompress.model_spec import DTYPE_BYTES
+from kvcompress.model.model_spec import DTYPE_BYTES
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import load
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.bases.latent import Latent
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec
 
 
 class Band(Latent):

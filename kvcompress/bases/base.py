@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompress.model_spec import AttentionSpec, Part
+from kvcompress.model.model_spec import AttentionSpec, Part
 
 #: Ridge on F, as a share of its mean diagonal: keeps F^{-1/2} bounded in directions the text never used.
 _FISHER_RIDGE = 1e-2

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.bases.base import Basis, Components, FittedBasis, RankedComponents, whitened_eigenbasis
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec
 
 
 class Frequency(Basis):

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.bases.base import Basis, FittedBasis, RankedComponents, whitened_eigenbasis
-from kvcompress.model_spec import AttentionSpec, Part
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec, Part
 
 
 class Latent(Basis):

@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.bases.base import Basis, Components, FittedBasis
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec
 
 
 class Share(Basis):

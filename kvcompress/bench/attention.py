@@ -18,7 +18,7 @@ from kvcompress.bench.timing import (
     median_replay_seconds,
 )
 from kvcompress.bench.workload import RECENT, SINKS, Shape, random_layer
-from kvcompress.map_budget import turn_group
+from kvcompress.checkpoint.map_budget import turn_group
 from kvcompress.runtime import fast
 from kvcompress.runtime.attention import tiled_attention
 from kvcompress.runtime.cache import CompressedLayer

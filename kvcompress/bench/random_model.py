@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.bench.workload import RECENT, SINKS, Shape, fill_layer, random_maps
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.model_spec import Part, Site
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import Part, Site
 from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer
 from kvcompress.runtime.static import StaticCache

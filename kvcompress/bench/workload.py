@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvcompress import blocks
-from kvcompress.architectures import read_model_spec
+from kvcompress.checkpoint.map_budget import turn_group
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import read_config
+from kvcompress.codec.codec import SiteCodec, layer_codecs
 from kvcompress.errors import OptionError
-from kvcompress.map_budget import turn_group
-from kvcompress.model_spec import AttentionSpec, Part, Projection
+from kvcompress.model import blocks
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import AttentionSpec, Part, Projection
+from kvcompress.model.rope import Rotary
 from kvcompress.options import GAIN_BITS, LEVELS, QUAD, TILE_TOKENS
 from kvcompress.plan import BLOCK_TOKENS, Plan
-from kvcompress.rope import Rotary
 from kvcompress.runtime.cache import CompressedLayer, LayerCodecs, TokenLine
-from kvcompress.runtime.codec import SiteCodec, layer_codecs
 
 #: Exact tokens beside the packed ones, as generation has them.
 SINKS, RECENT = 4, 64

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from kvcompress.calibration.attention import FarTaps, split_attention
 from kvcompress.calibration.moments import Moments
 from kvcompress.errors import CalibrationError
-from kvcompress.model_spec import AttentionSpec, ModelSpec, Site
-from kvcompress.rope import Rotary
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.model.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
 _LOGIT_ROWS = 256

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.errors import CalibrationError, UnsupportedModelError
-from kvcompress.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
 MOMENTS_FORMAT = 2

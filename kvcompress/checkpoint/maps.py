@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import CheckpointError
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.options import LEVELS
 
 MAPS_FILE = "kv_maps.safetensors"

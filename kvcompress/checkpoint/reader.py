@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.errors import CheckpointError
-from kvcompress.model_spec import ModelSpec, Projection, Site
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import ModelSpec, Projection, Site
 
 if TYPE_CHECKING:
     from torch import Tensor

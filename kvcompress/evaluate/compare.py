@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from kvcompress import __version__
-from kvcompress.calibrate import obtain_moments
+from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.moments import Moments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -32,7 +32,7 @@ from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import Cell, cells_of
 from kvcompress.evaluate.peers import evaluate_peer
 from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan, source_name
 from kvcompress.plan import BLOCK_TOKENS, Plan

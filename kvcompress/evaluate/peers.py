@@ -28,7 +28,7 @@ from kvcompress.evaluate.peer_caches import (
     without_emptying,
 )
 from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
-from kvcompress.model_spec import DTYPE_BYTES, ModelSpec
+from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec
 
 #: Bytes of a group's scale and zero together, in 16-bit dtypes; hqq and quanto keep them in the cache's own dtype.
 _KIVI_SCALES = 4

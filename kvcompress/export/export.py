@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint, open_folded, read_config
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target
@@ -19,7 +18,8 @@ from kvcompress.export.gguf_file import GGUF_TYPES, check_gguf, import_gguf, wri
 from kvcompress.export.hf import check_llama, write_hf
 from kvcompress.export.layout import StockLayer, stock_layers
 from kvcompress.export.positions import export_positions
-from kvcompress.model_spec import DTYPE_BYTES, ModelSpec, Site
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
 from kvcompress.plan import PLAN_FILE, Plan, SitePlan
 from kvcompress.runtime.attach import read_output
 

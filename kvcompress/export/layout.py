@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvcompress import blocks
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.model_spec import PARTS, AttentionSpec, ModelSpec, Part, Site
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Part, Site
 
 #: Widths of a head that the engines' kernels have, where it is not the model's own.
 WIDE_HEADS = (64, 128, 256)

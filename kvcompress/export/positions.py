@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.model_spec import ModelSpec
+from kvcompress.model.model_spec import ModelSpec
 
 #: The factor of a channel pair that is not rotated.
 NO_ROTATION = 1e30

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.export.layout import StockLayer
 from kvcompress.export.positions import Positions
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.model.model_spec import AttentionSpec
 
 
 def exported_files(

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 
 
 @dataclass(frozen=True)

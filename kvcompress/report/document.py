@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.plan import Plan, SitePlan
 from kvcompress.report.source import display_name
 

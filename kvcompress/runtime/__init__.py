@@ -1,1 +1,1 @@
-"""Running a compressed cache in transformers: codec, cache, attention, and attaching them to a model."""
+"""Running a compressed cache in transformers: cache, attention, and attaching them to a model."""

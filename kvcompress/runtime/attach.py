@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
+from kvcompress.codec.codec import layer_codecs
 from kvcompress.errors import CheckpointError, OptionError
-from kvcompress.model_spec import PARTS, ModelSpec, Site
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import PARTS, ModelSpec, Site
+from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan
-from kvcompress.rope import Rotary
 from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
 from kvcompress.runtime.cache import CompressedCache, LayerCodecs
-from kvcompress.runtime.codec import layer_codecs
 from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS, n_encoded
-from kvcompress.rope import Rotary
 from kvcompress.runtime import fast
-from kvcompress.runtime.codec import SiteCodec
 from kvcompress.runtime.counters import Counters
 
 

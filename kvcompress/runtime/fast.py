@@ -14,15 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.kernels.arguments import Angles, ExactTokens, angle_table
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.launch_shapes import UNIT_TOKENS
+from kvcompress.kernels.layout import LEVELS, PackedSite, row_words
+from kvcompress.kernels.nvrtc import compiler_works
+from kvcompress.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
+from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS
-from kvcompress.rope import Rotary
-from kvcompress.runtime.codec import SiteCodec
-from kvcompress.runtime.kernels.arguments import Angles, ExactTokens, angle_table
-from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
-from kvcompress.runtime.kernels.launch_shapes import UNIT_TOKENS
-from kvcompress.runtime.kernels.layout import LEVELS, PackedSite, row_words
-from kvcompress.runtime.kernels.nvrtc import compiler_works
-from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache import CompressedLayer, TokenLine
@@ -94,7 +94,7 @@ def pack(codec: SiteCodec, x: Tensor) -> Tensor | None:
     """Return what codec.pack returns, or None; x: [batch, n_blocks * 32, n], the mean already subtracted."""
     if not kernels_apply(x.device) or not _is_packable(codec):
         return None
-    from kvcompress.runtime.kernels.encode import project
+    from kvcompress.kernels.encode import project
 
     return _packed(codec, project(x, _dense_maps(codec).encoder))
 
@@ -108,13 +108,13 @@ def pack_heads(codec: SiteCodec, x: Tensor, rotary: Rotary | None, positions: Te
     whole = rotary is None or _whole_rotation(rotary, x.shape[3])
     if not (whole and kernels_apply(x.device) and _is_packable(codec)):
         return None
-    from kvcompress.runtime.kernels.encode import centred, project
+    from kvcompress.kernels.encode import centred, project
 
     return _packed(codec, project(centred(x, codec.mean, rotary, positions), _dense_maps(codec).encoder))
 
 
 def _packed(codec: SiteCodec, latents: Tensor) -> Tensor:
-    from kvcompress.runtime.kernels.encode import pack_latents
+    from kvcompress.kernels.encode import pack_latents
 
     dense = _dense_maps(codec)
     row = row_words(dense.counts, has_gain=codec.has_gain)
@@ -144,7 +144,7 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
         return None
     if codecs.rotated_mean is not None and not _whole_rotation(codecs.rotary, head_dim):
         return None
-    from kvcompress.runtime.kernels.decode import packed_attention
+    from kvcompress.kernels.decode import packed_attention
 
     assert layer.packed_keys is not None and layer.packed_values is not None
     seen = _visible(layer, mask, batch)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, typical_counts
-from kvcompress.runtime.tiles import is_tileable
+from kvcompress.codec.tiles import is_tileable
 
 SMALL = ("--shape", "smollm2-135m", "--context", "64,128", "--batch", "1", "--keep", "0.25", "--device", "cpu")
 

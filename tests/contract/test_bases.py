@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvcompress.bases import BASES
 from kvcompress.bases.base import expected_loss
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.model.model_spec import AttentionSpec
+from kvcompress.model.rope import Rotary
 from kvcompress.options import FOLDABLE_KEY_BASES, KEY_BASES, VALUE_BASES
-from kvcompress.rope import Rotary
-from kvcompress.runtime.codec import SiteCodec
 from tests.basis_cases import ATTENTIONS, EIGEN, HEAD_DIM, MAKERS, Case, make_case, projector, ridged, site_maps
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.runtime.codec import SiteCodec
+from kvcompress.codec.codec import SiteCodec
 from tests.basis_cases import (
     ATTENTIONS,
     EIGEN,

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import kvcompress
-from kvcompress.bits import BitCurve, bit_curve
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.choose.bits import BitCurve, bit_curve
+from kvcompress.choose.fitting import fit_site, key_basis, value_basis
+from kvcompress.codec import codec as codec_module
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.codec.quantise import gain
 from kvcompress.errors import OptionError
-from kvcompress.fitting import fit_site, key_basis, value_basis
 from kvcompress.options import BIT_BASES, GAIN_BITS, LEVELS, CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
-from kvcompress.quantise import gain
-from kvcompress.runtime import codec as codec_module
 from kvcompress.runtime.attach import attach_plan, attachment_of
-from kvcompress.runtime.codec import SiteCodec
 from tests.contract.test_runtime_cache import fill
 from tests.tiny_models import PAD, random_ids
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.errors import OptionError, OutputError
 from kvcompress.evaluate import compare as module
 from kvcompress.evaluate.compare import COMPARISON_FILE, Request, compare
@@ -18,6 +17,7 @@ from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import cells_of
 from kvcompress.evaluate.peers import PEERS, evaluate_peer, find_peer
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate
+from kvcompress.model.architectures import read_model_spec
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.report.comparison import comparison_table, headline, name_of

@@ -12,7 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.model_spec import PARTS, Part
+from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.runtime import fast

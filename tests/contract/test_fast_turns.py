@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import kvcompress
+from kvcompress.kernels import turned
 from kvcompress.options import CompressOptions
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attachment_of
-from kvcompress.runtime.kernels import turned
 from tests import emulator
 from tests.tiny_models import PAD, random_ids, save_tiny_checkpoint
 

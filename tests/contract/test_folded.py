@@ -19,7 +19,7 @@ from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, load_maps, save_maps
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.checkpoint.writer import copy_checkpoint
 from kvcompress.errors import BudgetError, OptionError, UnsupportedModelError
-from kvcompress.folding import write_folded_weights
+from kvcompress.fold.folding import write_folded_weights
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import Plan

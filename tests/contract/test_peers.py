@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, QuantizedCache
 
-from kvcompress.architectures import read_model_spec
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.peer_caches import AXIS, GROUP, KiviLayer, PeerCache, hqq_layer, quanto_layer
 from kvcompress.evaluate.peers import PEERS, Peer, decoded_states, evaluate_peer, find_peer
 from kvcompress.evaluate.perplexity import Original, Windows
+from kvcompress.model.architectures import read_model_spec
 from tests.tiny_models import random_ids
 
 needs_hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed (extra `peers`)")

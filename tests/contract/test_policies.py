@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvcompress.errors import BudgetError, OptionError
-from kvcompress.model_spec import PARTS, Site
+from kvcompress.model.model_spec import PARTS, Site
 from kvcompress.options import POLICY_NAMES
 from kvcompress.policies import POLICIES, Middle, Policy, SiteCurve
 from kvcompress.policies.base import tail_energy

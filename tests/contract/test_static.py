@@ -16,13 +16,13 @@ import kvcompress
 import kvcompress.runtime.graph as graph_module
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError
+from kvcompress.kernels import turned
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.graph import GraphDecoder
-from kvcompress.runtime.kernels import turned
 from kvcompress.runtime.static import StaticCache
 from tests import emulator
 from tests.tiny_models import PAD, random_ids, save_tiny_checkpoint

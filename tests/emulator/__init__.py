@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcompress.runtime.kernels.turned import kernel_source
+from kvcompress.kernels.turned import kernel_source
 
 _HERE = Path(__file__).parent
 _COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w"]

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, load_maps, save_maps
-from kvcompress.model_spec import Site
+from kvcompress.codec.packing import pack_codes, unpack_codes
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import FORMAT_VERSION, PLAN_FILE, REPORT_FILE, Plan, SitePlan
-from kvcompress.runtime.packing import pack_codes, unpack_codes
 
 GOLDEN = Path(__file__).parent
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress.model_spec import Part
-from kvcompress.runtime.tiles import Tiles
+from kvcompress.codec.tiles import Tiles
+from kvcompress.model.model_spec import Part
 
 #: Components of two groups: of 16 bits 8 and 0, of 8 bits 4 and 0, of 4 bits 8 and 4, of 2 bits 4 and 0, of 1 bit 4
 #: and 12.

@@ -13,7 +13,7 @@ from kvcompress.bases import BASES
 from kvcompress.bases.base import _FISHER_RIDGE, whitened_eigenbasis
 from kvcompress.calibration.moments import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 

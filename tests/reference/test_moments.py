@@ -19,7 +19,7 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments, usable_partitions
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError
-from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection, Site
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Projection, Site
 from tests.tiny_models import random_ids
 
 FAMILIES = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.architectures import FAMILIES as READERS
-from kvcompress.architectures import read_model_spec
 from kvcompress.errors import CheckpointError, KVCompressError, UnsupportedModelError
-from kvcompress.model_spec import ModelSpec, Site
+from kvcompress.model.architectures import FAMILIES as READERS
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import ModelSpec, Site
 from tests.tiny_models import FAMILIES
 
 #: The config.json of a 2-layer llama as transformers 4 wrote it.

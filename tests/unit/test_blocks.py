@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress import blocks
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.errors import OptionError
-from kvcompress.model_spec import AttentionSpec, Projection
-from kvcompress.rope import Rotary
+from kvcompress.model import blocks
+from kvcompress.model.model_spec import AttentionSpec, Projection
+from kvcompress.model.rope import Rotary
 from tests.tiny_models import BOS, build_tokenizer
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import SiteMoments
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.fitting import FittedSite, fit_site
-from kvcompress.model_spec import AttentionSpec
+from kvcompress.choose.fitting import FittedSite, fit_site
+from kvcompress.model.model_spec import AttentionSpec
 from kvcompress.options import CompressOptions
 
 RESTRICTED = ["head", "share", "frequency", "band", "per_head"]

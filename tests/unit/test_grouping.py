@@ -11,8 +11,8 @@ import torch
 
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import BudgetError, OptionError
-from kvcompress.grouping import best_partition, choose_groups, group_sizes
-from kvcompress.model_spec import Site
+from kvcompress.fold.grouping import best_partition, choose_groups, group_sizes
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 
 

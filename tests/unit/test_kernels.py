@@ -12,13 +12,13 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
+from kvcompress.codec.tiles import Tiles
 from kvcompress.errors import OptionError
-from kvcompress.model_spec import PARTS, Part
-from kvcompress.rope import Rotary
-from kvcompress.runtime.kernels.decode import packed_attention
-from kvcompress.runtime.kernels.encode import centred, pack_latents
-from kvcompress.runtime.kernels.layout import PackedSite, row_words
-from kvcompress.runtime.tiles import Tiles
+from kvcompress.kernels.decode import packed_attention
+from kvcompress.kernels.encode import centred, pack_latents
+from kvcompress.kernels.layout import PackedSite, row_words
+from kvcompress.model.model_spec import PARTS, Part
+from kvcompress.model.rope import Rotary
 from tests.packed_cases import Case, pack_codes, random_case
 
 MIXED = {8: 3, 4: 40, 2: 67, 1: 21}

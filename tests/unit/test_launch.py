@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.runtime.kernels.launch import OverlappingKernel, overlapping
+from kvcompress.kernels.launch import OverlappingKernel, overlapping
 
 
 class Driver:

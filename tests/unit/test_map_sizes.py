@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import usable_partitions
+from kvcompress.checkpoint.map_budget import MAPS_SHARE, default_group, moments_group, turn_group
 from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
-from kvcompress.fitting import key_basis
-from kvcompress.map_budget import MAPS_SHARE, default_group, moments_group, turn_group
-from kvcompress.model_spec import AttentionSpec, ModelSpec, Projection
+from kvcompress.choose.fitting import key_basis
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Projection
 from kvcompress.options import CompressOptions
 
 KEEPS = (0.05, 0.125, 0.25, 0.5, 0.75, 1.0)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.calibrate as calibrate
-from kvcompress.calibrate import obtain_moments
+import kvcompress.calibration.calibrate as calibrate
+from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint

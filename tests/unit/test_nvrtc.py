@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.runtime.kernels import nvrtc
+from kvcompress.kernels import nvrtc
 
 GPU = torch.device("cuda", 0)
 

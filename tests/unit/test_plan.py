@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvcompress.errors import CheckpointError
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 from kvcompress.plan import PLAN_FILE, Plan, SitePlan
 from kvcompress.report.document import CONTEXTS, layer_rows, report_document
 

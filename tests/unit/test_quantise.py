@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress.codec.quantise import best_gain, dequantise, fit_steps, gain, quantise
 from kvcompress.options import GAIN_BITS, LEVELS
-from kvcompress.quantise import best_gain, dequantise, fit_steps, gain, quantise
 
 #: Least mean squared error of a uniform quantiser for a Gaussian (Max 1960), relative to its variance.
 MAX_1960 = {1: 0.3634, 2: 0.1188, 4: 0.01154, 8: 0.0001}  # the last hangs on the largest of the samples

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CheckpointError
-from kvcompress.model_spec import Site
+from kvcompress.model.model_spec import Site
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:

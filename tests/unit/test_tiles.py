@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.model_spec import PARTS, Part
-from kvcompress.runtime.codec import SiteCodec, layer_codecs
-from kvcompress.runtime.tiles import Tiles, is_tileable, tile_places
+from kvcompress.codec.codec import SiteCodec, layer_codecs
+from kvcompress.codec.tiles import Tiles, is_tileable, tile_places
+from kvcompress.model.model_spec import PARTS, Part
 
 CPU = torch.device("cpu")
 #: Components of each group by bits.

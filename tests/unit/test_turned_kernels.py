@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.runtime.kernels import turned
-from kvcompress.runtime.kernels.arguments import ExactTokens
-from kvcompress.runtime.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
-from kvcompress.runtime.kernels.launch_shapes import CODES, NUMBERS
-from kvcompress.runtime.kernels.nvrtc import compiler_works
-from kvcompress.runtime.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
+from kvcompress.kernels import turned
+from kvcompress.kernels.arguments import ExactTokens
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.launch_shapes import CODES, NUMBERS
+from kvcompress.kernels.nvrtc import compiler_works
+from kvcompress.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
 from tests import emulator
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
+from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.model_spec import AttentionSpec, Site
-from kvcompress.rope import Rotary
-from kvcompress.turns import turned_moments
+from kvcompress.model.model_spec import AttentionSpec, Site
+from kvcompress.model.rope import Rotary
 from tests.tiny_models import FAMILIES
 
 TURN = 32

@@ -1,0 +1,153 @@
+"""Where the moments come from: the weights, the file of an earlier run, or a calibration now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompress.calibration import text as calibration_text
+from kvcompress.calibration.fisher import collect_moments
+from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
+from kvcompress.calibration.sampling import sample_windows
+from kvcompress.checkpoint.map_budget import moments_group
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.checkpoint.writer import remove_stale
+from kvcompress.errors import CheckpointError
+from kvcompress.options import CompressOptions
+
+#: With no text given: what was best on four kinds of text (docs/measurements.md).
+DEFAULT_CALIBRATION = (calibration_text.SELF, calibration_text.PROSE, calibration_text.CODE)
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); stages: sample, calibrate, fit, write."""
+
+
+def obtain_moments(
+    checkpoint: Checkpoint,
+    output: Path,
+    options: CompressOptions,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Moments:
+    """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now."""
+    report = progress or (lambda *_: None)
+    if options.metric == "weights":
+        return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
+    protocol = _calibration_protocol(checkpoint, options, device, dtype)
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    file = output.parent / f"kvcompress-moments-{key}.safetensors"
+    partial = file.with_suffix(".partial.safetensors")
+    for left in (file, partial):
+        remove_stale(left)
+    if file.is_file() or not resume:
+        partial.unlink(missing_ok=True)
+    if file.is_file():
+        return Moments.load(file)
+    model, tokenizer = _load_model(checkpoint, protocol["device"], protocol["dtype"])
+    windows = _calibration_windows(model, tokenizer, options, report)
+    protocol["text_sha256"] = windows.sha256
+    if partial.is_file():
+        moments = Moments.load(partial)
+        if moments.protocol != protocol:
+            moments = _no_moments(checkpoint, protocol)
+        moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
+    else:
+        moments = _no_moments(checkpoint, protocol)
+    collect_moments(
+        model,
+        checkpoint.spec,
+        windows.ids,
+        moments,
+        sinks=options.sinks,
+        recent=options.recent,
+        seed=options.seed,
+        partial_file=partial,
+        progress=lambda done, total: report("calibrate", done, total),
+    )
+    moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+    moments.save(file)
+    partial.unlink(missing_ok=True)
+    return moments
+
+
+def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any]) -> Moments:
+    blocks = {"group": protocol["group"], "band": protocol["band"]}
+    return empty_moments(checkpoint.spec, protocol, device=protocol["device"], **blocks)
+
+
+def _stored_group(checkpoint: Checkpoint, options: CompressOptions) -> int:
+    """Return the KV heads in a block of the moments: the default, unless the options need other blocks."""
+    if options.folded:  # a fold's values are mixed over all heads
+        return checkpoint.spec.layers[0].n_kv_heads
+    group = moments_group(checkpoint)
+    return options.group if options.group and group % options.group else group
+
+
+def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, device: str, dtype: str) -> dict[str, Any]:
+    """Return everything that decides the moments; its hash names their file."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        # 16-bit arithmetic is slow on most CPUs, and float32 costs only memory there
+        dtype = "float32" if device == "cpu" else checkpoint.spec.dtype
+    sources = options.calibration or DEFAULT_CALIBRATION
+    group = _stored_group(checkpoint, options)
+    whole = group == checkpoint.spec.layers[0].n_kv_heads  # then bands are parts of what is kept anyway
+    return {
+        "mode": "fisher",
+        "format": MOMENTS_FORMAT,
+        "model": checkpoint.fingerprint(),
+        "sources": list(sources),
+        "source_sha256": [_source_digest(s) for s in sources],
+        "tokens": max(1, options.tokens // options.seq_len) * options.seq_len,
+        "seq_len": options.seq_len,
+        "sinks": options.sinks,
+        "recent": options.recent,
+        "seed": options.seed,
+        "device": device,
+        "dtype": dtype,
+        "group": group,
+        "band": CompressOptions().band if whole else options.band,
+    }
+
+
+def _source_digest(source: str) -> str:
+    """Return the SHA-256 of a text's files, so that changed text is calibrated anew; of the name for other sources."""
+    path = Path(source)
+    files = calibration_text.text_files(path) if path.is_dir() else [path] if path.is_file() else []
+    digest = hashlib.sha256(b"" if files else source.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _calibration_windows(
+    model: Any, tokenizer: Any, options: CompressOptions, report: Progress
+) -> calibration_text.TextWindows:
+    sources = options.calibration or DEFAULT_CALIBRATION
+    sampled = None
+    if calibration_text.SELF in sources:
+        n = calibration_text.share_of(sources, options.tokens, options.seq_len, calibration_text.SELF)
+        sampled = sample_windows(
+            model, tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
+        )
+    return calibration_text.mixed_windows(tokenizer, sources, options.tokens, options.seq_len, sampled=sampled)
+
+
+def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(checkpoint.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {checkpoint.source}: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,1 @@
+"""Moments -> what each site keeps: energies, costs of bits, the budget's allocation."""

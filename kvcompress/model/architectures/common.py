@@ -1,0 +1,152 @@
+"""Reading of config.json fields that the families share, with errors that name the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompress.errors import CheckpointError, UnsupportedModelError
+from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec, Projection
+
+#: RoPE kinds whose frequencies depend on the length seen so far: a cached key cannot be un-rotated later.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+
+
+def positive_int(config: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = config.get(field)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {field} must be a positive integer, found {value!r}. Check the file.")
+    return value
+
+
+def head_counts(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Return (n_heads, n_kv_heads, head_dim), checked for divisibility."""
+    hidden = positive_int(config, "hidden_size")
+    n_heads = positive_int(config, "num_attention_heads")
+    n_kv_heads = positive_int(config, "num_key_value_heads", n_heads)
+    if config.get("head_dim") is None and hidden % n_heads:
+        raise CheckpointError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {n_heads}. Check the file."
+        )
+    head_dim = positive_int(config, "head_dim", hidden // n_heads)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"config.json: head_dim {head_dim} is odd; RoPE rotates pairs of channels. Check the file."
+        )
+    if n_heads % n_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}. "
+            "Check num_attention_heads and num_key_value_heads."
+        )
+    return n_heads, n_kv_heads, head_dim
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings from either spelling (`rope_parameters`, or the older `rope_scaling`)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UnsupportedModelError(
+            "config.json: rope_parameters is not one object for all layers; no reader for that."
+        )
+    return rope
+
+
+def rotary_dim(config: dict[str, Any], head_dim: int) -> int:
+    """Return how many channels of a head RoPE rotates. Raises for length-dependent RoPE."""
+    rope = rope_parameters(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fixed = kind == "longrope" and rope.get("short_factor") and rope["short_factor"] == rope.get("long_factor")
+    if kind in _LENGTH_DEPENDENT_ROPE and not fixed:
+        raise UnsupportedModelError(
+            f"RoPE scaling '{kind}' changes its frequencies with the length of the text, so cached keys cannot be "
+            "un-rotated. Supported: default, linear, llama3, yarn."
+        )
+    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    fraction = 1.0 if fraction is None else fraction
+    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, found {fraction!r}.")
+    return int(head_dim * fraction)
+
+
+def per_layer(field: str, values: Any, n_layers: int) -> list[Any]:
+    """Return a config field that lists one entry a layer, checked for that."""
+    if not isinstance(values, list) or len(values) != n_layers:
+        raise CheckpointError(f"config.json: {field} must list one entry for each of the {n_layers} layers. Check it.")
+    return values
+
+
+def storage_dtype(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise UnsupportedModelError(f"config.json: dtype {name} is not supported. Supported: {', '.join(DTYPE_BYTES)}.")
+    return name
+
+
+def build_model_spec(config: dict[str, Any], layers: list[AttentionSpec]) -> ModelSpec:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"the weights are quantised ({method}). Start from the 16-bit checkpoint: the cache's size is the same."
+        )
+    return ModelSpec(
+        architecture=config["model_type"],
+        dtype=storage_dtype(config),
+        hidden_size=positive_int(config, "hidden_size"),
+        vocab_size=positive_int(config, "vocab_size"),
+        layers=tuple(layers),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def separate_projections(
+    config: dict[str, Any],
+    *,
+    bias: bool = False,
+    key_norm: bool = False,
+    rotary_layers: list[bool] | None = None,
+    sliding_layers: list[bool] | None = None,
+) -> ModelSpec:
+    """Return the spec of a model with llama's tensor names: self_attn.{k,v}_proj, RoPE in half-split pairs."""
+    n_heads, n_kv_heads, head_dim = head_counts(config)
+    n_layers = positive_int(config, "num_hidden_layers")
+    width = n_kv_heads * head_dim
+    rotary = rotary_dim(config, head_dim)
+    layers = []
+    for i in range(n_layers):
+        attention = f"model.layers.{i}.self_attn"
+        projections = {
+            part: Projection(
+                weight=f"{attention}.{part[0]}_proj.weight",
+                bias=f"{attention}.{part[0]}_proj.bias" if bias else None,
+                module=f"{attention}.k_norm" if key_norm and part == "key" else f"{attention}.{part[0]}_proj",
+                start=0,
+                stop=width,
+            )
+            for part in ("key", "value")
+        }
+        layers.append(
+            AttentionSpec(
+                layer=i,
+                n_heads=n_heads,
+                n_kv_heads=n_kv_heads,
+                head_dim=head_dim,
+                rotary_dim=rotary if rotary_layers is None or rotary_layers[i] else 0,
+                key_norm=key_norm,
+                sliding_window=config.get("sliding_window") if sliding_layers and sliding_layers[i] else None,
+                **projections,
+            )
+        )
+    return build_model_spec(config, layers)
+
+
+def sliding_by_layer_types(config: dict[str, Any]) -> list[bool]:
+    """Return which layers use a sliding window, as Qwen-type configs say it (layer_types or max_window_layers)."""
+    n_layers = positive_int(config, "num_hidden_layers")
+    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return [False] * n_layers
+    types = config.get("layer_types")
+    if types:
+        return [t == "sliding_attention" for t in per_layer("layer_types", types, n_layers)]
+    return [i >= config.get("max_window_layers", 0) for i in range(n_layers)]

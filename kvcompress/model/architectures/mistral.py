@@ -1,0 +1,11 @@
+"""Mistral: llama's tensors, with a sliding window in every layer where the config gives one."""
+
+from typing import Any
+
+from kvcompress.model.architectures.common import positive_int, separate_projections
+from kvcompress.model.model_spec import ModelSpec
+
+
+def read(config: dict[str, Any]) -> ModelSpec:
+    sliding = config.get("sliding_window") is not None
+    return separate_projections(config, sliding_layers=[sliding] * positive_int(config, "num_hidden_layers"))
