@@ -78,7 +78,7 @@ def run(model: Path, scratch: Path, options: Any, *, quiet: bool) -> dict[str, A
     from kvcompress.calibration.text import CODE
     from kvcompress_cli.compress import result_document
     from kvcompress_cli.compress import run as compress
-    from kvcompress_cli.eval import measure, print_evaluation
+    from kvcompress_cli.eval_perplexity import measure, show
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.report import print_report, read_report
 
@@ -93,7 +93,7 @@ def run(model: Path, scratch: Path, options: Any, *, quiet: bool) -> dict[str, A
     evaluation = measure(loaded, str(held_out), seq_len=options.seq_len, max_windows=_EVAL_WINDOWS)
     if not quiet:
         typer.echo("")
-        print_evaluation(evaluation)
+        show(evaluation)
     # in the checkpoint's own dtype, so that the measured bytes of both caches can be compared
     samples = sample_both(load_compressed(output, base=None, device="cpu", dtype=result.plan.dtype))
     if not quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,55 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress_cli import flags, terminal
-from kvcompress_cli.peers import NAMES, show_peer
+from kvcompress_cli.eval_options import EvalOptions, mode_of
+from kvcompress_cli.eval_peers import NAMES, show_peer
 
 if TYPE_CHECKING:
-    from kvcompress.evaluate.perplexity import Evaluation
     from kvcompress_cli.loading import Loaded
 
 _TASKS, _LONG, _HOW = "Tasks", "Long context", "How it runs"
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What is evaluated and how; None where an option was not given."""
-
-    text: str | None
-    seq_len: int | None
-    max_windows: int | None
-    recent: int | None
-    sinks: int | None
-    tasks: str | None
-    limit: int | None
-    fewshot: int | None
-    lengths: str | None
-    depths: str | None
-    prompts: int | None
-    prompt_tokens: int | None
-    new_tokens: int | None
-    batch_size: int | None
-    answers: Path | None
-    cache: str | None
-
-
-#: The evaluations that each option belongs to.
-_BELONGS: dict[str, tuple[str, ...]] = {
-    "text": ("--text", "--cache", "--retrieval", "--by-position", "--generation"),
-    "seq_len": ("--text", "--cache", "--by-position"),
-    "max_windows": ("--text", "--cache", "--by-position"),
-    "recent": ("--text", "--cache", "--tasks", "--retrieval", "--by-position"),
-    "sinks": ("--text", "--tasks", "--retrieval", "--by-position"),
-    "tasks": ("--tasks",),
-    "limit": ("--tasks",),
-    "fewshot": ("--tasks",),
-    "lengths": ("--retrieval",),
-    "depths": ("--retrieval",),
-    "prompts": ("--retrieval", "--generation"),
-    "prompt_tokens": ("--generation",),
-    "new_tokens": ("--generation",),
-    "batch_size": ("--tasks", "--retrieval", "--generation"),
-    "answers": ("--tasks", "--retrieval"),
-}
 
 
 #: What the records of each evaluation are called (evaluations.json).
@@ -190,7 +147,7 @@ def evaluate(
         answers=answers,
         cache=cache,
     )
-    mode = _mode(options, retrieval=retrieval, by_position=by_position, generation=generation)
+    mode = mode_of(options, retrieval=retrieval, by_position=by_position, generation=generation)
     if mode == "--cache":
         if base is not None:
             from kvcompress.errors import OptionError
@@ -212,29 +169,6 @@ def evaluate(
     record(output, _KINDS[mode], result.to_json())
 
 
-def _mode(options: EvalOptions, *, retrieval: bool, by_position: bool, generation: bool) -> str:
-    """Return which evaluation is asked for. Raises OptionError for none, for two, and for options of another."""
-    from kvcompress.errors import OptionError
-
-    asked = {
-        "--cache": options.cache is not None,
-        "--tasks": options.tasks is not None,
-        "--retrieval": retrieval,
-        "--by-position": by_position,
-    }
-    chosen = [name for name, on in (asked | {"--generation": generation}).items() if on]
-    if len(chosen) > 1:
-        raise OptionError(f"{chosen[0]} and {chosen[1]} are two evaluations. Run them one after the other.")
-    mode = chosen[0] if chosen else "--text"
-    if mode in ("--text", "--cache", "--by-position") and options.text is None:
-        raise OptionError("nothing to evaluate on. Name a text with --text, or choose --tasks or --retrieval.")
-    for name, modes in _BELONGS.items():
-        if getattr(options, name) is not None and mode not in modes:
-            with_mode = "perplexity (--text alone)" if mode == "--text" else mode
-            raise OptionError(f"--{name.replace('_', '-')} does nothing with {with_mode}. Leave it out.")
-    return mode
-
-
 def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], Callable[[Any], None]]:
     """Return (what turns a loaded model into a result, what prints that). Raises OptionError for a bad list."""
     if mode == "--tasks":
@@ -242,64 +176,9 @@ def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], C
 
         return partial(eval_tasks.run, options=options), eval_tasks.show
     if mode == "--text":
-        return partial(_measure, options=options), print_evaluation
+        from kvcompress_cli import eval_perplexity
+
+        return partial(eval_perplexity.run, options=options), eval_perplexity.show
     from kvcompress_cli import eval_context
 
     return eval_context.runner(mode, options)
-
-
-def _measure(loaded: Loaded, options: EvalOptions) -> Evaluation:
-    return measure(
-        loaded,
-        str(options.text),
-        seq_len=options.seq_len or 2048,
-        max_windows=options.max_windows,
-        recent=options.recent,
-        sinks=options.sinks,
-    )
-
-
-def measure(
-    loaded: Loaded,
-    text: str,
-    *,
-    seq_len: int,
-    max_windows: int | None,
-    recent: int | None = None,
-    sinks: int | None = None,
-) -> Evaluation:
-    """Return the library's evaluation, with progress on stderr."""
-    from kvcompress.evaluate.perplexity import evaluate as evaluate_model
-    from kvcompress_cli.progress import stage_progress
-
-    with stage_progress() as progress:
-        return evaluate_model(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            original=loaded.original,
-            seq_len=seq_len,
-            max_windows=max_windows,
-            recent=recent,
-            sinks=sinks,
-            progress=lambda done, total: progress("eval", done, total),
-        )
-
-
-def print_evaluation(evaluation: Evaluation) -> None:
-    from rich.markup import escape
-
-    perplexity, protocol = evaluation.perplexity, evaluation.protocol
-    grid = terminal.facts()
-    grid.add_row("perplexity, original", f"{perplexity['original']:.4f}")
-    grid.add_row("perplexity, compressed", f"{perplexity['compressed']:.4f}")
-    grid.add_row("ratio", f"[bold]{perplexity['ratio']:.4f}[/bold]")
-    grid.add_row("KL to the original", f"{evaluation.kl_nats:.5f} nats a token")
-    grid.add_row("same most likely token", f"{evaluation.top1_agreement:.2%}")
-    grid.add_row("keep", f"{evaluation.keep:.4f} of the cache's bytes, beyond the window")
-    grid.add_row(
-        "protocol",
-        f"{escape(protocol['text'])} (sha256 {protocol['text_sha256'][:12]}), {protocol['windows']} windows of "
-        f"{protocol['seq_len']}, {protocol['sinks']} sinks, {protocol['recent']} recent, {protocol['dtype']}",
-    )
-    terminal.stdout().print(grid)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvcompress.evaluate.generation import Agreement
     from kvcompress.evaluate.positions import PositionBin, Positions
     from kvcompress.evaluate.retrieval import Retrieval
-    from kvcompress_cli.eval import EvalOptions
+    from kvcompress_cli.eval_options import EvalOptions
 
 
 #: Text for questions that do not depend on what the text says.

@@ -8,7 +8,7 @@ from kvcompress_cli import terminal
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.task_results import MetricResult, TaskEvaluation
-    from kvcompress_cli.eval import EvalOptions
+    from kvcompress_cli.eval_options import EvalOptions
     from kvcompress_cli.loading import Loaded
 
 

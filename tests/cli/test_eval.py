@@ -154,6 +154,6 @@ def test_peers_that_cannot_be_measured(fails, model, text):
 
 def test_the_names_in_the_help_are_all_peers():
     from kvcompress.evaluate.peers import PEERS
-    from kvcompress_cli.peers import NAMES
+    from kvcompress_cli.eval_peers import NAMES
 
     assert NAMES.split(", ") == list(PEERS)

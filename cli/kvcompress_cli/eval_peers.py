@@ -46,13 +46,13 @@ def measure_peer(
 
 def show_peer(source: str, cache: str, text: str, *, json: bool, **settings: Any) -> None:
     """Measure a peer and print its figures; settings are those of `measure_peer`."""
-    from kvcompress_cli.eval import print_evaluation
+    from kvcompress_cli.eval_perplexity import show
 
     evaluation = measure_peer(source, cache, text, **settings)
     if json:
         terminal.print_json(evaluation.to_json())
         return
-    print_evaluation(evaluation)
+    show(evaluation)
     _print_bytes(evaluation)
 
 

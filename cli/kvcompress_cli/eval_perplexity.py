@@ -1,0 +1,69 @@
+"""`kvcompress eval --text`: perplexity, KL and agreement of the original and the compressed model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcompress_cli import terminal
+
+if TYPE_CHECKING:
+    from kvcompress.evaluate.perplexity import Evaluation
+    from kvcompress_cli.eval_options import EvalOptions
+    from kvcompress_cli.loading import Loaded
+
+
+def run(loaded: Loaded, options: EvalOptions) -> Evaluation:
+    return measure(
+        loaded,
+        str(options.text),
+        seq_len=options.seq_len or 2048,
+        max_windows=options.max_windows,
+        recent=options.recent,
+        sinks=options.sinks,
+    )
+
+
+def measure(
+    loaded: Loaded,
+    text: str,
+    *,
+    seq_len: int,
+    max_windows: int | None,
+    recent: int | None = None,
+    sinks: int | None = None,
+) -> Evaluation:
+    """Return the library's evaluation, with progress on stderr."""
+    from kvcompress.evaluate.perplexity import evaluate as evaluate_model
+    from kvcompress_cli.progress import stage_progress
+
+    with stage_progress() as progress:
+        return evaluate_model(
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            original=loaded.original,
+            seq_len=seq_len,
+            max_windows=max_windows,
+            recent=recent,
+            sinks=sinks,
+            progress=lambda done, total: progress("eval", done, total),
+        )
+
+
+def show(evaluation: Evaluation) -> None:
+    from rich.markup import escape
+
+    perplexity, protocol = evaluation.perplexity, evaluation.protocol
+    grid = terminal.facts()
+    grid.add_row("perplexity, original", f"{perplexity['original']:.4f}")
+    grid.add_row("perplexity, compressed", f"{perplexity['compressed']:.4f}")
+    grid.add_row("ratio", f"[bold]{perplexity['ratio']:.4f}[/bold]")
+    grid.add_row("KL to the original", f"{evaluation.kl_nats:.5f} nats a token")
+    grid.add_row("same most likely token", f"{evaluation.top1_agreement:.2%}")
+    grid.add_row("keep", f"{evaluation.keep:.4f} of the cache's bytes, beyond the window")
+    grid.add_row(
+        "protocol",
+        f"{escape(protocol['text'])} (sha256 {protocol['text_sha256'][:12]}), {protocol['windows']} windows of "
+        f"{protocol['seq_len']}, {protocol['sinks']} sinks, {protocol['recent']} recent, {protocol['dtype']}",
+    )
+    terminal.stdout().print(grid)
