@@ -15,13 +15,15 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import read_config
 from kvcompress.codec.codec import SiteCodec, layer_codecs
 from kvcompress.errors import OptionError
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model import blocks
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import AttentionSpec, Part, Projection
 from kvcompress.model.rope import Rotary
 from kvcompress.options import GAIN_BITS, LEVELS, QUAD, TILE_TOKENS
 from kvcompress.plan import BLOCK_TOKENS, Plan
-from kvcompress.runtime.cache import CompressedLayer, LayerCodecs, TokenLine
+from kvcompress.runtime.cache import CompressedLayer
+from kvcompress.runtime.tokens import TokenLine
 
 #: Exact tokens beside the packed ones, as generation has them.
 SINKS, RECENT = 4, 64
@@ -137,10 +139,10 @@ def random_layer(
     key, value = layer_codecs(*maps, device, turn=turn)
     assert key is not None
     if turn > 1:
-        codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, turn=turn)
+        codecs = LayerKernels(key, value, rotary, shape.n_kv_heads, shape.head_dim, turn=turn)
     else:
         mean, key.mean = key.mean, None
-        codecs = LayerCodecs(key, value, rotary, shape.n_kv_heads, shape.head_dim, True, mean)
+        codecs = LayerKernels(key, value, rotary, shape.n_kv_heads, shape.head_dim, True, mean)
     n_blocks = n_tokens // BLOCK_TOKENS
     tokens = TokenLine(SINKS, RECENT, counts_bytes=True)
     tokens.append(torch.arange(n_blocks * BLOCK_TOKENS + RECENT, device=device)[None], batch)

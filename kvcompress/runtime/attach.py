@@ -16,12 +16,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.errors import CheckpointError, OptionError
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, ModelSpec, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan
 from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
-from kvcompress.runtime.cache import CompressedCache, LayerCodecs
+from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"
@@ -246,7 +247,9 @@ def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> n
     return linear
 
 
-def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]) -> list[LayerCodecs]:
+def _layer_codecs(
+    model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
+) -> list[LayerKernels]:
     device = next(model.parameters()).device
     plans = {s.site: s for s in plan.sites}
     rotated = Rotary.of(model) if any(a.rotary_dim for a in spec.layers) else None  # one, and one table of its angles
@@ -261,7 +264,7 @@ def _layer_codecs(model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dic
         if key is not None and planned.rotated and rotary is not None:
             rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
         layers.append(
-            LayerCodecs(
+            LayerKernels(
                 key,
                 value,
                 rotary,

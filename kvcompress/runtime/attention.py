@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvcompress.codec.layer import LayerCodecs
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
-from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs, TokenLine
+from kvcompress.runtime.cache import CompressedCache, CompressedLayer
 from kvcompress.runtime.static import StaticLayer
+from kvcompress.runtime.tokens import TokenLine
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
 TILE_BLOCKS = 64

@@ -2,127 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcompress.codec.codec import SiteCodec
-from kvcompress.model.rope import Rotary
-from kvcompress.plan import BLOCK_TOKENS, n_encoded
-from kvcompress.runtime import fast
-from kvcompress.runtime.counters import Counters
-
-
-@dataclass(frozen=True)
-class LayerCodecs:
-    """How one layer's keys and values are stored. A codec of None stores that part exactly.
-
-    `rotary` is None where nothing is rotated: a layer without RoPE, or keys that are stored exactly. `cached_rotated`
-    says that keys are encoded after RoPE (a basis that commutes with it); `rotated_mean` [n] is then their mean
-    before RoPE, which turns with the position. `turn`: tokens whose keys are un-rotated by one position.
-
-    Positions are those that keys are rotated by, as TokenLine.key_positions returns them.
-    """
-
-    key: SiteCodec | None
-    value: SiteCodec | None
-    rotary: Rotary | None
-    n_kv_heads: int
-    head_dim: int
-    cached_rotated: bool = False
-    rotated_mean: Tensor | None = None
-    turn: int = 1
-
-    @property
-    def exact(self) -> bool:
-        return self.key is None and self.value is None
-
-    def pack_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """keys: [batch, heads, n_blocks * 32, head_dim] after RoPE -> [batch, n_blocks, size of a block]."""
-        fused = None
-        if self.key is not None and not self.cached_rotated:
-            fused = fast.pack_heads(self.key, keys, self.rotary, positions)
-        return _pack(self.key, self._centred_keys(keys, positions)) if fused is None else fused
-
-    def pack_values(self, values: Tensor) -> Tensor:
-        fused = None if self.value is None else fast.pack_heads(self.value, values, None, None)
-        return _pack(self.value, self._centred_values(values)) if fused is None else fused
-
-    def unpack_keys(self, packed: Tensor) -> Tensor:
-        """Return latents [batch, n_tokens, R], float32; the numbers themselves where keys are stored exactly."""
-        return _unpack(self.key, packed)
-
-    def unpack_values(self, packed: Tensor) -> Tensor:
-        return _unpack(self.value, packed)
-
-    def decode_keys(self, latents: Tensor, positions: Tensor) -> Tensor:
-        """latents: [batch, n_tokens, R] -> rotated keys [batch, heads, n_tokens, head_dim], float32."""
-        if self.key is None:
-            return self._heads(latents)
-        keys = self.key.decode(latents)
-        if self.key.mean is not None:
-            keys = keys + self.key.mean
-        keys = self._heads(keys)
-        if self.rotary is None:
-            return keys
-        if not self.cached_rotated:
-            return self.rotary.rotate(keys, positions)
-        return keys + self.mean_keys(positions)
-
-    def decode_values(self, latents: Tensor) -> Tensor:
-        if self.value is None:
-            return self._heads(latents)
-        values = self.value.decode(latents)
-        return self._heads(values if self.value.mean is None else values + self.value.mean)
-
-    def roundtrip_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """Return what attention sees of keys once they are encoded: [batch, heads, n_tokens, head_dim], float32."""
-        if self.key is None:
-            return keys.float()
-        latents = self.key.latents(self.key.encode(self._centred_keys(keys, positions)))
-        return self.decode_keys(latents, positions)
-
-    def roundtrip_values(self, values: Tensor) -> Tensor:
-        if self.value is None:
-            return values.float()
-        return self.decode_values(self.value.latents(self.value.encode(self._centred_values(values))))
-
-    def mean_keys(self, positions: Tensor) -> Tensor:
-        """Return the mean of keys cached rotated, at each position: [batch, heads, n_tokens, head_dim], or 0."""
-        if self.rotated_mean is None or self.rotary is None:
-            return torch.zeros((), device=positions.device)
-        mean = self.rotated_mean.view(1, self.n_kv_heads, 1, self.head_dim)
-        return self.rotary.rotate(mean.expand(len(positions), -1, positions.shape[1], -1), positions)
-
-    def _centred_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
-        if self.key is not None and self.rotary is not None:
-            keys = keys - self.mean_keys(positions) if self.cached_rotated else self.rotary.unrotate(keys, positions)
-        flat = keys.transpose(1, 2).flatten(2)
-        return flat if self.key is None or self.key.mean is None else flat.float() - self.key.mean
-
-    def _centred_values(self, values: Tensor) -> Tensor:
-        flat = values.transpose(1, 2).flatten(2)
-        return flat if self.value is None or self.value.mean is None else flat.float() - self.value.mean
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
-
-
-def _pack(codec: SiteCodec | None, x: Tensor) -> Tensor:
-    """x: [batch, n_blocks * 32, n] -> [batch, n_blocks, size of a block]; an exact part keeps its dtype."""
-    if codec is not None:
-        packed = fast.pack(codec, x)
-        return codec.pack(x) if packed is None else packed
-    return x.reshape(x.shape[0], x.shape[1] // BLOCK_TOKENS, -1).contiguous()
-
-
-def _unpack(codec: SiteCodec | None, packed: Tensor) -> Tensor:
-    if codec is not None:
-        return codec.unpack(packed)
-    return packed.reshape(packed.shape[0], packed.shape[1] * BLOCK_TOKENS, -1).float()
+from kvcompress.kernels.layer import LayerKernels
+from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.runtime.tokens import TokenLine
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -136,7 +24,7 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, codecs: LayerCodecs, tokens: TokenLine) -> None:
+    def __init__(self, codecs: LayerKernels, tokens: TokenLine) -> None:
         super().__init__()
         self.codecs, self.tokens = codecs, tokens
         self.packed_keys: Tensor | None = None  # [batch, n_encoded / 32, size of a block]
@@ -273,83 +161,10 @@ class CompressedLayer(CacheLayerMixin):
         return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
 
 
-class TokenLine:
-    """What all layers share: every token's position, and which tokens are sinks or old enough to be encoded."""
-
-    counters: Counters | None = None  # of a cache of a fixed capacity
-
-    def __init__(self, sinks: int, recent: int, *, counts_bytes: bool) -> None:
-        self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
-        self._positions: Tensor | None = None  # [batch, n_tokens], int32
-        self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
-        self._origin = torch.zeros(1, dtype=torch.int32)  # [batch], the position of slot 0, counted back from there
-
-    @property
-    def positions(self) -> Tensor:
-        if self._positions is None:
-            raise RuntimeError("the cache holds no tokens yet")
-        return self._positions
-
-    def append(self, positions: Tensor, batch: int) -> None:
-        """positions: [batch or 1, n_new]."""
-        new = positions.to(torch.int32).expand(batch, -1)
-        if self._positions is None:
-            # Left padding repeats position 0 or 1, so the first real token is the last one with position 0.
-            is_start = (new == 0).flip(1)
-            self._start = torch.where(is_start.any(1), new.shape[1] - 1 - is_start.int().argmax(1), 0)
-            self._origin = (new.gather(1, self._start[:, None])[:, 0] - self._start).to(torch.int32)
-            self._positions = new.clone()
-        else:
-            self._positions = torch.cat([self._positions, new], 1)
-
-    def n_encoded(self, n_tokens: int) -> int:
-        return n_encoded(n_tokens, self.recent)
-
-    def key_positions(self, first: int, stop: int, turn: int) -> Tensor:
-        """Return the position of the first token of the turn of each slot in first..stop: [batch, stop - first].
-
-        Turns are aligned on slots. One that begins inside the left padding begins at a negative position, counted
-        back from the first real token, so that what a turn's position is never depends on the padding's own.
-        """
-        if turn == 1:
-            return self.positions[:, first:stop]
-        slots = torch.arange(first, stop, dtype=torch.int32, device=self.positions.device)
-        return self._origin[:, None] + slots // turn * turn
-
-    @property
-    def start(self) -> Tensor:
-        """The slot of each sequence's first real token: [batch], or [1] before there are tokens."""
-        return self._start
-
-    @property
-    def origin(self) -> Tensor:
-        """The position of slot 0 of each sequence, counted back from its first real token: [batch], int32."""
-        return self._origin
-
-    def sink_slots(self) -> Tensor:
-        """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""
-        return self._start[:, None] + torch.arange(self.sinks, device=self._start.device)
-
-    def crop(self, length: int) -> None:
-        self._positions = None if length == 0 else self.positions[:, :length].clone()
-
-    def change_batch(self, function: Any) -> None:
-        if self._positions is not None:
-            self._positions = function(self._positions)
-            self._start, self._origin = function(self._start), function(self._origin)
-
-    def clear(self) -> None:
-        self._positions = None
-
-    def nbytes(self) -> int:
-        counted = self._positions is not None and self.counts_bytes
-        return self._positions.untyped_storage().nbytes() if counted and self._positions is not None else 0
-
-
 class CompressedCache(Cache):
     """A transformers Cache whose layers store packed codes. Made by `attach`; `generate` uses it by itself."""
 
-    def __init__(self, codecs: list[LayerCodecs], *, sinks: int, recent: int) -> None:
+    def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int) -> None:
         needs_positions = any(c.key is not None for c in codecs)
         self.tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
         super().__init__(layers=[CompressedLayer(c, self.tokens) for c in codecs])

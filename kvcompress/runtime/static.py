@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import OptionError
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.plan import BLOCK_TOKENS, n_encoded
-from kvcompress.runtime.cache import CompressedCache, CompressedLayer, LayerCodecs, TokenLine
+from kvcompress.runtime.cache import CompressedCache, CompressedLayer
 from kvcompress.runtime.counters import Counters
+from kvcompress.runtime.tokens import TokenLine
 
 
 class StaticLine(TokenLine):
@@ -186,7 +188,7 @@ class StaticCache(CompressedCache):
 
     tokens: StaticLine
 
-    def __init__(self, codecs: list[LayerCodecs], *, sinks: int, recent: int, capacity: int) -> None:
+    def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int, capacity: int) -> None:
         super().__init__(codecs, sinks=sinks, recent=recent)
         self.tokens = StaticLine(sinks, recent, capacity, capacity if any(c.exact for c in codecs) else 0)
         self.layers = [StaticLayer(c, self.tokens) for c in codecs]

@@ -12,6 +12,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.kernels import site
+from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
@@ -50,11 +52,6 @@ def last_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, n_step
     return torch.cat(logits[1:], 1).float()
 
 
-def unpacked_by_kernels(monkeypatch: Any) -> None:
-    for name in ("pack", "pack_heads"):
-        monkeypatch.setattr(fast, name, lambda *_: None)
-
-
 @pytest.mark.parametrize("ranks_only", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, padded: bool, monkeypatch: Any) -> None:
@@ -75,7 +72,6 @@ def test_kernels_give_what_the_reference_gives(attached: Any, ranks_only: bool, 
 
     monkeypatch.setattr(fast, "kernels_apply", lambda device: True)
     monkeypatch.setattr(fast, "attention", counted)
-    unpacked_by_kernels(monkeypatch)
     fused = last_logits(model, ids, mask, 3)
     assert sum(calls) == 3 * len(model.model.layers)
     assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer
@@ -91,8 +87,8 @@ def test_packing_gives_what_the_reference_gives(
     assert (codec.tiles is not None) == ("turn" in options)
     x = torch.randn(2, 64, codec.encoder.shape[0] * codec.encoder.shape[2])
     reference = codec.unpack(codec.pack(x))
-    monkeypatch.setattr(fast, "kernels_apply", lambda device: True)
-    packed = fast.pack(codec, x)
+    monkeypatch.setattr(site, "kernels_apply", lambda device: True)
+    packed = SiteKernels(codec, 2).pack(x)
     assert packed is not None and packed.shape == codec.pack(x).shape
     difference = (codec.unpack(packed) - reference).abs()
     # the projection is in float16: some numbers fall on the other side of a step, and with them a few gains
@@ -104,7 +100,6 @@ def test_one_recorded_step_serves_them_all(attached: Any, monkeypatch: Any) -> N
     """Over a cache of a fixed capacity, at a few of many steps: nothing encoded yet, and evictions."""
     model = attached().to(torch.float16)
     ids, n_prompt, replayed = random_ids(2, 80), 10, {12, 36, 37, 38, 70, 79}
-    unpacked_by_kernels(monkeypatch)
     recording, decoder = assert_replays_follow(model, ids, n_prompt, replayed, "kernels_apply", monkeypatch)
     assert recording.n_replays == len(replayed) - 1
     assert decoder.cache.layers[0].n_encoded == 64

@@ -1,0 +1,40 @@
+"""A layer's codecs with the kernels at their service: used by themselves on a GPU, the reference everywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.codec.layer import LayerCodecs
+from kvcompress.kernels.site import SiteKernels
+
+
+@dataclass(frozen=True)
+class LayerKernels(LayerCodecs):
+    """LayerCodecs that pack by kernels where those apply; what they need of each codec is kept here."""
+
+    @cached_property
+    def key_site(self) -> SiteKernels | None:
+        return None if self.key is None else SiteKernels(self.key, self.n_kv_heads)
+
+    @cached_property
+    def value_site(self) -> SiteKernels | None:
+        return None if self.value is None else SiteKernels(self.value, self.n_kv_heads)
+
+    def pack_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        packed = None
+        if self.key_site is not None and not self.cached_rotated:
+            packed = self.key_site.pack_heads(keys, self.rotary, positions)
+        return super().pack_keys(keys, positions) if packed is None else packed
+
+    def pack_values(self, values: Tensor) -> Tensor:
+        packed = None if self.value_site is None else self.value_site.pack_heads(values, None, None)
+        return super().pack_values(values) if packed is None else packed
+
+    def pack(self, codec: SiteCodec | None, x: Tensor) -> Tensor:
+        site = self.key_site if codec is self.key else self.value_site
+        packed = None if codec is None or site is None else site.pack(x)
+        return super().pack(codec, x) if packed is None else packed

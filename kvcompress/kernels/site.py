@@ -1,0 +1,130 @@
+"""A codec as the kernels take it: its maps in their layouts, and the packing of tokens by kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.layout import LEVELS, PackedSite, row_words
+from kvcompress.kernels.turned import GroupedSite
+from kvcompress.model.rope import Rotary
+from kvcompress.plan import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMaps:
+    """A codec's maps as whole matrices, rows in packed order, steps folded in: [R, n] float16."""
+
+    encoder: Tensor
+    decoder: Tensor
+    counts: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedMaps:
+    """A tiled codec's layout, maps and mean as the kernels for turns take them; see turned.GroupedSite."""
+
+    layout: GroupLayout
+    maps: Tensor
+    mean: Tensor | None
+
+
+def kernels_apply(device: torch.device) -> bool:
+    """Return whether tensors on this device are worked on by the kernels."""
+    return device.type == "cuda" and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class SiteKernels:
+    """What the kernels need of one codec, made at its first use and kept with it."""
+
+    def __init__(self, codec: SiteCodec, n_kv_heads: int) -> None:
+        self.codec, self.n_kv_heads = codec, n_kv_heads
+
+    @property
+    def packable(self) -> bool:
+        """Whether the kernels know all levels of bits of the codec."""
+        classes = self.codec.classes
+        return bool(classes) and all(bits in LEVELS for bits, *_ in classes)
+
+    @cached_property
+    def dense(self) -> DenseMaps:
+        codec = self.codec
+        device = codec.encoder.device
+        width = codec.encoder.shape[0] * codec.encoder.shape[2]
+        encoder = codec.project(torch.eye(width, device=device)).T.contiguous()
+        decoder = codec.decode(torch.eye(codec.n_components, device=device))
+        counts = {bits: stop - start for bits, start, stop in codec.classes}
+        return DenseMaps(encoder.half(), decoder.half(), counts)
+
+    @cached_property
+    def grouped(self) -> GroupedMaps | None:
+        """What the kernels for turns need, or None where the codec's rows are not tiled."""
+        codec = self.codec
+        bits = [b for b, first, last in codec.classes for _ in range(last - first)]
+        n_groups = codec.encoder.shape[0]
+        layout = group_layout(bits, codec.block, n_groups) if codec.tiles is not None else None
+        if layout is None or codec.tiles is None or self.n_kv_heads % n_groups:
+            return None
+        maps = head_decoders(self.dense.decoder, layout, self.n_kv_heads)
+        if codec.tiles.part == "key":
+            maps = decoder_fragments(maps, layout.sets[0])
+        # A part of a file's memory might lie anywhere: kernels read 16 bytes at a time.
+        mean = None if codec.mean is None else codec.mean.clone()
+        return GroupedMaps(replace(layout, table=layout.table.to(maps.device)), maps, mean)
+
+    def pack(self, x: Tensor) -> Tensor | None:
+        """Return what codec.pack returns, or None; x: [batch, n_blocks * 32, n], the mean already subtracted."""
+        if not kernels_apply(x.device) or not self.packable:
+            return None
+        from kvcompress.kernels.encode import project
+
+        return self._packed(project(x, self.dense.encoder))
+
+    def pack_heads(self, x: Tensor, rotary: Rotary | None, positions: Tensor | None) -> Tensor | None:
+        """Return what codec.pack returns of x un-rotated and without the mean, or None.
+
+        x: [batch, heads, n_blocks * 32, head_dim]; rotary: None where nothing is to be un-rotated; positions: those
+        that keys are rotated by, [batch, n_blocks * 32].
+        """
+        whole = rotary is None or whole_rotation(rotary, x.shape[3])
+        if not (whole and kernels_apply(x.device) and self.packable):
+            return None
+        from kvcompress.kernels.encode import centred, project
+
+        return self._packed(project(centred(x, self.codec.mean, rotary, positions), self.dense.encoder))
+
+    def site(self, packed: Tensor, *, mean: Tensor | None = None) -> PackedSite:
+        """packed: int32 [batch, n_blocks, words of a row]."""
+        dense = self.dense
+        return PackedSite(packed, dense.counts, dense.decoder, mean, self.codec.has_gain)
+
+    def grouped_site(self, maps: GroupedMaps, packed: Tensor) -> GroupedSite:
+        """packed: uint8 [batch, n_blocks, bytes of a row]; maps: what `grouped` returned."""
+        codec = self.codec
+        gain_word = sum(bits * (last - first) for bits, first, last in codec.classes) if codec.has_gain else None
+        return GroupedSite(packed.view(torch.int32), maps.layout, maps.maps, maps.mean, gain_word)
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        from kvcompress.kernels.encode import pack_latents
+
+        row = row_words(self.dense.counts, has_gain=self.codec.has_gain)
+        batch, n_tokens, _ = latents.shape
+        words = torch.empty(batch, n_tokens // BLOCK_TOKENS, row, dtype=torch.int32, device=latents.device)
+        pack_latents(latents, self.site(words), tiles=self.codec.tiles)
+        return words.view(torch.uint8)
+
+
+def whole_rotation(rotary: Rotary | None, head_dim: int) -> bool:
+    """Return whether RoPE turns every channel of a head."""
+    return rotary is not None and 2 * len(rotary.inv_freq) == head_dim
