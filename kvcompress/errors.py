@@ -1,8 +1,16 @@
 """Errors of kvcompress: one message that says what is wrong, what was expected and what to do next."""
 
+_LONGEST = 2000
+
 
 class KVCompressError(Exception):
     """Base of every error that a user can cause and mend. The command line prints it in one line and exits with 2."""
+
+    def __str__(self) -> str:
+        """Return the message as one line of printable characters, whatever a file's own names and texts hold."""
+        message = " ".join(super().__str__().split())
+        shown = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
+        return "".join(c if c.isprintable() else "?" for c in shown)
 
 
 class CheckpointError(KVCompressError):

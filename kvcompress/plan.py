@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+from kvcompress.checkpoint.belonging import check_links, fingerprints
+from kvcompress.documents import Count, DocumentError, Finite, OneOf, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
 from kvcompress.model.model_spec import DTYPE_BYTES, Part, Site
 from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
-from kvcompress.options import GAIN_BITS, is_turn
+from kvcompress.options import GAIN_BITS, LEVELS, is_turn
 
 FORMAT_VERSION = 3
 PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
 
 Form = Literal["coded", "folded"]
+#: Numbers that a site may have, far above any model's; what is repeated or allocated by them stays small.
+Width = Annotated[int, Within(1, 1 << 20)]
+Bits = Annotated[int, OneOf((*LEVELS, 16, 32))]
+Name = Annotated[str, Within(0, 4096)]
+
+
+class Options(TypedDict):
+    """What the run time and the reports read of the choices; the others are told as they are."""
+
+    keep: NotRequired[Annotated[float, Within(0, 1)]]
+    key_basis: NotRequired[Name]
+    value_basis: NotRequired[Name]
+    policy: NotRequired[Name]
+    metric: NotRequired[Name]
+    maps_only: NotRequired[bool]
+
+
+class Calibration(TypedDict):
+    """What is told of how the moments were taken; nothing where there were none."""
+
+    sources: NotRequired[list[Name]]
+    tokens: NotRequired[Count]
+    seq_len: NotRequired[Count]
+    text_sha256: NotRequired[Name]
 
 
 def n_encoded(n_tokens: int, recent: int) -> int:
@@ -40,20 +67,20 @@ def runs(bits: Sequence[int]) -> list[tuple[int, int, int]]:
 class SitePlan:
     """What one site keeps. An exact site has no maps and keeps everything in the model's own dtype."""
 
-    layer: int
+    layer: Annotated[int, Within(0, 9999)]
     part: Part
-    basis: str
-    width: int
+    basis: Name
+    width: Width
     #: (bits, components) with bits falling: the bits of every component, in the order in which they are stored.
-    bits: tuple[tuple[int, int], ...]
-    predicted_loss: float
+    bits: tuple[tuple[Bits, Annotated[int, Within(0, 1 << 20)]], ...]
+    predicted_loss: Finite
     #: Numbers that are mixed together; a component's maps are two vectors of this width.
-    block_width: int
+    block_width: Width
     #: Keys only: encoded after RoPE, because the basis commutes with it, or never rotated; other keys are un-rotated,
     #: encoded and rebuilt.
     rotated: bool
     #: Tokens whose keys are un-rotated by one position, that of the first of them; 1 where each has its own, or none.
-    turn: int = 1
+    turn: Annotated[int, Within(1, 1 << 20)] = 1
 
     @property
     def site(self) -> Site:
@@ -87,19 +114,21 @@ class Plan:
     """A compressed cache, fully described. Sizes in bytes, losses in nats a token."""
 
     form: Form
-    source: str
-    source_fingerprint: str
-    architecture: str
+    source: Name
+    source_fingerprint: Name
+    architecture: Name
     dtype: str
     sites: tuple[SitePlan, ...]
-    sinks: int
-    recent: int
+    sinks: Annotated[int, Within(0, 1 << 31)]
+    recent: Annotated[int, Within(0, 1 << 31)]
     options: dict[str, Any]
     calibration: dict[str, Any]
     #: Whether predicted losses are nats (measured Fisher information) or only relative numbers.
     loss_in_nats: bool
-    maps_bytes: int
-    weight_bytes: int
+    maps_bytes: Count
+    weight_bytes: Count
+    #: Fingerprints of the maps and weights that lay beside the plan when it was written; none in earlier outputs.
+    files: dict[str, Name] = field(default_factory=dict, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -128,6 +157,11 @@ class Plan:
         """Whether token positions must be kept: to rotate rebuilt keys, or the mean of keys that are cached rotated."""
         return self.form == "coded" and any(s.part == "key" and not s.exact for s in self.sites)
 
+    @property
+    def most_maps_bytes(self) -> int:
+        """The bytes that the maps can have at most: two float32 rows for each component, block numbers, mean."""
+        return sum(s.rank * (8 * s.block_width + 9) + 8 * s.width for s in self.sites if not s.exact)
+
     def n_encoded(self, n_tokens: int) -> int:
         """Return how many of a sequence's tokens are stored encoded."""
         return n_encoded(n_tokens, self.recent)
@@ -154,41 +188,91 @@ class Plan:
         return total
 
     def save(self, directory: Path) -> None:
+        """Write kv_plan.json, to be done after the maps and weights beside it, whose fingerprints it states."""
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
-        document["bytes_per_token"] = {
-            "original": self.original_bytes_per_token,
-            "compressed": self.compressed_bytes_per_token,
-        }
-        document["keep"] = self.keep
-        document["predicted_loss"] = self.predicted_loss
+        document["files"] = fingerprints(directory)
+        if not document["files"]:
+            del document["files"]
+        document |= self._derived()
         (directory / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> Plan:
-        """Return the plan of a compressed checkpoint. Raises CheckpointError with what to do."""
+        """Return the plan of a compressed checkpoint, every number within its limits.
+
+        Raises CheckpointError with what to do.
+        """
         file = directory / PLAN_FILE
         if not file.is_file():
             raise CheckpointError(f"{directory} has no {PLAN_FILE}: it is not an output of kvcompress compress.")
+        check_links(directory)
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            version = document.pop("format_version")
-            if version != FORMAT_VERSION:
+            document = read_json(file)
+            version = document.pop("format_version", None)
+            if version is not None and version != FORMAT_VERSION:
                 raise CheckpointError(
                     f"{file} has format version {version}; this kvcompress reads version {FORMAT_VERSION}. "
                     "Use the kvcompress that wrote it, or compress again."
                 )
-            for derived in ("bytes_per_token", "keep", "predicted_loss"):
-                document.pop(derived)
-            document["sites"] = tuple(_site_plan(s) for s in document["sites"])
-            plan = cls(**document)
-            _ = plan.keep, plan.n_layers, plan.cache_bytes(plan.recent + 1)  # raises where a field is no such thing
-            return plan
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            return _checked(document, version)
+        except (DocumentError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
 
+    def _derived(self) -> dict[str, Any]:
+        """Return the figures that the file states for people, which follow from the others."""
+        original, compressed = self.original_bytes_per_token, self.compressed_bytes_per_token
+        return {
+            "bytes_per_token": {"original": original, "compressed": compressed},
+            "keep": self.keep,
+            "predicted_loss": self.predicted_loss,
+        }
 
-def _site_plan(record: dict[str, Any]) -> SitePlan:
-    bits = tuple((int(b), int(n)) for b, n in record["bits"])
-    if not is_turn(record["turn"]):
-        raise ValueError(f"turn {record['turn']!r} of layer {record['layer']}")
-    return SitePlan(**(record | {"bits": bits}))
+
+def _checked(document: dict[str, Any], version: Any) -> Plan:
+    """Return the plan in a parsed file. Raises DocumentError where a number is not what it can be."""
+    if version is None:
+        raise DocumentError("format_version is missing")
+    derived = {}
+    for name in ("bytes_per_token", "keep", "predicted_loss"):
+        if name not in document:
+            raise DocumentError(f"{name} is missing")
+        derived[name] = document.pop(name)
+    plan: Plan = shaped(document, Plan)
+    shaped(plan.options, Options, "options")
+    shaped(plan.calibration, Calibration, "calibration")
+    if plan.dtype not in DTYPE_BYTES:
+        raise DocumentError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, found {plan.dtype[:60]!r}")
+    if not 0 < len(plan.sites) <= 20_000 or len({s.site for s in plan.sites}) < len(plan.sites):
+        raise DocumentError(f"sites must be some, each a different one, found {len(plan.sites)}")
+    for i, site in enumerate(plan.sites):
+        _check_site(site, f"sites[{i}]")
+    found = shaped(derived, _Derived)
+    if found["bytes_per_token"] != plan._derived()["bytes_per_token"]:
+        raise DocumentError("bytes_per_token is not what the sites come to")
+    for name in ("keep", "predicted_loss"):
+        if not math.isclose(found[name], getattr(plan, name), rel_tol=1e-6, abs_tol=1e-9):
+            raise DocumentError(f"{name} is {found[name]:g}, the sites come to {getattr(plan, name):g}")
+    return plan
+
+
+class _Bytes(TypedDict):
+    original: Count
+    compressed: Count
+
+
+class _Derived(TypedDict):
+    bytes_per_token: _Bytes
+    keep: Finite
+    predicted_loss: Finite
+
+
+def _check_site(site: SitePlan, place: str) -> None:
+    levels = [b for b, _ in site.bits]
+    if levels != sorted(set(levels), reverse=True):
+        raise DocumentError(f"{place}.bits must be falling, found {levels[:8]}")
+    if site.rank > site.width:
+        raise DocumentError(f"{place}.bits keep {site.rank} components of {site.width} numbers")
+    if site.width % site.block_width:
+        raise DocumentError(f"{place}.block_width {site.block_width} does not divide its {site.width} numbers")
+    if not is_turn(site.turn):
+        raise DocumentError(f"{place}.turn must be 1 or a power of two from {BLOCK_TOKENS} on, found {site.turn}")

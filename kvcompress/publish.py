@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvcompress.checkpoint.maps import MAPS_FILE
+from kvcompress.documents import DocumentError, read_json
 from kvcompress.errors import KVCompressError, OptionError, OutputError
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.plan import PLAN_FILE, REPORT_FILE, Plan
@@ -80,18 +81,23 @@ def repository_contents(
     contents: dict[str, Path | bytes] = {n: output / n for n in names if everything or n in _OWN_FILES}
     if MAPS_FILE not in contents:
         raise OutputError(f"{output} has no {MAPS_FILE}, so that there is nothing to send. Compress again.")
-    options = plan.options | {"maps_only": plan.options["maps_only"] or not everything}
+    options = plan.options | {"maps_only": bool(plan.options.get("maps_only")) or not everything}
     public = replace(plan, options=options, source=base or Path(plan.source).name)
     for name in (PLAN_FILE, REPORT_FILE):
         if name in contents:
-            contents[name] = _public_json(output / name, public)
+            contents[name] = _public_json(output / name, public, sent=contents)
     contents[CARD_FILE] = _public_card(output, public, repository)
     return contents
 
 
-def _public_json(file: Path, public: Plan) -> bytes:
-    document = json.loads(file.read_text(encoding="utf-8")) | {"options": public.options}
+def _public_json(file: Path, public: Plan, *, sent: Container[str]) -> bytes:
+    try:
+        document = read_json(file) | {"options": public.options}
+    except (DocumentError, OSError) as error:
+        raise OutputError(f"{file} is damaged ({error}). Compress again.") from error
     document |= {key: public.source for key in ("source", "model") if key in document}
+    if "files" in document:
+        document["files"] = {name: digest for name, digest in public.files.items() if name in sent}
     return (json.dumps(without_local_paths(document), indent=1) + "\n").encode()
 
 

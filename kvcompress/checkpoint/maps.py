@@ -28,7 +28,18 @@ from kvcompress.model.model_spec import Site
 from kvcompress.options import LEVELS
 
 MAPS_FILE = "kv_maps.safetensors"
-_TENSOR_NAME = re.compile(r"layers\.(\d+)\.(key|value)\.(blocks|encoder|decoder|block|bits|step|mean)")
+#: What safetensors takes for a header at most.
+_HEADER_BYTES = 100_000_000
+_FLOATS = (torch.float16, torch.float32)
+#: What each tensor may be stored as.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "blocks": (torch.int32,),
+    "block": (torch.int32,),
+    "bits": (torch.uint8,),
+    "step": (torch.float32,),
+}
+_DTYPES |= {"encoder": _FLOATS, "decoder": _FLOATS, "mean": (torch.float32,)}
+_TENSOR_NAME = re.compile(r"layers\.(\d{1,4})\.(key|value)\.(blocks|encoder|decoder|block|bits|step|mean)")
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,22 @@ def save_maps(maps: dict[Site, SiteMaps], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def load_maps(directory: Path) -> dict[Site, SiteMaps]:
-    """Return the maps of a compressed checkpoint, checked for shape. Raises CheckpointError."""
+def load_maps(directory: Path, *, most: int | None = None) -> dict[Site, SiteMaps]:
+    """Return the maps of a compressed checkpoint, checked for shape. Raises CheckpointError.
+
+    most: the bytes that the maps can have at most, by the plan; a larger file is refused before it is read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = directory / MAPS_FILE
     if not file.is_file():
         raise CheckpointError(f"{directory} has no {MAPS_FILE}. Compress again.")
+    if most is not None and file.stat().st_size > most + _HEADER_BYTES:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size:,} bytes; by the plan its maps have {most:,} at most. "
+            "The files are of different outputs, or damaged: compress again."
+        )
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -91,6 +110,11 @@ def _checked(site: Site, found: dict[str, Tensor]) -> SiteMaps:
     missing = sorted({"blocks", "encoder", "decoder", "block", "bits", "step"} - set(found))
     if missing:
         raise ValueError(f"the maps of {site} have no {missing[0]}")
+    for name, tensor in found.items():
+        if tensor.dtype not in _DTYPES[name]:
+            raise ValueError(f"{name} of {site} is stored as {str(tensor.dtype).removeprefix('torch.')}")
+    if found["block"].dim() != 1:
+        raise ValueError(f"block of {site} has {found['block'].dim()} dimensions, expected 1")
     blocks, block, encoder = found["blocks"].long(), found["block"].long(), found["encoder"]
     if blocks.dim() != 2 or not torch.equal(blocks.flatten().sort()[0], torch.arange(blocks.numel())):
         raise ValueError(f"the blocks of {site} are no partition")

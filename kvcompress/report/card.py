@@ -27,7 +27,7 @@ def model_card(plan: Plan, source_card: Path | None = None, *, repository: str |
     repository: where the output lies on the hub, if it does.
     """
     name = display_name(plan.source)
-    choices: dict[str, Any] = {"form": plan.form, "maps_only": bool(plan.options["maps_only"])}
+    choices: dict[str, Any] = {"form": plan.form, "maps_only": bool(plan.options.get("maps_only"))}
     return f"""---
 {_metadata(plan, source_card)}
 ---
@@ -96,7 +96,10 @@ def _metadata(plan: Plan, source_card: Path | None) -> str:
 
     fields: dict[str, Any] = source_metadata(source_card) if source_card else {}
     if base := hub_id(plan.source):
-        fields |= {"base_model": base, "base_model_relation": "adapter" if plan.options["maps_only"] else "quantized"}
+        fields |= {
+            "base_model": base,
+            "base_model_relation": "adapter" if plan.options.get("maps_only") else "quantized",
+        }
     data = ModelCardData(library_name="transformers", tags=["kvcompress", "kv-cache-compression"], **fields)
     return str(data.to_yaml())
 
@@ -121,10 +124,11 @@ def _method(plan: Plan) -> str:
     options, calibration = plan.options, plan.calibration
     loss = f"{nats(plan.predicted_loss)} nats a token" if plan.loss_in_nats else "not measured (data-free)"
     texts = ", ".join(Path(s).name for s in calibration.get("sources", [])) or "none (weights only)"
+    chosen = {n: options.get(n, "not recorded") for n in ("key_basis", "value_basis", "policy", "metric")}
     return "\n".join(
         [
-            f"- Bases: keys `{options['key_basis']}`, values `{options['value_basis']}`; policy `{options['policy']}`.",
-            f"- Metric: `{options['metric']}`.",
+            f"- Bases: keys `{chosen['key_basis']}`, values `{chosen['value_basis']}`; policy `{chosen['policy']}`.",
+            f"- Metric: `{chosen['metric']}`.",
             f"- Calibration text: {texts}; {calibration.get('tokens', 0):,} tokens.",
             f"- Predicted loss (second order): {loss}.",
             f"- Maps: {size(plan.maps_bytes)}, {percent(plan.maps_bytes / max(1, plan.weight_bytes))} of the weights.",

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvcompress.checkpoint.belonging import check_files
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.errors import CheckpointError, OptionError
@@ -162,16 +163,24 @@ def detach(model: nn.Module) -> None:
 
 def read_output(directory: Path) -> tuple[Plan, dict[Site, SiteMaps]]:
     """Return the plan and the maps of an output. Raises CheckpointError if they are damaged or do not fit together."""
-    plan, maps = Plan.load(directory), load_maps(directory)
+    plan = Plan.load(directory)
+    maps = load_maps(directory, most=plan.most_maps_bytes)
     for site in plan.sites:
-        found = maps.get(site.site)
-        size = (0, 0) if found is None else (len(found.block), found.blocks.numel())
-        same_bits = found is None or tuple(found.bits.tolist()) == site.component_bits
-        if not site.exact and (size != (site.rank, site.width) or not same_bits):
+        found = maps.pop(site.site, None) if site.exact else maps.get(site.site)
+        size = (0, 0, 0) if found is None else (len(found.block), found.blocks.numel(), found.blocks.shape[1])
+        planned = (0, 0, 0) if site.exact else (site.rank, site.width, site.block_width)
+        if size != planned or (found is not None and tuple(found.bits.tolist()) != site.component_bits):
             raise CheckpointError(
-                f"{directory}: the maps of {site.site} keep {size[0]} of {size[1]} numbers, the plan says {site.rank} "
-                f"of {site.width}, or their bits differ. The files are of different outputs: compress again."
+                f"{directory}: the maps of {site.site} keep {size[0]} of {size[1]} numbers in blocks of {size[2]}, the "
+                f"plan says {planned[0]} of {planned[1]} in blocks of {planned[2]}, or their bits differ. "
+                "The files are of different outputs: compress again."
             )
+    strangers = set(maps) - {site.site for site in plan.sites}
+    if strangers:
+        raise CheckpointError(
+            f"{directory} holds maps of {min(strangers)}, which its plan does not name. Compress again."
+        )
+    check_files(directory, plan.files)
     return plan, maps
 
 

@@ -1,0 +1,203 @@
+"""Numbers of kv_plan.json that nobody could have meant, files of other outputs, and links that lead out of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import kvcompress
+from kvcompress.errors import CheckpointError
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import compress
+from kvcompress.plan import PLAN_FILE, Plan
+from kvcompress.runtime.attach import read_output
+
+MAPS = "kv_maps.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """An output by its seed and options; never write to it."""
+    made: dict[str, Path] = {}
+
+    def make(seed: int = 0, **options: Any) -> Path:
+        key = repr((seed, options))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("pristine") / "out"
+            chosen = {"metric": "weights", "policy": "uniform", "recent": 4, "keep": 0.5, "ranks_only": True} | options
+            compress(tiny_checkpoint("llama-gqa", seed=seed), made[key], CompressOptions(**chosen))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def output(pristine: Callable[..., Path], tmp_path: Path) -> Path:
+    shutil.copytree(pristine(), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def refusal(directory: Path) -> str:
+    """Return the message with which an output is refused, at once and in one line."""
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError) as error:
+        read_output(directory)
+    assert time.perf_counter() - started < 2
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads((directory / PLAN_FILE).read_text())
+    change(document)
+    (directory / PLAN_FILE).write_text(json.dumps(document))
+
+
+def site(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda d: d["sites"][2].update({name: value})
+
+
+NUMBERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a count of 10^9": site("bits", [[8, 10**9]]),
+    "a count of 2^63": site("bits", [[8, 2**63]]),
+    "a count below zero": site("bits", [[8, -1]]),
+    "a count that is no number": site("bits", [[8, None]]),
+    "more components than numbers": site("bits", [[8, 17]]),
+    "bits that no level has": site("bits", [[7, 4]]),
+    "bits that rise": site("bits", [[2, 4], [8, 4]]),
+    "a list as a part": site("part", []),
+    "a part that is none": site("part", "query"),
+    "an object as a layer": site("layer", {}),
+    "a layer far away": site("layer", 10**12),
+    "a width of 2^40": site("width", 2**40),
+    "a width of zero": site("width", 0),
+    "blocks that do not divide": site("block_width", 5),
+    "blocks of another width": site("block_width", 16),
+    "a loss that is no number": site("predicted_loss", "much"),
+    "a turn of 2^50": site("turn", 2**50),
+    "rotated, in words": site("rotated", "yes"),
+    "a basis of a megabyte": site("basis", "x" * 10**6),
+    "a window of 2^62": lambda d: d.update(recent=2**62),
+    "sinks below zero": lambda d: d.update(sinks=-1),
+    "sinks as a truth": lambda d: d.update(sinks=True),
+    "options as a list": lambda d: d.update(options=[]),
+    "an option of another kind": lambda d: d["options"].update(keep="half"),
+    "texts that are no list": lambda d: d["calibration"].update(sources=7),
+    "a site twice": lambda d: d["sites"].append(d["sites"][0]),
+    "a site less": lambda d: d["sites"].pop(),
+    "bytes that are not the sites'": lambda d: d["bytes_per_token"].update(compressed=1),
+    "a share that is not the sites'": lambda d: d.update(keep=0.01),
+    "a dtype as a list": lambda d: d.update(dtype=[]),
+    "a form that is none": lambda d: d.update(form="solid"),
+    "a file elsewhere": lambda d: d["files"].update({"../x.safetensors": "0"}),
+    "a file that is missing": lambda d: d["files"].update({"x.safetensors": "0"}),
+}
+
+
+@pytest.mark.parametrize("damage", NUMBERS)
+def test_numbers_of_the_plan(output: Path, damage: str) -> None:
+    edit(output, NUMBERS[damage])
+    refusal(output)
+
+
+def test_a_plan_of_a_gigabyte(output: Path) -> None:
+    with (output / PLAN_FILE).open("ab") as file:
+        file.truncate(10**9)
+    assert "1,000,000,000 bytes" in refusal(output)
+
+
+def test_maps_larger_than_the_plan_allows(output: Path) -> None:
+    """Refused by the size of the file, before its tensors are read."""
+    with (output / MAPS).open("ab") as file:
+        file.truncate(10**12)
+    assert "1,000,000,000,000 bytes" in refusal(output)
+
+
+def test_nothing_is_expanded_on_the_way(output: Path) -> None:
+    """The whole of load, in a process that may have 4 GB of addresses."""
+    edit(output, NUMBERS["a count of 10^9"])
+    code = (
+        "import resource, sys, kvcompress\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 10**9\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "try: kvcompress.load(sys.argv[1])\n"
+        "except kvcompress.errors.CheckpointError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, output], capture_output=True, text=True, timeout=60)
+    assert "sites[2].bits[0][1]" in done.stdout, done.stderr
+
+
+class TestMixed:
+    def test_maps_of_another_model_of_the_same_shape(self, output: Path, pristine: Callable[..., Path]) -> None:
+        """Equal in every size: only the fingerprints tell."""
+        shutil.copy(pristine(seed=1) / MAPS, output / MAPS)
+        assert "files of different outputs are mixed" in refusal(output)
+
+    def test_weights_of_another_model_of_the_same_shape(self, output: Path, pristine: Callable[..., Path]) -> None:
+        shutil.copy(pristine(seed=1) / "model.safetensors", output)
+        assert "model.safetensors is not the file" in refusal(output)
+
+    def test_weights_of_another_fold(self, pristine: Callable[..., Path], tmp_path: Path) -> None:
+        folded = {"key_basis": "frequency", "folded": True}
+        shutil.copytree(pristine(**folded), tmp_path / "out")
+        shutil.copy(pristine(seed=1, **folded) / "model.safetensors", tmp_path / "out")
+        with pytest.raises(CheckpointError, match="files of different outputs are mixed"):
+            kvcompress.load(tmp_path / "out")
+
+    def test_a_plan_of_another_output(self, output: Path, pristine: Callable[..., Path]) -> None:
+        shutil.copy(pristine(seed=1) / PLAN_FILE, output)
+        refusal(output)
+
+    def test_an_output_from_before_fingerprints_loads(self, output: Path) -> None:
+        edit(output, lambda d: d.pop("files"))
+        assert Plan.load(output).files == {}
+        read_output(output)
+
+
+class TestLinks:
+    @pytest.mark.parametrize("name", [MAPS, PLAN_FILE, "report.json", "tokenizer.json", "notes.txt"])
+    def test_a_link_that_leads_out(self, output: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / "elsewhere").write_text("secret")
+        if (output / name).exists():
+            shutil.move(output / name, tmp_path / "elsewhere")
+        (output / name).symlink_to(tmp_path / "elsewhere")
+        assert "outside of" in refusal(output) and "secret" not in refusal(output)
+
+    def test_a_directory_that_leads_out(self, output: Path, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (output / "more").symlink_to(tmp_path / "elsewhere")
+        assert "outside of" in refusal(output)
+
+    def test_links_within_and_the_hubs_own(self, output: Path, tmp_path: Path) -> None:
+        (output / MAPS).rename(output / "stored")
+        (output / MAPS).symlink_to("stored")
+        read_output(output)
+        blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1f"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for file in output.iterdir():
+            if not file.is_symlink():
+                shutil.copy(file, blobs / file.name)
+                (snapshot / (MAPS if file.name == "stored" else file.name)).symlink_to(blobs / file.name)
+        read_output(snapshot)
+
+    def test_links_in_a_circle(self, output: Path) -> None:
+        (output / "loop").symlink_to("loop")
+        refusal(output)
+
+
+def test_map_tensors_of_another_type(output: Path) -> None:
+    """Numbers that compare equal, and then index nothing."""
+    tensors = load_file(output / MAPS)
+    tensors["layers.1.key.bits"] = tensors["layers.1.key.bits"].float()
+    save_file(tensors, output / MAPS, metadata={"format": "pt"})
+    assert "bits of layers.1.key is stored as float32" in refusal(output)
