@@ -150,15 +150,17 @@ def run(
 
 
 def _write(document: dict[str, Any], out: Path) -> list[str]:
-    """Write the table and the page, and return their names. Without the charting library there is no page."""
+    """Write the table, the page and its figure, and return their names; without the charting library the table."""
     from kvcompress.checkpoint.writer import atomic_file
     from kvcompress.errors import OptionError
     from kvcompress.report.comparison import comparison_table
     from kvcompress.report.comparison_page import comparison_page
+    from kvcompress.report.pareto import pareto_svg
 
     files = {"compare.md": comparison_table(document)}
     try:
         files["compare.html"] = comparison_page(document)
+        files |= {f"pareto-{name}.svg": pareto_svg(document, dark=name == "dark") for name in ("light", "dark")}
     except OptionError as error:
         typer.echo(f"note: no page: {error} Then: kvcompress compare --redraw --out {out}", err=True)
     for name, content in files.items():

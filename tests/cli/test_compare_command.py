@@ -50,6 +50,8 @@ def test_every_cell_is_in_every_file(finished, document):
         "compare.json",
         "compare.md",
         "compare.html",
+        "pareto-light.svg",
+        "pareto-dark.svg",
     }
 
 
@@ -114,6 +116,18 @@ def test_the_page_in_a_browser(finished, document):
         assert page.complaints == []
 
 
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_the_figure_holds_every_cell_that_does_not_lie_on_another(finished, document, name):
+    from xml.etree import ElementTree
+
+    figure = ElementTree.parse(finished / f"pareto-{name}.svg")
+    said = "".join(figure.getroot().itertext())
+    measured = [c for c in document["cells"] if "ratio" in c and not c["method"].endswith(("-once", "-unscaled"))]
+    assert len({c["method"] for c in measured}) > 1
+    for cell in measured:
+        assert (f"{cell['keep_asked']:g}" if cell["kind"] == "ours" else cell["method"]) in said
+
+
 def test_where_ours_is_beaten_the_page_says_so(document):
     """A peer that is moved ahead of one of our points is named at the top, in the list and in the table."""
     from kvcompress.evaluate.front import verdicts
@@ -136,7 +150,7 @@ def test_where_ours_is_beaten_the_page_says_so(document):
 def test_a_page_can_be_drawn_anew(kvcompress, fails, finished, tmp_path):
     (tmp_path / "compare.json").write_text((finished / "compare.json").read_text())
     assert kvcompress("compare", "--redraw", "--out", tmp_path).code == 0
-    for name in ("compare.md", "compare.html"):
+    for name in ("compare.md", "compare.html", "pareto-light.svg", "pareto-dark.svg"):
         assert (tmp_path / name).read_text() == (finished / name).read_text()
     assert "nothing was compared there" in fails("compare", "--redraw", "--out", tmp_path / "no")
 
