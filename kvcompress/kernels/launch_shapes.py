@@ -47,24 +47,28 @@ class Launch:
 
 
 def launch_of(
-    n_heads: int, n_kv_heads: int, head_dim: int, keys: GroupLayout, values: GroupLayout, device: torch.device
-) -> Launch | None:
-    """Return the fastest launch for which there is room, None if there is none."""
+    n_heads: int, n_kv_heads: int, head_dim: int, keys: GroupLayout, values: GroupLayout, device: torch.device,
+    *, page_blocks: int = 0,
+) -> Launch | None:  # fmt: skip
+    """Return the fastest launch for which there is room, None if there is none.
+
+    page_blocks: where the cache lies in pages, packed blocks of one; then it is of CODES in any case.
+    """
     sizes = head_dim, n_kv_heads // len(keys.table), n_heads // n_kv_heads
-    return _launch(sizes, keys.sets, values.sets, keys.n_words, values.n_words, device)
+    return _launch(sizes, keys.sets, values.sets, keys.n_words, values.n_words, device, page_blocks)
 
 
 @lru_cache(maxsize=1024)
 def _launch(
     sizes: tuple[int, int, int], key_sets: tuple[int, ...], value_sets: tuple[int, ...], key_words: int,
-    value_words: int, device: torch.device,
+    value_words: int, device: torch.device, page_blocks: int,
 ) -> Launch | None:  # fmt: skip
     """Return what launch_of returns.
 
     sizes: head_dim, KV heads of a group, query heads of a KV head; key_words, value_words: of a block.
     """
     n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
-    if not any(key_sets[1:] + value_sets[1:]):
+    if not page_blocks and not any(key_sets[1:] + value_sets[1:]):
         head_dim, group_heads, group_columns = sizes
         rows = turn_rows(group_columns)
         queries = 64 * rows * (16 * n_keys + 1)  # 2 BATCH_WORDS
@@ -79,7 +83,7 @@ def _launch(
     for warps, blocks in _LAUNCHES:
         stage = 4 * (blocks * (key_words + value_words + 12) + 128 * n_keys)  # STAGE_WORDS
         memory = warps * max(stage, 1024 * n_values) + beyond
-        if memory + 96 * warps <= room:
+        if memory + 96 * warps <= room and not page_blocks % blocks:
             return Launch(CODES, warps, blocks, memory)
     return None
 

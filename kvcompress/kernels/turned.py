@@ -32,10 +32,12 @@ MOST_SETS = 20
 #: Recent tokens beside the packed ones, at most: reading more of them would take longer than what is packed.
 MOST_EXACT = 1024
 _SHARED_FILES = ("common", "exact", "absorb", "sums")
-_PREPARE_WARPS = 4
+PREPARE_WARPS = 4
 _RING = 4
-_EXACT_TOKENS = 16
-_COMBINE_THREADS = 1024
+#: Shared bytes of `prepare` for each dimension of a head: RING halves of sets.
+PREPARE_MEMORY = 32 * _RING
+EXACT_TOKENS = 16
+COMBINE_THREADS = 1024
 #: Shared bytes of `combine`, more than it ever asks for.
 _COMBINE_MEMORY = 98304
 
@@ -96,7 +98,7 @@ def turned_attention(
     launch = launch_of(n_heads, n_kv_heads, head_dim, keys.layout, values.layout, device)
     assert launch is not None  # see applies
     columns = n_kv_heads // n_groups, n_heads // n_kv_heads
-    constants = _constants(keys, values, launch, head_dim, *columns, mask is not None, query.dtype)
+    constants = constants_of(keys, values, launch, head_dim, *columns, mask is not None, query.dtype)
     *attends, combine = _kernels(constants, launch.names, launch.memory, device)
     if n_splits is None:
         n_splits = best_splits(query.shape[0] * n_groups, device)
@@ -127,7 +129,7 @@ class _Step:
         self.n_blocks, self.n_turns = n_blocks, -(-n_blocks * BLOCK_TOKENS // turn)
         self.n_splits = n_splits
         n_exact = exact.sink_keys.shape[2] + exact.keys.shape[2]
-        self.n_exact_parts = -(-n_exact // _EXACT_TOKENS)
+        self.n_exact_parts = -(-n_exact // EXACT_TOKENS)
 
         device, nothing = query.device, query
         parts = self.batch, self.n_kv_heads, self.n_exact_parts, self.group_columns
@@ -182,15 +184,15 @@ def _absorb(prepare: Any, step: _Step, scale: float) -> tuple[Tensor, Tensor]:
     absorbed = new(*turns, sum(step.keys.layout.sets), 128, dtype=torch.int32, device=device)
     biases = new(*turns, MOST_COLUMNS, 4, device=device)
     heads = step.batch * step.n_kv_heads
-    exact_blocks = -(-heads * step.n_exact_parts // _PREPARE_WARPS)
-    absorb_blocks = heads * -(-step.n_turns // (turn_rows(step.group_columns) * _PREPARE_WARPS))
+    exact_blocks = -(-heads * step.n_exact_parts // PREPARE_WARPS)
+    absorb_blocks = heads * -(-step.n_turns // (turn_rows(step.group_columns) * PREPARE_WARPS))
     prepare(
-        (exact_blocks + absorb_blocks, 1, 1), (32 * _PREPARE_WARPS, 1, 1),
+        (exact_blocks + absorb_blocks, 1, 1), (32 * PREPARE_WARPS, 1, 1),
         [
             *step.to_absorb, step.last, absorbed, biases, *step.exact, step.batch, step.n_turns, step.n_kv_heads,
             (step.turn // UNIT_TOKENS).bit_length() - 1, step.angle_batch, *step.exact_sizes, scale,
         ],
-        _RING * step.head_dim * 32,
+        PREPARE_MEMORY * step.head_dim,
     )  # fmt: skip
     return absorbed, biases
 
@@ -210,9 +212,9 @@ def _attend_codes(attend: Any, launch: Launch, step: _Step, absorbed: Tensor, bi
 def _combine(combine: Any, step: _Step) -> Tensor:
     query, mean = step.query, step.values.mean
     out = torch.empty(step.batch, 1, query.shape[1], step.head_dim, dtype=query.dtype, device=query.device)
-    n_floats = step.n_splits + step.n_exact_parts + 32 * sum(step.values.layout.sets) + 2 * _COMBINE_THREADS
+    n_floats = step.n_splits + step.n_exact_parts + 32 * sum(step.values.layout.sets) + 2 * COMBINE_THREADS
     combine(
-        (step.n_kv_heads, step.batch, 1), (_COMBINE_THREADS, 1, 1),
+        (step.n_kv_heads, step.batch, 1), (COMBINE_THREADS, 1, 1),
         [
             step.stats, step.sums, step.exact_sums, step.exact_stats, step.values.maps, query if mean is None else mean,
             out, step.n_splits, step.n_exact_parts, out.stride(0), out.stride(2), int(mean is not None),
@@ -222,10 +224,11 @@ def _combine(combine: Any, step: _Step) -> Tensor:
     return out
 
 
-def _constants(
+def constants_of(
     keys: GroupedSite, values: GroupedSite, launch: Launch, head_dim: int, group_heads: int, group_columns: int,
-    masked: bool, dtype: torch.dtype,
+    masked: bool, dtype: torch.dtype, *, page_blocks: int = 0, exact_page: int = 0,
 ) -> tuple[tuple[str, int], ...]:  # fmt: skip
+    """Return the constants of cuda/common.cu. page_blocks, exact_page: where the cache lies in pages."""
     sets = {
         f"{part}{kind}": n
         for part, site in (("K", keys), ("V", values))
@@ -243,14 +246,16 @@ def _constants(
         "KEY_GAIN": int(keys.gain_word is not None),
         "VALUE_GAIN": int(values.gain_word is not None),
         "HAS_MASK": int(masked),
+        "PAGE_BLOCKS": page_blocks,
+        "EXACT_PAGE": exact_page,
         "WARPS": launch.warps,
         "BLOCKS" if launch.names == CODES else "SLOTS": launch.per_warp,
         "ABSORBERS": launch.absorbers,
         "TURN_ROWS": turn_rows(group_columns),
-        "EXACT_TOKENS": _EXACT_TOKENS,
-        "PREPARE_WARPS": _PREPARE_WARPS,
+        "EXACT_TOKENS": EXACT_TOKENS,
+        "PREPARE_WARPS": PREPARE_WARPS,
         "RING": _RING,
-        "COMBINE_THREADS": _COMBINE_THREADS,
+        "COMBINE_THREADS": COMBINE_THREADS,
         "QUERY_BF16": int(dtype == torch.bfloat16),
     }
     return tuple(named.items())

@@ -10,42 +10,68 @@
 // What is read of quads that sets lack lies in front of here, or within so many words beyond the last warp's memory.
 #define BEYOND (128 * (VALUE_SETS > KEY_SETS ? VALUE_SETS - KEY_SETS + 1 : 1))
 
-// What is the same for all units of a warp. key_words, value_words: of the sequence, from the group's first word on;
+// What is the same for all units of a warp. key_words, value_words: of the sequence, or of the first of all pages, from
+// the group's first word on; pages: of the sequence, page_words apart from each other; n_blocks: those that there are.
 // memory: the warp's. A turn has 2^turn_shift units.
 struct Site {
     const u32 *key_words, *value_words;
+    PAGED(const int* pages; int page_words;)
     const uint4* absorbed;
     const float4* biases;
     int key_row, value_row, key_pieces, value_pieces, key_gain_word, value_gain_word, n_blocks, turn_shift, turn_stride;
     u32* memory;
 };
 
-// The group's words of a unit's blocks; a last unit without all of them repeats the last. MOST, pieces: of 16 bytes.
+// The page of a unit, or 0 without pages: to be asked for before it is needed.
+__device__ __forceinline__ int page_of(const Site& site, int unit) {
+#if PAGE_BLOCKS
+    return site.pages[unit / (PAGE_BLOCKS / BLOCKS)];
+#else
+    return 0;
+#endif
+}
+
+// Where the rows of a unit begin.
+struct Rows {
+    const u32 *keys, *values;
+};
+
+__device__ __forceinline__ Rows rows_of(const Site& site, int unit, int page) {
+#if PAGE_BLOCKS
+    const size_t first = (size_t)page * site.page_words;
+    const int block = unit % (PAGE_BLOCKS / BLOCKS) * BLOCKS;
+    return {site.key_words + first + block * site.key_row, site.value_words + first + block * site.value_row};
+#else
+    const size_t block = unit * BLOCKS;
+    return {site.key_words + block * site.key_row, site.value_words + block * site.value_row};
+#endif
+}
+
+// The group's words of a unit's blocks, of which n_blocks are there; one without all of them repeats the last. words:
+// of the first of its rows. MOST, pieces: of 16 bytes.
 template <int MOST>
-__device__ __forceinline__ void stage(
-    u32* to, const u32* words, int unit, int row, int pieces, int n_blocks, int lane
-) {
+__device__ __forceinline__ void stage(u32* to, const u32* words, int row, int pieces, int n_blocks, int lane) {
     u32 place = shared_address(to) + 16 * lane;
-    const char* from = (const char*)(words + (size_t)(unit * BLOCKS) * row) + 16 * lane;
+    const char* from = (const char*)words + 16 * lane;
     pin(place, from);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < MOST; i += 32)
             if (i + lane < pieces) copy_16(place + 16 * (b * MOST + i), from + 16 * i);
-        if (unit * BLOCKS + b + 1 < n_blocks) from += 4 * row;
+        if (b + 1 < n_blocks) from += 4 * row;
     }
 }
 
 // Keys of a unit, and the gains of keys and values, these into the half of their place that `phase` says.
-__device__ __forceinline__ void stage_keys(const Site& site, int unit, int phase, int lane) {
-    stage<KEY_WORDS / 4>(site.memory, site.key_words, unit, site.key_row, site.key_pieces, site.n_blocks, lane);
+__device__ __forceinline__ void stage_keys(const Site& site, const Rows& rows, int unit, int phase, int lane) {
+    const int n_blocks = site.n_blocks - unit * BLOCKS;
+    stage<KEY_WORDS / 4>(site.memory, rows.keys, site.key_row, site.key_pieces, n_blocks, lane);
     u32* gains = site.memory + GAINS_AT;
-    if (KEY_GAIN) stage<1>(gains, site.key_words + site.key_gain_word, unit, site.key_row, 1, site.n_blocks, lane);
+    if (KEY_GAIN) stage<1>(gains, rows.keys + site.key_gain_word, site.key_row, 1, n_blocks, lane);
     if (VALUE_GAIN)
         stage<1>(
-            gains + 4 * BLOCKS * (1 + phase), site.value_words + site.value_gain_word, unit, site.value_row, 1,
-            site.n_blocks, lane
+            gains + 4 * BLOCKS * (1 + phase), rows.values + site.value_gain_word, site.value_row, 1, n_blocks, lane
         );
 }
 
@@ -56,9 +82,9 @@ __device__ __forceinline__ void stage_queries(const Site& site, int turn, int la
     for (int set = 0; set < KEY_SETS; set++) copy_16(place + 512 * set, from + 32 * set);
 }
 
-__device__ __forceinline__ void stage_values(const Site& site, int unit, int lane) {
+__device__ __forceinline__ void stage_values(const Site& site, const Rows& rows, int unit, int lane) {
     stage<VALUE_WORDS / 4>(
-        site.memory + VALUES_AT, site.value_words, unit, site.value_row, site.value_pieces, site.n_blocks, lane
+        site.memory + VALUES_AT, rows.values, site.value_row, site.value_pieces, site.n_blocks - unit * BLOCKS, lane
     );
 }
 
@@ -200,6 +226,7 @@ __device__ __forceinline__ void attend_unit(
     const float4* own_biases = site.biases + (size_t)(unit >> site.turn_shift) * site.turn_stride * 8 + 2 * c;
     const float4 bias[2] = {own_biases[0], own_biases[1]};
     const float inverse = new_turn && KEY_CODES ? own_biases[r - 2 * c].w : 0.0f;
+    const int next_page = page_of(site, next >= 0 ? next : unit);
     wait<1>();
     if (new_turn && KEY_CODES) round_queries((uint4*)(site.memory + QUERIES_AT) + lane, inverse);
     __syncwarp();
@@ -224,7 +251,7 @@ __device__ __forceinline__ void attend_unit(
     }
     __syncwarp();
     if (next >= 0) {
-        stage_keys(site, next, 1 - phase, lane);
+        stage_keys(site, rows_of(site, next, next_page), next, 1 - phase, lane);
         if (next >> site.turn_shift != unit >> site.turn_shift) stage_queries(site, next >> site.turn_shift, lane);
     }
     commit();
@@ -328,7 +355,7 @@ __device__ __forceinline__ void attend_unit(
         for (int k = 0; k < 2; k++) state.weighted[k] += (float)(upper[k] * 256 + lower[k]) * factor[k];
     }
     __syncwarp();
-    if (next >= 0) stage_values(site, next, lane);
+    if (next >= 0) stage_values(site, rows_of(site, next, next_page), next, lane);
     commit();
 }
 
@@ -336,27 +363,50 @@ __device__ __forceinline__ void attend_unit(
 // groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains; sums: [batch, groups, splits,
 // 32 VALUE_SETS, 8], codes times what place they have in their bytes. Shared: WARPS * STAGE_WORDS + BEYOND words, and
 // at least WARPS * 256 VALUE_SETS.
+// In pages, the grid is (splits of all, groups), the sums without the batch; splits: of each its query token, or -1,
+// which of the token's it is, and how many that has.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
     const u32* key_words, const u32* value_words, const Group* key_groups, const Group* value_groups,
     const uint4* absorbed, const float4* biases, const int* first, const int* last, const u8* mask, float* stats,
     float* sums, int n_blocks, int n_turns, int turn_shift, int key_row, int value_row, int key_blocks,
     int value_blocks, int key_gain_word, int value_gain_word, int mask_stride
+    PAGED(, const int* rows, const int* all_pages, const int* splits, int pages_row, int page_words)
 ) {
     DYNAMIC_SHARED(u32, all_memory);
     __shared__ float shared[WARPS][3][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
-    const int split = blockIdx.x, group = blockIdx.y, batch = blockIdx.z, n_groups = gridDim.y;
-    const Group keys = key_groups[group], values = value_groups[group];
+    const int group = blockIdx.y, n_groups = gridDim.y;
+#if PAGE_BLOCKS
+    const int batch = splits[3 * blockIdx.x], split = splits[3 * blockIdx.x + 1], n_splits = splits[3 * blockIdx.x + 2];
+    const size_t entry = (size_t)group * gridDim.x + blockIdx.x;
+    if (batch < 0) {
+        await_previous();
+        return;
+    }
+    const int lo = *first, hi = last[batch];
+    n_blocks = (hi + 31) / 32;  // rows after them might never have been written
+#else
+    const int batch = blockIdx.z, split = blockIdx.x, n_splits = gridDim.x;
+    const size_t entry = ((size_t)batch * n_groups + group) * n_splits + split;
     const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
+#endif
+    const Group keys = key_groups[group], values = value_groups[group];
     // Splits share what counts of this sequence, however long the others are.
     const int start = lo / UNIT_TOKENS, n_used = max((hi + UNIT_TOKENS - 1) / UNIT_TOKENS - start, 0);
-    const int begin = n_used * split / gridDim.x, n_own = n_used * (split + 1) / gridDim.x - begin;
+    const int begin = n_used * split / n_splits, n_own = n_used * (split + 1) / n_splits - begin;
     const int from = start + begin + n_own * warp / WARPS, end = start + begin + n_own * (warp + 1) / WARPS;
     if (HAS_MASK) mask += (size_t)batch * mask_stride;
     u32* memory = all_memory + warp * STAGE_WORDS;
     const Site site = {
+#if PAGE_BLOCKS
+        key_words + keys.first,
+        value_words + values.first,
+        all_pages + (size_t)rows[batch] * pages_row,
+        page_words,
+#else
         key_words + (size_t)batch * key_blocks * key_row + keys.first,
         value_words + (size_t)batch * value_blocks * value_row + values.first,
+#endif
         absorbed + (size_t)(batch * n_turns * n_groups + group) * (KEY_SETS * 32),
         biases + (size_t)(batch * n_turns * n_groups + group) * 8,
         key_row,
@@ -382,8 +432,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
     State state;
     begin_sums(state);
     if (from < end) {
-        stage_keys(site, from, 0, lane);
-        stage_values(site, from, lane);
+        const Rows first_rows = rows_of(site, from, page_of(site, from));
+        stage_keys(site, first_rows, from, 0, lane);
+        stage_values(site, first_rows, from, lane);
     }
     await_previous();
     if (from < end) stage_queries(site, from >> turn_shift, lane);
@@ -398,6 +449,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
         );
     let_next_begin();
 
-    const size_t entry = ((size_t)batch * n_groups + group) * gridDim.x + split;
     add_up(state, 1.0f, shared, (float2*)all_memory, stats + entry * 24, (float2*)sums + entry * (128 * VALUE_SETS));
 }

@@ -17,21 +17,31 @@ __device__ __forceinline__ float place_of(int component) {
 
 // Grid: (KV heads, batch). decoder: [KV heads, COMPONENTS, HEAD_DIM], rows of components that are not there 0. out:
 // [batch, 1, heads, HEAD_DIM]. exact_sums, exact_stats: see Exact. Shared: GROUP_COLUMNS * (splits + exact parts +
-// COMPONENTS + PARTS * HEAD_DIM) floats.
+// COMPONENTS + PARTS * HEAD_DIM) floats, of the most splits and parts.
+// In pages: n_splits: of all query tokens, of which each has those from starts[batch] to starts[batch + 1]; n_exact: the
+// most parts.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     const float* stats, const float* sums, const float* exact_sums, const float2* exact_stats, const u16* decoder,
     const float* mean, u16* out, int n_splits, int n_exact, int out_batch, int out_head, int has_mean
+    PAGED(, const int* starts, const int* lengths, const int* encoded, int n_sinks)
 ) {
     DYNAMIC_SHARED(float, memory);
+    const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
+    const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
+    const int most_exact = n_exact;
+#if PAGE_BLOCKS
+    const size_t entry = (size_t)group * n_splits + starts[batch];
+    n_splits = starts[batch + 1] - starts[batch];
+    n_exact = EXACT_PARTS(exact_tokens({0, lengths, encoded}, batch, n_sinks));
+#else
+    const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
+#endif
     float* partial = memory;                                // [PARTS, GROUP_COLUMNS, HEAD_DIM]
     float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [COMPONENTS, GROUP_COLUMNS]
     float* scale = z + COMPONENTS * GROUP_COLUMNS;          // [splits, GROUP_COLUMNS]
     float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
     __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
-    const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
-    const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
     const int column = head % GROUP_HEADS * GROUP_COLUMNS;
-    const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The decoder and the mean do not depend on anything: they are asked for first. Component k of this thread's is
     // part + PARTS k.
@@ -46,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
     await_previous();
     // The rest before it is known how much it counts: exact parts lie where what is added to them will, sums of the
     // first splits are kept.
-    exact_sums += (size_t)(batch * n_kv_heads + head) * n_exact * (GROUP_COLUMNS * HEAD_DIM);
+    exact_sums += (size_t)(batch * n_kv_heads + head) * most_exact * (GROUP_COLUMNS * HEAD_DIM);
     for (int i = threadIdx.x; i < min(n_exact, PARTS) * (GROUP_COLUMNS * HEAD_DIM / 4); i += COMBINE_THREADS)
         copy_16(shared_address(partial + 4 * i), exact_sums + 4 * i);
     commit();
@@ -62,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
                       : 0.0f;
         }
     for (int g = warp; g < GROUP_COLUMNS; g += COMBINE_THREADS / 32) {
-        const float2* exact = exact_stats + (batch * n_kv_heads + head) * n_exact * GROUP_COLUMNS + g;
+        const float2* exact = exact_stats + (batch * n_kv_heads + head) * most_exact * GROUP_COLUMNS + g;
         float top = NEVER, sum = 0.0f, sum_weighted = 0.0f, sum_exact = 0.0f;
         // A lane's own, relative to its own largest score: everything is read once.
         auto raise = [&](float to) {

@@ -22,6 +22,9 @@
 //   ABSORBERS, warps beside them. PREPARE_WARPS, COMBINE_THREADS: of a thread block; RING: halves of sets of a decoder
 //   that prepare keeps on their way. EXACT_TOKENS: of a warp, the rows of a product, 16. TURN_ROWS: turns whose queries
 //   of one KV head are the rows of a product.
+//   PAGE_BLOCKS: packed blocks of a page, or 0 where the rows of a sequence lie one after the other; EXACT_PAGE: exact
+//   tokens of a page. In pages the "sequences" of a batch are query tokens, each with a row of the tables of pages,
+//   tokens that it sees, and how many of them are packed; which thread block takes which is in a schedule (paged.py).
 //   KEY_GAIN, VALUE_GAIN, HAS_MASK: 0 or 1. QUERY_BF16: whether queries, keys, values and outputs are bfloat16 numbers
 //   instead of float16 ones.
 //
@@ -33,6 +36,13 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
+
+// What only kernels that read pages have.
+#if PAGE_BLOCKS
+#define PAGED(...) __VA_ARGS__
+#else
+#define PAGED(...)
+#endif
 
 #define KEY_SETS (KF + KN + KP + KS)
 #define VALUE_SETS (VF + VN + VP + VS)
@@ -155,6 +165,11 @@ __device__ __forceinline__ u16 stored(float x) {
 }
 
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+
+// Which tokens the query tokens of a batch see: rows of the tables, tokens, those of them that are packed.
+struct Seen {
+    const int *rows, *lengths, *encoded;
+};
 
 // What a row of the packed cache holds of one group: where it begins and how many words it has; where its classes N, P
 // and S begin in it (F is the first); its components of class F.

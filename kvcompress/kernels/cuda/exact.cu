@@ -6,13 +6,22 @@
 
 // The sinks and recent tokens beside the packed ones. mask: [batch, sinks + recent], or null. sums: [batch, KV heads,
 // parts, GROUP_COLUMNS, HEAD_DIM]; stats: [batch, KV heads, parts, GROUP_COLUMNS], largest score and sum of weights.
+// In pages: n_recent is the most, k_batch and v_batch lead from page to page, s_batch from one sequence's sinks to the
+// next; pages: [rows, pages_row], of tokens 0, EXACT_PAGE, ...; sinks: whose of each row.
 struct Exact {
     const u16 *sink_keys, *sink_values, *keys, *values;
     const u8* mask;
     float* sums;
     float2* stats;
     int n_sinks, n_recent, s_batch, s_head, s_token, k_batch, k_head, k_token, v_batch, v_head, v_token;
+    PAGED(Seen seen; const int *pages, *sinks; int pages_row;)
 };
+
+// How many exact tokens a query token of a batch in pages sees: the sinks are among the others until any is packed.
+__device__ __forceinline__ int exact_tokens(const Seen& seen, int batch, int n_sinks) {
+    const int packed = seen.encoded[batch];
+    return seen.lengths[batch] - packed + (packed > 0 ? n_sinks : 0);
+}
 
 // Two stored numbers in a word.
 __device__ __forceinline__ u32 stored_2(float low, float high) {
@@ -27,22 +36,39 @@ __device__ __forceinline__ void attend_exact(
     const Exact& exact, int task, const u16* query, int n_kv_heads, int q_batch, int q_head, float scale
 ) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-    const int n = exact.n_sinks + exact.n_recent, parts = EXACT_PARTS(n), first = task % parts * EXACT_TOKENS;
+    const int most = exact.n_sinks + exact.n_recent, parts = EXACT_PARTS(most), first = task % parts * EXACT_TOKENS;
     const int head = task / parts % n_kv_heads, batch = task / parts / n_kv_heads;
-    const u16* sink_keys = exact.sink_keys + (size_t)batch * exact.s_batch + head * exact.s_head;
-    const u16* sink_values = exact.sink_values + (size_t)batch * exact.s_batch + head * exact.s_head;
-    const u16* keys = exact.keys + (size_t)batch * exact.k_batch + head * exact.k_head;
-    const u16* values = exact.values + (size_t)batch * exact.v_batch + head * exact.v_head;
+#if PAGE_BLOCKS
+    const int n = exact_tokens(exact.seen, batch, exact.n_sinks), packed = exact.seen.encoded[batch];
+    if (first >= n) return;  // nor will `combine` read this part
+    const int n_sinks = packed > 0 ? exact.n_sinks : 0, row = exact.seen.rows[batch];
+    const int* pages = exact.pages + (size_t)row * exact.pages_row;
+    const int sinks_of = n_sinks ? exact.sinks[row] : 0;
+#else
+    const int n = most, n_sinks = exact.n_sinks, sinks_of = batch;
+#endif
+    // Where a token after the sinks begins: all that differs between pages and sequences.
+    auto place = [&](const u16* from, int token, size_t s_page, int s_token) {
+#if PAGE_BLOCKS
+        token += packed;
+        return from + pages[token / EXACT_PAGE] * s_page + token % EXACT_PAGE * s_token;
+#else
+        return from + batch * s_page + token * s_token;
+#endif
+    };
+    const u16* sink_keys = exact.sink_keys + (size_t)sinks_of * exact.s_batch + head * exact.s_head;
+    const u16* sink_values = exact.sink_values + (size_t)sinks_of * exact.s_batch + head * exact.s_head;
+    const u16 *keys = exact.keys + head * exact.k_head, *values = exact.values + head * exact.v_head;
     // After the last token, it is there again: to be multiplied with weights of 0.
     auto key = [&](int i) {
         const int token = min(first + i, n - 1);
-        return token < exact.n_sinks ? sink_keys + token * exact.s_token
-                                     : keys + (token - exact.n_sinks) * exact.k_token;
+        return token < n_sinks ? sink_keys + token * exact.s_token
+                               : place(keys, token - n_sinks, exact.k_batch, exact.k_token);
     };
     auto value = [&](int i) {
         const int token = min(first + i, n - 1);
-        return token < exact.n_sinks ? sink_values + token * exact.s_token
-                                     : values + (token - exact.n_sinks) * exact.v_token;
+        return token < n_sinks ? sink_values + token * exact.s_token
+                               : place(values, token - n_sinks, exact.v_batch, exact.v_token);
     };
     query += (size_t)batch * q_batch + (head * GROUP_COLUMNS + min(r, GROUP_COLUMNS - 1)) * q_head;
     // Dimensions of keys and queries in the order in which they lie: products do not mind one that both have.

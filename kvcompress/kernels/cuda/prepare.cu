@@ -104,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     int turn_shift, int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head,
     int s_batch, int s_head, int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token,
     double scaling
+    PAGED(, const int* rows, const int* lengths, const int* exact_pages, const int* sinks, int exact_pages_row)
 ) {
     DYNAMIC_SHARED(uint2, chunks);
     let_next_begin();
@@ -116,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
             exact_sums, exact_stats, n_sinks, n_recent, s_batch,
             s_head,     s_token,     k_batch, k_head,   k_token,
             v_batch,    v_head,      v_token,
+            PAGED({rows, lengths, last}, exact_pages, sinks, exact_pages_row)
         };
         const int task = block * PREPARE_WARPS + threadIdx.x / 32;
         if (task < n_tasks) attend_exact(exact, task, query, n_kv_heads, q_batch, q_head, scale);
