@@ -35,3 +35,7 @@ class OptionError(KVCompressError):
 
 class OutputError(KVCompressError):
     """The output cannot be written."""
+
+
+class Note(UserWarning):
+    """Something that was decided and that the user should hear of; the command line prints it in one line."""

@@ -189,11 +189,10 @@ def _write(
     checkpoint: Checkpoint, plan: Plan, maps: dict[Site, SiteMaps], spectra: dict[Site, list[float]], target: Path
 ) -> None:
     if plan.form == "folded":
-        files = frozenset(entry.file for entry in checkpoint.tensors.values())
-        copy_checkpoint(checkpoint.path, target, skip=files)
+        copy_checkpoint(checkpoint.path, target, weights=frozenset())
         write_folded_weights(checkpoint, maps, target)
     elif not plan.options["maps_only"]:
-        copy_checkpoint(checkpoint.path, target)
+        copy_checkpoint(checkpoint.path, target, weights=frozenset(e.file for e in checkpoint.tensors.values()))
     save_maps(maps, target / MAPS_FILE)
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(report_document(plan, spectra), indent=1) + "\n", encoding="utf-8")

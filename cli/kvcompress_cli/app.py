@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,22 @@ def root(
         typer.echo(context.get_help())
 
 
+def show_notes() -> None:
+    """Let every Note of the library be one line on stderr, once."""
+    from kvcompress.errors import Note
+
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            typer.echo(f"note: {message}", err=True)
+        else:
+            others(message, category, *place, **more)
+
+    warnings.filterwarnings("once", category=Note)
+    warnings.showwarning = show
+
+
 def main() -> None:
     """Run the app as its own process, where the libraries' warnings and progress bars may be turned off.
 
@@ -66,4 +82,5 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    show_notes()
     app()

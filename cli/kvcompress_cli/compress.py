@@ -80,7 +80,8 @@ def compress(
         list[str] | None,
         _option(
             "calibration",
-            "A text file, JSONL, directory, datasets id, builtin:prose, builtin:code or self. Repeat it to mix texts.",
+            "A text file, JSONL (texts or chats), directory, datasets id, builtin:prose, builtin:code or self. "
+            "Repeat it to mix texts.",
             _TEXT,
             metavar="TEXT",
             show_default="self, builtin:prose and builtin:code",

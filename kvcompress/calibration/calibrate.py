@@ -125,7 +125,9 @@ def _source_digest(source: str) -> str:
     files = calibration_text.text_files(path) if path.is_dir() else [path] if path.is_file() else []
     digest = hashlib.sha256(b"" if files else source.encode())
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as handle:
+            while piece := handle.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.records import EXPECTED, RecordReader
+from kvcompress.documents import DocumentError, parse_json, read_lines
 from kvcompress.errors import CalibrationError
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
-_TEXT_FIELDS = ("text", "content", "document")
 #: Characters read per token wanted: enough to spread windows over a long text, little enough to stay quick.
 _CHARS_PER_TOKEN = 64
 
@@ -31,12 +31,14 @@ class TextWindows(NamedTuple):
     sha256: str
 
 
-def documents(source: str) -> Iterator[str]:
+def documents(source: str, tokenizer: Any = None, *, n_chars: int | None = None) -> Iterator[str]:
     """Yield the documents of a text source: a .txt or other text file, a JSONL file, a directory of them,
     `builtin:prose`, `builtin:code`, or a `datasets` id (NAME, or NAME:CONFIG), streamed.
 
-    Raises CalibrationError for a source that does not exist or cannot be read.
+    tokenizer: words conversations by its chat template (`records`). n_chars: how many characters of a text file are
+    read at most. Raises CalibrationError for a source that does not exist or cannot be read.
     """
+    reader = RecordReader(tokenizer)
     if source == PROSE:
         return _builtin_prose()
     if source == CODE:
@@ -46,10 +48,10 @@ def documents(source: str) -> Iterator[str]:
         files = text_files(path)
         if not files:
             raise CalibrationError(f"{source} holds no text files ({', '.join(_TEXT_SUFFIXES)}).")
-        return (document for file in files for document in _file_documents(file))
+        return (document for file in files for document in _file_documents(file, reader, n_chars))
     if path.is_file():
-        return _file_documents(path)
-    return _dataset_documents(source)
+        return _file_documents(path, reader, n_chars)
+    return _dataset_documents(source, reader)
 
 
 def text_files(directory: Path) -> list[Path]:
@@ -65,7 +67,8 @@ def token_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> 
     wanted = n_windows * seq_len
     ids: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in _limited(documents(source), wanted * _CHARS_PER_TOKEN):
+    n_chars = wanted * _CHARS_PER_TOKEN
+    for text in _limited(documents(source, tokenizer, n_chars=n_chars), n_chars):
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator)
     available = len(ids) // seq_len
     if available < n_windows:
@@ -109,35 +112,32 @@ def _limited(texts: Iterator[str], n_chars: int) -> Iterator[str]:
             return
 
 
-def _file_documents(file: Path) -> Iterator[str]:
+def _file_documents(file: Path, reader: RecordReader, n_chars: int | None = None) -> Iterator[str]:
     try:
         if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _json_text(line, file, number)
+            for number, line in read_lines(file):
+                if line.strip():
+                    yield _line_document(line, file, number, reader)
         else:
-            yield file.read_text(encoding="utf-8", errors="replace" if file.suffix == ".py" else "strict")
+            with file.open(encoding="utf-8", errors="replace" if file.suffix == ".py" else "strict") as text:
+                yield text.read(n_chars)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except DocumentError as error:
+        raise CalibrationError(f"{file}: {error}.") from error
     except OSError as error:
         raise CalibrationError(f"cannot read {file}: {error.strerror}.") from error
 
 
-def _json_text(line: str, file: Path, number: int) -> str:
+def _line_document(line: str, file: Path, number: int, reader: RecordReader) -> str:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = parse_json(line)
+    except DocumentError as error:
         raise CalibrationError(f"{file}, line {number}: not valid JSON ({error}).") from error
-    for name in _TEXT_FIELDS:
-        if isinstance(record, dict) and isinstance(record.get(name), str):
-            return str(record[name])
-    raise CalibrationError(
-        f"{file}, line {number}: expected an object with a string field {' or '.join(_TEXT_FIELDS)}."
-    )
+    return reader.document(record, lambda: f"{file}, line {number}")
 
 
-def _dataset_documents(source: str) -> Iterator[str]:
+def _dataset_documents(source: str, reader: RecordReader) -> Iterator[str]:
     if source.startswith((".", "/", "~")) or Path(source).suffix in _TEXT_SUFFIXES:
         raise CalibrationError(f"text {source} does not exist.")
     try:
@@ -154,10 +154,13 @@ def _dataset_documents(source: str) -> Iterator[str]:
         raise CalibrationError(
             f"text {source} is no local file, and as a `datasets` id it failed: {str(error).splitlines()[0]}"
         ) from error
-    field = next((f for f in _TEXT_FIELDS if isinstance(first.get(f), str)), None)
-    if field is None:
-        raise CalibrationError(f"dataset {source} has no text field ({', '.join(_TEXT_FIELDS)}); it has {list(first)}.")
-    return (record[field] for record in records)
+    place = f"dataset {source}"
+    try:
+        reader.document(first, lambda: place)
+    except CalibrationError as error:
+        fields = f"{place} has no field that is read; it has {list(first)}"
+        raise CalibrationError(f"{fields}, expected {EXPECTED}.") from error
+    return (reader.document(record, lambda: place) for record in records)
 
 
 def _builtin_prose() -> Iterator[str]:
@@ -180,7 +183,7 @@ def _builtin_prose() -> Iterator[str]:
 def _builtin_code() -> Iterator[str]:
     """The source code of Python's own library."""
     for file in _stdlib_files():
-        yield from islice(_file_documents(file), 1)
+        yield from islice(_file_documents(file, RecordReader()), 1)
 
 
 def _stdlib_files() -> list[Path]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+#: On the hub, beside the weights that are loaded: Mistral's own format, and directories of other formats.
+_SECOND_COPIES = ["consolidated*", "*/*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -182,7 +184,7 @@ def _download(source: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_SECOND_COPIES))
     except Exception as error:
         raise _not_fetched(source, error) from error
 

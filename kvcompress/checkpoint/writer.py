@@ -10,9 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kvcompress.checkpoint.belonging import check_links, links_out
 from kvcompress.errors import OutputError
 
-_SKIPPED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx")
+#: Formats of weights: what is not loaded of them is a second copy of the weights.
+_WEIGHT_SUFFIXES: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx")
+_WEIGHT_SUFFIXES += (
+    ".onnx_data",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".npz",
+    ".npy",
+    ".tflite",
+    ".mlmodel",
+    ".mlpackage",
+    ".nemo",
+    ".engine",
+)
+#: No copy of anything: what a PEFT adapter adds.
+_ADAPTERS = frozenset({"adapter_model.safetensors"})
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -101,15 +118,38 @@ def _scratch_directory(target: Path, *, exist_ok: bool = False) -> Iterator[Path
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def copy_checkpoint(source: Path, target: Path, *, skip: frozenset[str] = frozenset()) -> None:
-    """Copy a checkpoint's files, pickled and converted duplicates of the weights and hidden files left out."""
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not file.is_file() or file.suffix in _SKIPPED_SUFFIXES or str(relative) in skip:
-            continue
+def copy_checkpoint(source: Path, target: Path, *, weights: frozenset[str], skip: frozenset[str] = frozenset()) -> None:
+    """Copy a checkpoint's files, hidden ones and second copies of its weights left out.
+
+    weights: the weight files that are loaded, which are copied. Every other file in a format of weights is a second
+    copy (consolidated.safetensors, pytorch_model.bin, GGUF, Flax), as is every directory that holds one (original/,
+    onnx/), and an index of such files. skip: other files that are left out. Raises CheckpointError for a symbolic link
+    that leads out of the checkpoint, unless it is to weights: a stranger's link could name any file of this machine.
+    """
+    outside = {link.relative_to(source) for link in links_out(source)}
+    copied = [f for f in _files(source) if str(f) not in skip and not _is_second_copy(f, source, weights)]
+    for relative in copied:
+        if str(relative) not in weights and not outside.isdisjoint([relative, *relative.parents]):
+            check_links(source)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / relative)
+        shutil.copyfile(source / relative, target / relative)
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the regular files below a directory, relative to it, without hidden ones."""
+    found = (f.relative_to(directory) for f in sorted(directory.rglob("*")) if f.is_file())
+    return [f for f in found if not any(part.startswith(".") for part in f.parts)]
+
+
+def _is_second_copy(file: Path, source: Path, weights: frozenset[str]) -> bool:
+    if str(file) in weights or file.name in _ADAPTERS:
+        return False
+    if file.name.endswith(".index.json"):
+        return file.name != "model.safetensors.index.json"
+    if file.suffix in _WEIGHT_SUFFIXES:
+        return True
+    beside = (source / file.parts[0]).rglob("*") if len(file.parts) > 1 else ()
+    return any(f.suffix in _WEIGHT_SUFFIXES for f in beside)
 
 
 def remove_stale(target: Path) -> None:

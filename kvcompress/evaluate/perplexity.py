@@ -194,7 +194,7 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
     ids: list[int] = []
     digest = hashlib.sha256()
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for k, document in enumerate(documents(text)):
+    for k, document in enumerate(documents(text, tokenizer)):
         digest.update(document.encode())
         ids.extend((separator if k else []) + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if max_windows and len(ids) >= max_windows * seq_len:

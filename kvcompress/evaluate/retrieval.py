@@ -157,7 +157,7 @@ def _book_tokens(tokenizer: Any, text: str, n_wanted: int) -> list[int]:
     """Return the ids of the text's beginning, enough that prompts can start at different places."""
     ids: list[int] = []
     wanted = 8 * n_wanted
-    for document in islice(documents(text), 10000):
+    for document in islice(documents(text, tokenizer), 10000):
         part = document[: wanted * _CHARS_PER_TOKEN]
         ids.extend(tokenizer(part + "\n\n", add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) >= wanted:

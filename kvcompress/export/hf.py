@@ -60,10 +60,9 @@ def write_hf(
     decilm: bool = False,
 ) -> None:
     """Write a checkpoint directory that transformers and vLLM load with no code of ours (DeciLM: vLLM only)."""
-    weights = {entry.file for entry in checkpoint.tensors.values()}
     ours = {PLAN_FILE, MAPS_FILE, REPORT_FILE, "README.md", "SOURCE_README.md"}
     indexes = {"model.safetensors.index.json"}
-    copy_checkpoint(checkpoint.path, target, skip=frozenset(weights | ours | indexes))
+    copy_checkpoint(checkpoint.path, target, weights=frozenset(), skip=frozenset(ours | indexes))
     fields = hf_config(config, layers, positions, dtype=dtype)
     if decilm:
         fields = decilm_config(fields, layers)

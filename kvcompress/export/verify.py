@@ -105,7 +105,7 @@ def text_ids(directory: Path, text: str, n_positions: int) -> tuple[list[int], s
     """Return at least n_positions token ids of a text source's beginning, and the text that they are of."""
     tokenizer = load_tokenizer(directory)
     sample = ""
-    for document in documents(text):
+    for document in documents(text, tokenizer):
         sample += document
         if len(sample) > 16 * n_positions:
             break

@@ -116,3 +116,18 @@ def test_a_process_prints_json_alone_and_nothing_on_stderr(model, text, tmp_path
     assert process.stderr == "imported: ['torch', 'transformers', 'scipy']\n" or process.stderr == (
         "imported: ['torch', 'transformers']\n"
     )
+
+
+def test_notes_of_the_library_are_one_line_each_and_only_once() -> None:
+    code = (
+        "import warnings, kvcompress_cli.app as app\n"
+        "from kvcompress.errors import Note\n"
+        "def noting():\n"
+        "    for _ in range(3):\n"
+        "        warnings.warn('read plainly.', Note, stacklevel=2)\n"
+        "        warnings.warn('of a library', UserWarning)\n"
+        "app.app = noting\n"
+        "app.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "note: read plainly.\n"

@@ -161,3 +161,23 @@ def test_success_leaves_the_source_untouched(source: Any, family: str, text_file
     assert listing(model) == before
     left = sorted(p.name.partition("-moments-")[0] for p in (tmp_path / "results").iterdir())
     assert left == ["kvcompress", "out"]  # the output, and the moments beside it
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-sharded"])
+@pytest.mark.parametrize("options", [{}, {"key_basis": "frequency", "folded": True}], ids=["coded", "folded"])
+def test_weights_are_written_once(source: Any, family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Mistral's repositories hold them twice, as consolidated.safetensors beside what transformers loads."""
+    model = source(family)
+    plain = CompressOptions(metric="weights", policy="uniform", keep=0.5, **options)
+    compress(model, tmp_path / "once", plain)
+    weights = sorted(model.glob("model*.safetensors"))
+    for i, file in enumerate(weights):
+        shutil.copy(
+            file, model / ("consolidated.safetensors" if len(weights) == 1 else f"consolidated-{i}.safetensors")
+        )
+    (model / "consolidated.safetensors.index.json").write_text("{}")
+    (model / "original").mkdir()
+    (model / "original" / "consolidated.00.pth").write_bytes(b"x" * 1000)
+    (model / "original" / "params.json").write_text("{}")
+    compress(model, tmp_path / "out", plain)
+    assert listing(tmp_path / "out").keys() == listing(tmp_path / "once").keys()

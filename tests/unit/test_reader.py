@@ -106,7 +106,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_hub_id_is_fetched_without_pickles(tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def fetch(source: str, *, allow_patterns: list[str]) -> str:
+    def fetch(source: str, *, allow_patterns: list[str], **_: Any) -> str:
         asked.update(source=source, patterns=allow_patterns)
         return str(tiny_checkpoint("llama-gqa"))
 
@@ -118,3 +118,21 @@ def test_a_hub_id_is_fetched_without_pickles(tiny_checkpoint: Any, monkeypatch: 
 
 def test_site_names() -> None:
     assert str(Site(3, "value")) == "layers.3.value"
+
+
+def test_a_hub_repository_is_fetched_without_second_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mistral's repositories hold every weight twice."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = ["config.json", "model-1.safetensors", "consolidated.safetensors", "original/a.safetensors", "x.pth"]
+    repository += ["tokenizer.json", "chat_template.jinja"]
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects(repository, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError), open_checkpoint("org/model"):
+        pass
+    assert fetched == ["config.json", "model-1.safetensors", "tokenizer.json", "chat_template.jinja"]

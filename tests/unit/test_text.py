@@ -71,9 +71,10 @@ def test_builtin_text_is_plenty_and_stable(source: str) -> None:
         ("latin.txt", "Grüße".encode("latin-1"), r"not UTF-8 text \(.* at byte 2\)"),
         ("latin.jsonl", b'{"text": "ok"}\n{"text": "Gr\xfc\xdfe"}\n', "not UTF-8"),
         ("broken.jsonl", b'{"text": "ok"}\n{"text": \n', r"line 2: not valid JSON"),
-        ("fields.jsonl", b'{"text": "ok"}\n\n{"words": "no"}\n', r"line 3: expected an object with a string field"),
+        ("fields.jsonl", b'{"text": "ok"}\n\n{"words": "no"}\n', r"line 3: expected an object with a text \(text"),
         ("list.jsonl", b'["text"]\n', r"line 1: expected an object"),
         ("number.jsonl", b'{"text": 3}\n', r"line 1: expected an object"),
+        ("deep.jsonl", b'{"text": "ok"}\n' + b"[" * 10**6, r"line 2: not valid JSON \(it is nested too deeply\)"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -124,7 +125,7 @@ class TestDatasets:
 
     def test_without_a_text_field(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.serve(monkeypatch, [{"image": 1}])
-        with pytest.raises(CalibrationError, match=r"no text field .* \['image'\]"):
+        with pytest.raises(CalibrationError, match=r"no field that is read; it has \['image'\]"):
             documents("org/pictures")
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:

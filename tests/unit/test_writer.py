@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from kvcompress.checkpoint import writer
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target, copy_checkpoint
-from kvcompress.errors import OutputError
+from kvcompress.errors import CheckpointError, OutputError
 
 
 def names(directory: Path) -> set[str]:
@@ -162,19 +163,47 @@ def test_space_is_checked_where_the_target_will_lie(tmp_path: Path, monkeypatch:
     assert asked == [tmp_path, tmp_path]
 
 
+#: What belongs to a checkpoint, and what is a second copy of its weights or hidden.
+KEPT = ("config.json", "model.safetensors", "model.safetensors.index.json", "sub/chat_template.jinja", "spiece.model")
+KEPT += ("adapter_model.safetensors", "LICENSE")
+LEFT_OUT = (
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "a.pth", ".git/config", ".hidden",
+    "onnx/model.onnx", "onnx/config.json", "consolidated.safetensors", "consolidated.safetensors.index.json",
+    "consolidated-00001-of-00002.safetensors", "original/consolidated.00.pth", "original/params.json",
+    "metal/model.bin", "flax_model.msgpack", "tf_model.h5", "rust_model.ot", "skipped.txt",
+)  # fmt: skip
+
+
 def test_copies_leave_out_what_does_not_belong(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    for name in (
-        "config.json", "model.safetensors", "sub/chat_template.jinja", "pytorch_model.bin", "model.gguf", "a.pth",
-        ".git/config", ".hidden", "onnx/model.onnx", "skipped.safetensors",
-    ):  # fmt: skip
+    for name in (*KEPT, *LEFT_OUT):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     target.mkdir()
-    copy_checkpoint(source, target, skip=frozenset({"skipped.safetensors"}))
-    files = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    assert files == {"config.json", "model.safetensors", "sub/chat_template.jinja"}
+    copy_checkpoint(source, target, weights=frozenset({"model.safetensors"}), skip=frozenset({"skipped.txt"}))
+    assert {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()} == set(KEPT)
     assert (target / "config.json").read_text() == "config.json"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "more"])
+def test_copies_do_not_follow_links_that_lead_out(tmp_path: Path, name: str) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (source / name).symlink_to(tmp_path / "private" / ("key" if name == "notes.txt" else ""))
+    if name == "more":  # rglob does not enter it in every version of Python
+        copy_or_refuse(source, target)
+    else:
+        with pytest.raises(CheckpointError, match="outside of"):
+            copy_checkpoint(source, target, weights=frozenset())
+    assert not [p for p in target.rglob("*") if p.is_file()]
+
+
+def copy_or_refuse(source: Path, target: Path) -> None:
+    with suppress(CheckpointError):
+        copy_checkpoint(source, target, weights=frozenset())
 
 
 def test_copies_follow_the_links_of_a_hub_cache(tmp_path: Path) -> None:
@@ -183,6 +212,6 @@ def test_copies_follow_the_links_of_a_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
     (tmp_path / "target").mkdir()
-    copy_checkpoint(tmp_path / "snapshot", tmp_path / "target")
+    copy_checkpoint(tmp_path / "snapshot", tmp_path / "target", weights=frozenset({"model.safetensors"}))
     copied = tmp_path / "target" / "model.safetensors"
     assert copied.read_text() == "weights" and not copied.is_symlink()
