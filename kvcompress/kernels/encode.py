@@ -35,9 +35,31 @@ def centred(x: Tensor, mean: Tensor | None, rotary: Rotary | None, positions: Te
         where, frequencies, scale = positions.contiguous(), rotary.inv_freq.to(x.device), rotary.scale
         stride = n_tokens if len(where) > 1 else 0
     centre_kernel[(-(-n_tokens // _CENTRED_TOKENS), n_heads, batch)](
-        x, where, frequencies, out if mean is None else mean, out, *x.stride()[:3], stride, n_tokens, scale,
+        x, out, where, frequencies, out if mean is None else mean, out, *x.stride()[:3], stride, n_tokens, scale,
         HEAD_DIM=head_dim, WIDTH=1 << (head_dim // 2 - 1).bit_length(), TOKENS=_CENTRED_TOKENS, ROTATED=rotated,
-        HAS_MEAN=mean is not None,
+        HAS_MEAN=mean is not None, PAGED=False,
+    )  # fmt: skip
+    return out
+
+
+def centred_pages(
+    x: Tensor, sources: Tensor, mean: Tensor | None, rotary: Rotary | None, positions: Tensor | None
+) -> Tensor:
+    """Return blocks of 32 tokens that lie in pages as `centred` does it: float16 [1, n_blocks * 32, n].
+
+    x: [pages, 32, heads, head_dim]; sources: int32 [n_blocks], the page of each block, or -1 for zeros;
+    positions: [1, n_blocks * 32].
+    """
+    _, _, n_heads, head_dim = x.shape
+    n_tokens = len(sources) * BLOCK_TOKENS
+    out = torch.empty(1, n_tokens, n_heads * head_dim, dtype=torch.float16, device=x.device)
+    where, frequencies, scale, rotated = out, out, 1.0, False
+    if rotary is not None and positions is not None:
+        where, frequencies, scale, rotated = positions, rotary.inv_freq.to(x.device), rotary.scale, True
+    centre_kernel[(n_tokens // _CENTRED_TOKENS, n_heads, 1)](
+        x, sources, where, frequencies, out if mean is None else mean, out, x.stride(0), x.stride(2), x.stride(1), 0,
+        n_tokens, scale, HEAD_DIM=head_dim, WIDTH=1 << (head_dim // 2 - 1).bit_length(), TOKENS=_CENTRED_TOKENS,
+        ROTATED=rotated, HAS_MEAN=mean is not None, PAGED=True,
     )  # fmt: skip
     return out
 
@@ -53,15 +75,25 @@ def project(x: Tensor, encoder: Tensor) -> Tensor:
     return x @ encoder.T
 
 
-def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0, tiles: Tiles | None = None) -> None:
+def pack_latents(
+    latents: Tensor,
+    site: PackedSite,
+    *,
+    first_block: int = 0,
+    tiles: Tiles | None = None,
+    destinations: Tensor | None = None,
+) -> None:
     """Write the codes of latents [batch, n_blocks * 32, R], in units of the steps, into site.words from first_block on.
 
     tiles: those of a site whose rows have the tile layout. With site.has_gain each token gets the gain with which it is
-    rebuilt best. Raises OptionError if the tokens do not fill whole blocks or do not fit.
+    rebuilt best. destinations: int32 [n_blocks], where site.words are pages [pages, blocks of a page, n_words]: of each
+    block of the one batch entry its row, counted through all pages, or -1 for none. Raises OptionError if the tokens do
+    not fill whole blocks or do not fit.
     """
     batch, n_tokens, n_components = latents.shape
     n_blocks = n_tokens // BLOCK_TOKENS
-    if n_tokens % BLOCK_TOKENS or n_components != site.n_components or first_block + n_blocks > site.words.shape[1]:
+    room = site.words.shape[1] - first_block if destinations is None else len(destinations)
+    if n_tokens % BLOCK_TOKENS or n_components != site.n_components or n_blocks > room:
         raise OptionError(
             f"latents {tuple(latents.shape)} do not fit packed words {tuple(site.words.shape)} from block "
             f"{first_block}. Expected whole blocks of {BLOCK_TOKENS} tokens and {site.n_components} components."
@@ -78,10 +110,11 @@ def pack_latents(latents: Tensor, site: PackedSite, *, first_block: int = 0, til
     chunks = sum(-(-count // _WIDTH) for count in counts)
     if n_blocks and chunks:
         pack_kernel[(n_blocks, chunks, batch)](
-            latents, gains, words, words if tiles is None else tiles.quads, latents.stride(0), latents.stride(1),
+            latents, gains, words, words if tiles is None else tiles.quads,
+            words if destinations is None else destinations, latents.stride(0), latents.stride(1),
             words.stride(0), words.stride(1), site.gain_word, n_blocks, *counts,
             CLASSES=sum(bits for bits in LEVELS if site.counts.get(bits, 0)), WIDTH=_WIDTH, HAS_GAIN=site.has_gain,
-            TILES="" if tiles is None else tiles.part,
+            TILES="" if tiles is None else tiles.part, PAGE_BLOCKS=0 if destinations is None else words.shape[1],
         )  # fmt: skip
 
 

@@ -9,23 +9,31 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def centre_kernel(
-    x, positions, inv_freq, mean, out, x_batch, x_head, x_token, position_batch, n_tokens, scale,
+    x, sources, positions, inv_freq, mean, out, x_batch, x_head, x_token, position_batch, n_tokens, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
     """Un-rotate heads and take off the mean: out float16 [batch, n_tokens, heads * HEAD_DIM], within its range.
 
     x: [batch, heads, n_tokens, HEAD_DIM]; positions: [1 or batch, n_tokens]; inv_freq: [HEAD_DIM / 2]; scale: what
     RoPE multiplied by; mean: [heads * HEAD_DIM]. WIDTH: a power of two of at least HEAD_DIM / 2. Grid: (tokens /
-    TOKENS, heads, batch).
+    TOKENS, heads, batch). PAGED: x is [pages, heads, 32, HEAD_DIM], and block i of 32 tokens lies in page sources[i],
+    or is zeros if that is -1; batch is 1.
     """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     pair = tl.arange(0, WIDTH)
     here = (token < n_tokens)[:, None] & (pair < HEAD_DIM // 2)[None, :]
-    place = x + batch * x_batch + head * x_head + token[:, None] * x_token + pair[None, :]
-    re = tl.load(place, mask=here, other=0.0).to(tl.float32)
-    im = tl.load(place + HEAD_DIM // 2, mask=here, other=0.0).to(tl.float32)
+    if PAGED:
+        source = tl.load(sources + tl.program_id(0) * TOKENS // 32).to(tl.int64)
+        there = here & (0 * pair + source >= 0)[None, :]
+        place = x + source * x_batch + head * x_head + (token % 32)[:, None] * x_token + pair[None, :]
+    else:
+        there = here
+        place = x + batch * x_batch + head * x_head + token[:, None] * x_token + pair[None, :]
+    re = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    im = tl.load(place + HEAD_DIM // 2, mask=there, other=0.0).to(tl.float32)
     if ROTATED:
         position = tl.load(positions + batch * position_batch + token, mask=token < n_tokens, other=0).to(tl.float32)
         angle = position[:, None] * tl.load(inv_freq + pair, mask=pair < HEAD_DIM // 2, other=0.0)[None, :]
@@ -157,20 +165,29 @@ def _store_tiles(code, words, quads, first_quad, n_quads, BITS: tl.constexpr, WI
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "gain_word"])
 def pack_kernel(
-    latents, gains, words, quads, batch_tokens, token_stride, batch_words, row_words, gain_word, n_blocks,
+    latents, gains, words, quads, destinations, batch_tokens, token_stride, batch_words, row_words, gain_word, n_blocks,
     n16, n8, n4, n2, n1, CLASSES: tl.constexpr, WIDTH: tl.constexpr, HAS_GAIN: tl.constexpr, TILES: tl.constexpr,
+    PAGE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class of one block. Grid: (blocks, chunks of components, batch).
 
     latents: [batch, n_tokens, R]; gains: uint8 [batch, n_tokens]; words: [batch, >= n_blocks, row_words] int32.
-    TILES: "key" or "value", whose tile layout the rows have, with Tiles.quads; "" for the plain layout.
+    TILES: "key" or "value", whose tile layout the rows have, with Tiles.quads; "" for the plain layout. PAGE_BLOCKS: 0,
+    or words are [pages, PAGE_BLOCKS, row_words], and block i is written to row destinations[i] of all, nowhere if that
+    is -1.
     """
     block = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     chunk = tl.program_id(1)
     latents += batch * batch_tokens + block * 32 * token_stride
     gains += (batch * n_blocks + block) * 32
-    words += batch * batch_words + block * row_words
+    if PAGE_BLOCKS:
+        destination = tl.load(destinations + block).to(tl.int64)
+        if destination < 0:
+            return
+        words += destination // PAGE_BLOCKS * batch_words + destination % PAGE_BLOCKS * row_words
+    else:
+        words += batch * batch_words + block * row_words
     if HAS_GAIN and chunk == 0:
         code = tl.load(gains + tl.arange(0, 32)).to(tl.int32).reshape(4, 8)
         tl.store(words + gain_word + tl.arange(0, 4), tl.sum(code << (tl.arange(0, 8) * 4)[None, :], 1))

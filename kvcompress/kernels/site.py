@@ -104,6 +104,23 @@ class SiteKernels:
 
         return self._packed(project(centred(x, self.codec.mean, rotary, positions), self.dense.encoder))
 
+    def pack_pages(
+        self, source: Tensor, words: Tensor, sources: Tensor, destinations: Tensor, rotary: Rotary | None,
+        positions: Tensor,
+    ) -> None:  # fmt: skip
+        """Encode blocks of 32 tokens from pages into pages; nothing depends on values, so that a CUDA graph records it.
+
+        source: [pages, 32, heads, head_dim], after RoPE; words: int32 [pages, blocks of a page, words of a row], of
+        paged.page_words; sources, destinations: int32 [n_blocks], each block's page of `source` and its row of all rows
+        of `words`, counted through the pages, both -1 where there is nothing to do; rotary: None of values and where
+        nothing is to be un-rotated; positions: those that keys are rotated by, [1, n_blocks * 32].
+        """
+        from kvcompress.kernels.encode import centred_pages, pack_latents, project
+
+        x = centred_pages(source, sources, self.codec.mean, rotary, positions)
+        latents = project(x, self.dense.encoder)
+        pack_latents(latents, self.site(words), tiles=self.codec.tiles, destinations=destinations)
+
     def site(self, packed: Tensor, *, mean: Tensor | None = None) -> PackedSite:
         """packed: int32 [batch, n_blocks, words of a row]."""
         dense = self.dense
