@@ -32,12 +32,19 @@ class Rotary:
     @classmethod
     def of_checkpoint(cls, directory: Path) -> Rotary:
         """Return the RoPE of the model that transformers would load from a directory, from its config.json alone."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
+        return cls.of_config(config)
+
+    @classmethod
+    def of_config(cls, config: Any) -> Rotary:
+        """Return the RoPE of the model that transformers would make of a config."""
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):  # only to learn which class the model has for it
             embedding = AutoModelForCausalLM.from_config(config).get_decoder().rotary_emb
         embedding = type(embedding)(config)

@@ -34,7 +34,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> None:
         spec = read_model_spec(model.config.to_dict())
-        _check_fit(spec, plan)
+        check_fit(spec, plan)
         self.model, self.plan = model, plan
         self.codecs = _layer_codecs(model, spec, plan, maps)
         self._implementation = model.config._attn_implementation
@@ -287,7 +287,8 @@ def _layer_codecs(
     return layers
 
 
-def _check_fit(spec: ModelSpec, plan: Plan) -> None:
+def check_fit(spec: ModelSpec, plan: Plan) -> None:
+    """Raise CheckpointError unless a plan was made for such a model."""
     widths = {site: spec.width(site) for site in spec.sites}
     planned = {s.site: s.width for s in plan.sites}
     if spec.architecture != plan.architecture or widths != planned:

@@ -1,0 +1,103 @@
+"""What is put into vLLM's own classes so that a compressed checkpoint gets compressed layers. Ordinary models pass
+through."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from kvcompress.checkpoint.maps import MAPS_FILE
+from kvcompress.errors import OptionError
+from kvcompress.vllm.backend import ExactBackend, PackedBackend, compressed_layers
+from kvcompress.vllm.codecs import layer_plans
+from kvcompress.vllm.layers import CompressedModel, make_layer
+from kvcompress.vllm.managers import register_managers
+from kvcompress.vllm.names import (
+    Attention,
+    DefaultModelLoader,
+    VllmConfig,
+    extract_layer_index,
+    get_current_vllm_config,
+)
+from kvcompress.vllm.source import Source, find_directory, read_source
+from kvcompress.vllm.summary import say
+
+
+def install() -> None:
+    """Wrap vLLM's attention layer and weight loader; a second call changes nothing."""
+    register_managers()
+    if getattr(Attention.__init__, "kvcompress", False):
+        return
+    Attention.__init__ = _marked(Attention.__init__, _init)
+    Attention.get_kv_cache_spec = _marked(Attention.get_kv_cache_spec, _kv_cache_spec)
+    DefaultModelLoader._prepare_weights = _marked(DefaultModelLoader._prepare_weights, _prepare_weights)
+
+
+def _marked(original: Any, wrapper: Any) -> Any:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped.kvcompress = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def source_of(config: VllmConfig) -> Source | None:
+    """Return the maps of the model that a config loads, None for an ordinary one."""
+    model = config.model_config
+    if model is None:
+        return None
+    speculative = config.speculative_config
+    is_draft = speculative is not None and getattr(speculative, "draft_model_config", None) is model
+    directory = find_directory(
+        str(model.model), revision=model.revision, additional=config.additional_config, is_draft=is_draft
+    )
+    return None if directory is None else read_source(directory)
+
+
+def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Attention.__init__: a layer that the plan knows gets our backend, and exact pages beside its packed ones."""
+    config = get_current_vllm_config()
+    source = source_of(config)
+    name = kwargs.get("prefix", "")
+    layer = None if source is None else extract_layer_index(name)
+    if source is None or layer is None or layer_plans(source.plan, layer) is None:
+        original(self, *args, **kwargs)
+        return
+    _check(config)
+    kwargs["attn_backend"] = PackedBackend
+    original(self, *args, **kwargs)
+    first = next(compressed_layers(config), None)
+    model = CompressedModel.of(source, config) if first is None else first.kvcompress.model
+    compressed = make_layer(model, layer, self, backend=ExactBackend, dtype=config.model_config.dtype)
+    self.kvcompress = compressed
+    config.compilation_config.static_forward_context[compressed.exact.name] = compressed.exact
+    if first is None:
+        compressed.exact.when_bound = functools.partial(say, config, compressed)
+
+
+def _check(config: VllmConfig) -> None:
+    """Raise OptionError for what the engine was asked and a compressed cache cannot do."""
+    cache, parallel = config.cache_config, config.parallel_config
+    refused = {
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--disable-hybrid-kv-cache-manager": bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise OptionError(f"a compressed cache does not go with {what}. Leave it out.")
+
+
+def _kv_cache_spec(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
+    compressed = getattr(self, "kvcompress", None)
+    return original(self, vllm_config) if compressed is None else compressed.packed_spec(vllm_config)
+
+
+def _prepare_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The maps lie beside the weights, and vLLM would load every .safetensors file as weights."""
+    folder, files, *rest = original(self, *args, **kwargs)
+    return folder, [file for file in files if Path(file).name != MAPS_FILE], *rest

@@ -1,0 +1,154 @@
+"""An attention layer whose cache is packed: vLLM's Attention with our pages, and a second cache beside it for exact
+ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, ModelSpec, Site
+from kvcompress.model.rope import Rotary
+from kvcompress.plan import BLOCK_TOKENS, SitePlan
+from kvcompress.runtime.attach import check_fit
+from kvcompress.runtime.cache import LayerCodecs
+from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
+from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, tensor_parallel_place
+from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes
+from kvcompress.vllm.reference import LayerCache
+from kvcompress.vllm.source import Source
+from kvcompress.vllm.specs import ExactSpec, PackedSpec
+
+#: What is appended to a layer's name for its exact pages.
+EXACT_SUFFIX = ".exact"
+
+
+@dataclass(slots=True)
+class CompressedModel:
+    """What all compressed layers of a loaded model share.
+
+    sites: what this rank keeps of each site, and its maps. layouts, page_bytes: of each layer's packed page, the same
+    on all ranks. packed_table: that of the step, int32 [n, most pages].
+    """
+
+    source: Source
+    spec: ModelSpec
+    rotary: Rotary | None
+    sites: dict[Site, tuple[SitePlan, SiteMaps | None]]
+    layouts: dict[int, PageLayout]
+    page_bytes: dict[int, int]
+    packed_table: Tensor | None = None
+
+    @classmethod
+    def of(cls, source: Source, config: VllmConfig) -> CompressedModel:
+        """Raises CheckpointError for maps of another model, OptionError where heads cannot be shared out as ranks
+        are."""
+        hf_config, plan = config.model_config.hf_config, source.plan
+        spec = read_model_spec(hf_config.to_dict())
+        check_fit(spec, plan)
+        rank, n_ranks = tensor_parallel_place()
+        sites: dict[Site, tuple[SitePlan, SiteMaps | None]] = {}
+        rows: dict[Site, int] = {}
+        number_bytes = DTYPE_BYTES[str(config.model_config.dtype).removeprefix("torch.")]
+        for site in plan.sites:
+            attention = spec.layers[site.layer]
+            cut = []
+            for r in range(n_ranks):
+                heads = rank_heads(attention.n_kv_heads, r, n_ranks)
+                maps = None if site.exact else source.maps[site.site]
+                mine = None if maps is None else heads_of(maps, *heads, attention.head_dim, site=site.site)
+                cut.append((rank_site(site, mine, (heads[1] - heads[0]) * attention.head_dim), mine))
+            sites[site.site] = cut[rank]
+            rows[site.site] = max(row_bytes(s, number_bytes) for s, _ in cut)
+        n_blocks = blocks_of_page(plan)
+        layouts = {
+            s.layer: PageLayout(n_blocks, rows[Site(s.layer, "key")], rows[Site(s.layer, "value")]) for s in plan.sites
+        }
+        rotary = Rotary.of_config(hf_config) if any(a.rotary_dim for a in spec.layers) else None
+        return cls(source, spec, rotary, sites, layouts, page_sizes(layouts))
+
+
+@dataclass(slots=True)
+class CompressedAttention:
+    """What an Attention layer of vLLM has beside its own fields so that its cache is packed."""
+
+    model: CompressedModel
+    layout: PageLayout
+    page_bytes: int
+    codecs: LayerCodecs
+    exact: ExactCache
+
+    def cache(self, packed: Tensor) -> LayerCache:
+        """packed: what vLLM bound as the layer's cache, uint8 [n_pages, 1, 1, bytes]."""
+        return LayerCache(self.codecs, self.layout, packed[:, 0, 0], self.exact.kv_cache, self.model.source.plan.sinks)
+
+    def packed_spec(self, config: VllmConfig) -> PackedSpec:
+        return PackedSpec(
+            block_size=self.layout.n_tokens,
+            num_kv_heads=self.codecs.n_kv_heads,
+            head_size=self.codecs.head_dim,
+            dtype=torch.uint8,
+            num_head_slots=1,
+            tokens_per_state=self.layout.n_tokens,
+            state_content_bytes=self.page_bytes,
+            most_queries=1 + config.num_speculative_tokens,
+        )
+
+
+class ExactCache(nn.Module, AttentionLayerBase):
+    """The pages of a layer's exact tokens, as vLLM sees them: a layer that holds a cache and computes nothing."""
+
+    #: Called with the pages once there are any.
+    when_bound: Callable[[Tensor], None] | None = None
+
+    def __init__(self, backend: Any, spec: ExactSpec, name: str) -> None:
+        super().__init__()
+        self.kv_cache = torch.tensor([])
+        self.name, self.spec, self._backend = name, spec, backend
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        self.kv_cache = kv_cache
+        if self.when_bound is not None:
+            self.when_bound(kv_cache)
+
+    def get_attn_backend(self) -> Any:
+        return self._backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactSpec:
+        return self.spec
+
+
+def make_layer(
+    model: CompressedModel, layer: int, attention: Any, *, backend: Any, dtype: torch.dtype
+) -> CompressedAttention:
+    """Return what a layer of vLLM needs to be compressed.
+
+    attention: the layer, number `layer` of the model; backend: of its exact pages; dtype: of its keys and values.
+    Codecs are made on the device on which vLLM is just making its layers. Raises CheckpointError for maps of another
+    model.
+    """
+    n_heads, head_dim = attention.num_kv_heads, attention.head_size
+    sites = {part: model.sites[Site(layer, part)] for part in PARTS}
+    codecs = make_layer_codecs(
+        {part: sites[part][0] for part in PARTS},
+        {part: sites[part][1] for part in PARTS},
+        rotary=model.rotary if model.spec.layers[layer].rotary_dim else None,
+        n_kv_heads=n_heads,
+        head_dim=head_dim,
+        device=torch.empty(0).device,
+    )
+    spec = ExactSpec(
+        block_size=BLOCK_TOKENS,
+        num_kv_heads=n_heads,
+        head_size=head_dim,
+        dtype=dtype,
+        sinks=model.source.plan.sinks,
+        recent=model.source.plan.recent,
+    )
+    exact = ExactCache(backend, spec, attention.layer_name + EXACT_SUFFIX)
+    return CompressedAttention(model, model.layouts[layer], model.page_bytes[layer], codecs, exact)

@@ -1,0 +1,49 @@
+"""What vLLM must know of the two kinds of pages: their bytes, and which tokens of a sequence have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.vllm.names import AttentionSpec, FullAttentionSpec, VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSpec(FullAttentionSpec):
+    """Pages of packed codes: one state of any number of bytes for all tokens of a page.
+
+    most_queries: query tokens that a sequence has in a step of generation, 1 without speculation; see managers.py.
+    """
+
+    most_queries: int = 1
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        if any(spec != specs[0] for spec in specs):
+            raise AssertionError("layers of different pages are merged by vLLM's UniformTypeKVCacheSpecs only")
+        return specs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactSpec(AttentionSpec):
+    """Pages of 32 exact tokens: those of the first `sinks` tokens, and of the `recent` last ones with the block that
+    they begin in."""
+
+    sinks: int
+    recent: int
+
+    @property
+    def sink_pages(self) -> int:
+        return -(-self.sinks // BLOCK_TOKENS)
+
+    @property
+    def window_pages(self) -> int:
+        """Most pages that the exact tokens of a sequence lie in, its newest token included."""
+        return -(-(self.recent + BLOCK_TOKENS) // BLOCK_TOKENS)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that a sequence keeps; one page more, because pages are given back a step after the last use."""
+        tokens = vllm_config.model_config.max_model_len + vllm_config.num_speculative_tokens
+        pages = min(self.sink_pages + self.window_pages + 1, -(-tokens // BLOCK_TOKENS))
+        return pages * self.page_size_bytes
