@@ -11,10 +11,10 @@ from torch import Tensor
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.errors import CheckpointError, OptionError
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.model_spec import PARTS, Part, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan, SitePlan
-from kvcompress.runtime.cache import LayerCodecs
 
 
 def layer_plans(plan: Plan, layer: int) -> dict[Part, SitePlan] | None:
@@ -76,7 +76,7 @@ def make_layer_codecs(
     n_kv_heads: int,
     head_dim: int,
     device: torch.device,
-) -> LayerCodecs:
+) -> LayerKernels:
     """Return a layer's codecs on the device; rotary: None in a layer without RoPE. maps: None for an exact part."""
     for part in PARTS:
         if plans[part].width != n_kv_heads * head_dim:
@@ -89,7 +89,7 @@ def make_layer_codecs(
     rotary = rotary if key is not None else None
     if key is not None and plans["key"].rotated and rotary is not None:
         rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
-    return LayerCodecs(
+    return LayerKernels(
         key,
         value,
         rotary,

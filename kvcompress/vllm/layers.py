@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, ModelSpec, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS, SitePlan
 from kvcompress.runtime.attach import check_fit
-from kvcompress.runtime.cache import LayerCodecs
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, tensor_parallel_place
 from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes
@@ -80,7 +80,7 @@ class CompressedAttention:
     model: CompressedModel
     layout: PageLayout
     page_bytes: int
-    codecs: LayerCodecs
+    codecs: LayerKernels
     exact: ExactCache
 
     def cache(self, packed: Tensor) -> LayerCache:

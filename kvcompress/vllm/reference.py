@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.model_spec import Part
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attention import tiled_attention
-from kvcompress.runtime.cache import LayerCodecs
 from kvcompress.vllm.pages import PageLayout, exact_parts
 
 
@@ -41,7 +41,7 @@ class LayerCache:
     """One layer's pages: packed uint8 [n, bytes], exact [n, heads, 32, 2 head_dim]; how many first tokens stay
     exact."""
 
-    codecs: LayerCodecs
+    codecs: LayerKernels
     layout: PageLayout
     packed: Tensor
     exact: Tensor
@@ -129,7 +129,7 @@ def _exact_tokens(cache: LayerCache, row: Row, key: Tensor, value: Tensor) -> tu
 class _PagedTokens:
     """A row's tokens as tiled_attention takes a layer of the run time's cache; see CompressedLayer."""
 
-    codecs: LayerCodecs
+    codecs: LayerKernels
     packed_keys: Tensor
     packed_values: Tensor
     sink_keys: Tensor
