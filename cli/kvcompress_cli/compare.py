@@ -57,7 +57,7 @@ def compare(
             metavar="TEXT",
             help="As in kvcompress compress. Repeat it to mix texts.",
             rich_help_panel=_TEXT,
-            show_default="self, builtin:prose and builtin:code",
+            show_default="texts of all kinds",
         ),
     ] = None,
     tokens: Annotated[

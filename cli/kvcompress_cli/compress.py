@@ -80,11 +80,11 @@ def compress(
         list[str] | None,
         _option(
             "calibration",
-            "A text file, JSONL (texts or chats), directory, datasets id, builtin:prose, builtin:code or self. "
-            "Repeat it to mix texts.",
+            "A text file, JSONL (texts or chats), directory, datasets id, self or builtin:NAME (essays, notes, "
+            "dialogue, narrative, plays, prose, code). Repeat it to mix texts.",
             _TEXT,
             metavar="TEXT",
-            show_default="self, builtin:prose and builtin:code",
+            show_default="all of builtin, and an eighth of self",
         ),
     ] = None,
     no_calibration: Annotated[

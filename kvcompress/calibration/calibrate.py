@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from kvcompress.calibration import text as calibration_text
+from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.fisher import collect_moments
+from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.map_budget import moments_group
@@ -21,8 +23,6 @@ from kvcompress.checkpoint.writer import remove_stale
 from kvcompress.errors import CheckpointError
 from kvcompress.options import CompressOptions
 
-#: With no text given: what was best on four kinds of text (docs/measurements.md).
-DEFAULT_CALIBRATION = (calibration_text.SELF, calibration_text.PROSE, calibration_text.CODE)
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages: sample, calibrate, fit, write."""
 
@@ -53,7 +53,7 @@ def obtain_moments(
         return Moments.load(file)
     model, tokenizer = _load_model(checkpoint, protocol["device"], protocol["dtype"])
     windows = _calibration_windows(model, tokenizer, options, report)
-    protocol["text_sha256"] = windows.sha256
+    protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     if partial.is_file():
         moments = Moments.load(partial)
         if moments.protocol != protocol:
@@ -121,6 +121,8 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
 
 def _source_digest(source: str) -> str:
     """Return the SHA-256 of a text's files, so that changed text is calibrated anew; of the name for other sources."""
+    if source in BUNDLED:  # another version of the package may hold another text
+        return hashlib.sha256(bundled_text(source).encode()).hexdigest()
     path = Path(source)
     files = calibration_text.text_files(path) if path.is_dir() else [path] if path.is_file() else []
     digest = hashlib.sha256(b"" if files else source.encode())
@@ -131,17 +133,14 @@ def _source_digest(source: str) -> str:
     return digest.hexdigest()
 
 
-def _calibration_windows(
-    model: Any, tokenizer: Any, options: CompressOptions, report: Progress
-) -> calibration_text.TextWindows:
-    sources = options.calibration or DEFAULT_CALIBRATION
+def _calibration_windows(model: Any, tokenizer: Any, options: CompressOptions, report: Progress) -> Mixture:
+    shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
     sampled = None
-    if calibration_text.SELF in sources:
-        n = calibration_text.share_of(sources, options.tokens, options.seq_len, calibration_text.SELF)
+    if n := shares.get(calibration_text.SELF):
         sampled = sample_windows(
             model, tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
         )
-    return calibration_text.mixed_windows(tokenizer, sources, options.tokens, options.seq_len, sampled=sampled)
+    return mixed_windows(tokenizer, shares, options.seq_len, sampled=sampled)
 
 
 def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 #: Sequences sampled side by side; the cache of one batch is what bounds it.
-_BATCH = 32
+_BATCH = 64
+#: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
+#: are far cheaper than a few long ones; several make a window.
+_ROW = 256
 
 
 def sample_windows(
     model: Any, tokenizer: Any, n_windows: int, seq_len: int, *, seed: int, progress: Any | None = None
 ) -> Tensor:
-    """Return [n_windows, seq_len] ids sampled at temperature 1 from the start token, seeded.
+    """Return [n_windows, seq_len] ids sampled at temperature 1, seeded: sequences of up to 256 tokens side by side.
 
-    A sequence that ends starts again behind its end token, as in a stream of documents.
+    Each begins with the start token; one that ends starts again behind its end token, as in a stream of documents.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         start = 0
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    length = min(_ROW, seq_len)
+    n_rows = -(-n_windows * seq_len // length)
     batches = []
-    for first in range(0, n_windows, _BATCH):
-        n = min(_BATCH, n_windows - first)
-        ids = torch.full((n, 1), start, device=device)
-        rows = [ids]
-        cache = None
-        with torch.no_grad():
-            for _ in range(seq_len - 1):
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-                rows.append(ids)
-                if progress:
-                    progress(first * seq_len + len(rows) * n, n_windows * seq_len)
-        batches.append(torch.cat(rows, 1).cpu())
-    return torch.cat(batches)
+    for first in range(0, n_rows, _BATCH):
+        n = min(_BATCH, n_rows - first)
+
+        def sampled(n_steps: int, first: int = first, n: int = n) -> None:
+            if progress:
+                progress(min((first * length) + n_steps * n, n_windows * seq_len), n_windows * seq_len)
+
+        batches.append(_sampled_rows(model, start, n, length, generator, sampled))
+    return torch.cat(batches).flatten()[: n_windows * seq_len].reshape(n_windows, seq_len)
+
+
+def _sampled_rows(
+    model: Any, start: int, n: int, length: int, generator: torch.Generator, sampled: Callable[[int], None]
+) -> Tensor:
+    """Return n sequences [n, length]; sampled(tokens of each so far) is called after every step."""
+    ids = torch.full((n, 1), start, device=generator.device)
+    rows = [ids]
+    cache = None
+    with torch.no_grad():
+        for _ in range(length - 1):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            rows.append(ids)
+            sampled(len(rows))
+    return torch.cat(rows, 1).cpu()

@@ -7,11 +7,12 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.builtin import BUNDLED, bundled_documents, bundled_text, is_builtin
 from kvcompress.calibration.records import EXPECTED, RecordReader
 from kvcompress.documents import DocumentError, parse_json, read_lines
 from kvcompress.errors import CalibrationError
@@ -24,25 +25,22 @@ _CHARS_PER_TOKEN = 64
 PROSE, CODE, SELF = "builtin:prose", "builtin:code", "self"
 
 
-class TextWindows(NamedTuple):
-    """Token windows [n_windows, seq_len] and the SHA-256 of the ids, which names the text in reports."""
-
-    ids: Tensor
-    sha256: str
-
-
 def documents(source: str, tokenizer: Any = None, *, n_chars: int | None = None) -> Iterator[str]:
     """Yield the documents of a text source: a .txt or other text file, a JSONL file, a directory of them,
-    `builtin:prose`, `builtin:code`, or a `datasets` id (NAME, or NAME:CONFIG), streamed.
+    one of BUNDLED, `builtin:prose`, `builtin:code`, or a `datasets` id (NAME, or NAME:CONFIG), streamed.
 
     tokenizer: words conversations by its chat template (`records`). n_chars: how many characters of a text file are
     read at most. Raises CalibrationError for a source that does not exist or cannot be read.
     """
     reader = RecordReader(tokenizer)
+    if source in BUNDLED:
+        return bundled_documents(source)
     if source == PROSE:
         return _builtin_prose()
     if source == CODE:
         return _builtin_code()
+    if is_builtin(source):
+        bundled_text(source)  # raises: no such text
     path = Path(source)
     if path.is_dir():
         files = text_files(path)
@@ -64,6 +62,17 @@ def token_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> 
 
     Raises CalibrationError if the source has too little text.
     """
+    windows = all_windows(tokenizer, source, n_windows, seq_len)
+    if len(windows) < n_windows:
+        raise CalibrationError(
+            f"too little text: {source} has fewer than the {n_windows * seq_len} tokens that are needed "
+            f"({len(windows)} of {n_windows} windows of {seq_len}). Give more text, or lower --tokens or --seq-len."
+        )
+    return windows[spread(len(windows), n_windows)]
+
+
+def all_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tensor:
+    """Return the windows [n, seq_len] out of which `token_windows` chooses n_windows: those of the text's beginning."""
     wanted = n_windows * seq_len
     ids: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -71,36 +80,12 @@ def token_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> 
     for text in _limited(documents(source, tokenizer, n_chars=n_chars), n_chars):
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator)
     available = len(ids) // seq_len
-    if available < n_windows:
-        raise CalibrationError(
-            f"too little text: {source} has {len(ids)} tokens, {wanted} are needed "
-            f"({n_windows} windows of {seq_len}). Give more text, or lower --tokens or --seq-len."
-        )
-    windows = torch.tensor(ids[: available * seq_len]).reshape(available, seq_len)
-    return windows[torch.linspace(0, available - 1, n_windows).round().long()]
+    return torch.tensor(ids[: available * seq_len], dtype=torch.long).reshape(available, seq_len)
 
 
-def mixed_windows(
-    tokenizer: Any, sources: tuple[str, ...], n_tokens: int, seq_len: int, *, sampled: Tensor | None = None
-) -> TextWindows:
-    """Return windows from several sources in equal parts, interleaved; `sampled` stands in for the source `self`."""
-    n_windows = max(1, n_tokens // seq_len)
-    shares = [n_windows // len(sources) + (i < n_windows % len(sources)) for i in range(len(sources))]
-    parts = []
-    for source, share in zip(sources, shares, strict=True):
-        if share and source == SELF and sampled is not None:
-            parts.append(sampled[:share])
-        elif share:
-            parts.append(token_windows(tokenizer, source, share, seq_len))
-    order = sorted((i / len(p), k, i) for k, p in enumerate(parts) for i in range(len(p)))
-    ids = torch.stack([parts[k][i] for _, k, i in order])
-    return TextWindows(ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
-
-
-def share_of(sources: tuple[str, ...], n_tokens: int, seq_len: int, source: str) -> int:
-    """Return how many windows `mixed_windows` takes from one of the sources."""
-    n_windows = max(1, n_tokens // seq_len)
-    return n_windows // len(sources) + (sources.index(source) < n_windows % len(sources))
+def spread(available: int, n: int) -> Tensor:
+    """Return the places of n windows, evenly spread over those that are available: [n]."""
+    return torch.linspace(0, available - 1, n).round().long()
 
 
 def _limited(texts: Iterator[str], n_chars: int) -> Iterator[str]:

@@ -74,7 +74,7 @@ def headline(document: dict[str, Any]) -> str:
 def protocol_lines(document: dict[str, Any]) -> list[str]:
     """Return how the figures were measured, a sentence each."""
     protocol, machine, original = document["protocol"], document["machine"], document["original"]
-    sources = ", ".join(document["request"]["calibration"]) or "self, builtin:prose, builtin:code (the default)"
+    sources = ", ".join(document["request"]["calibration"]) or "the default"
     return [
         f"Model {document['model']} ({document['architecture']}, {original['dtype']}, {original['bytes_per_token']:,} "
         f"bytes of cache a token), run in {protocol['dtype']} on {machine['device']}, torch {machine['torch']}, "

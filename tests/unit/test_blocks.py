@@ -92,6 +92,16 @@ class TestSampling:
         deviation = (800 * probability * (1 - probability)).sqrt()
         assert ((counts - 800 * probability)[top].abs() < 4 * deviation[top]).all()
 
+    def test_long_windows_are_made_of_short_sequences(self, tiny_model: Any) -> None:
+        """Sampled side by side: 255 steps of the model for two windows of 600 tokens, each sequence from the start."""
+        model, steps, done = tiny_model("llama-gqa"), [], []
+        handle = model.register_forward_hook(lambda *_: steps.append(1))
+        windows = sample_windows(model, build_tokenizer(), 2, 600, seed=0, progress=lambda *x: done.append(x))
+        handle.remove()
+        assert windows.shape == (2, 600) and len(steps) == 255
+        assert (windows.flatten()[::256] == BOS).all()
+        assert done[-1] == (1200, 1200) and done == sorted(done)
+
     def test_uses_the_cache_correctly(self, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the likeliest token in place of a sample, the windows are the model's greedy continuation."""
         monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
