@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
 from kvcompress.kernels.layout import LEVELS, PackedSite, row_words
+from kvcompress.kernels.rebuild import RebuildMaps, rebuild_maps
 from kvcompress.kernels.turned import GroupedSite
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS
@@ -66,6 +67,11 @@ class SiteKernels:
         decoder = codec.decode(torch.eye(codec.n_components, device=device))
         counts = {bits: stop - start for bits, start, stop in codec.classes}
         return DenseMaps(encoder.half(), decoder.half(), counts)
+
+    @cached_property
+    def rebuilt(self) -> RebuildMaps:
+        """What turns packed rows back into numbers."""
+        return rebuild_maps(self.codec, self.dense.decoder)
 
     @cached_property
     def grouped(self) -> GroupedMaps | None:
