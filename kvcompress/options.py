@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from kvcompress.documents import DocumentError, parse_toml, read_text, shaped
 from kvcompress.errors import OptionError
 
 KEY_BASES = ("head", "share", "frequency", "band", "per_head", "latent")
@@ -31,7 +31,20 @@ UNROTATED_KEY_BASES = ("band", "per_head", "latent")
 #: Heads in groups that share virtual heads, keys and values alike: for folding only (grouping.py).
 GROUPED = "grouped"
 POLICY_NAMES = ("uniform", "middle", "energy", "loss")
+_MOST_RECIPE_BYTES = 1 << 16
 METRICS = ("fisher", "activation", "weights")
+
+
+#: What a choice of a number may be at least and at most.
+_LIMITS = {
+    "tokens": (1, 1 << 40),
+    "per_group": (1, 1 << 20),
+    "seq_len": (16, 1 << 24),
+    "sinks": (0, 1 << 24),
+    "recent": (0, 1 << 24),
+    "band": (2, 1 << 20),
+    "seed": (0, (1 << 40) - 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +87,16 @@ class CompressOptions:
             raise OptionError(
                 f"keep must be above 0 and at most 1 (the share of the cache that stays), found {self.keep}."
             )
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+        if self.group is not None and (not _is_whole(self.group) or self.group < 1):
             raise OptionError(f"group must be a whole number of at least 1, found {self.group!r}.")
         if not isinstance(self.calibration, tuple) or not all(isinstance(s, str) for s in self.calibration):
             raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
-        for name, least in (
-            ("tokens", 1),
-            ("per_group", 1),
-            ("seq_len", 16),
-            ("sinks", 0),
-            ("recent", 0),
-            ("band", 2),
-            ("seed", 0),
-        ):
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+            if value > most:
+                raise OptionError(f"{name} must be a whole number of at most {most}.")
         for name in ("folded", "maps_only", "ranks_only"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
@@ -147,20 +154,24 @@ class CompressOptions:
 
 def is_turn(n_tokens: Any) -> bool:
     """Return whether keys can be un-rotated in turns of n_tokens: 1, or a power of two that whole blocks fill."""
-    if not isinstance(n_tokens, int) or isinstance(n_tokens, bool):
+    if not _is_whole(n_tokens) or n_tokens > 1 << 20:
         return False
     return n_tokens == 1 or (n_tokens >= BLOCK_TOKENS and n_tokens & (n_tokens - 1) == 0)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
     """Return the options of a TOML recipe, with overrides that are not None on top."""
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = parse_toml(read_text(file, most=_MOST_RECIPE_BYTES))
     except FileNotFoundError as error:
         raise OptionError(f"recipe {file} does not exist.") from error
     except OSError as error:
         raise OptionError(f"recipe {file} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except DocumentError as error:
         raise OptionError(f"recipe {file} is not valid TOML: {error}.") from error
     known = {f.name for f in fields(CompressOptions)}
     unknown = sorted(set(values) - known)
@@ -168,8 +179,12 @@ def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
         raise OptionError(f"recipe {file} has an unknown key '{unknown[0]}'. Known keys: {', '.join(sorted(known))}.")
     if "calibration" in values:
         texts = values["calibration"]
-        values["calibration"] = (texts,) if isinstance(texts, str) else tuple(texts)
-    return with_overrides(CompressOptions(**values), **overrides)
+        values["calibration"] = [texts] if isinstance(texts, str) else texts
+    try:
+        options: CompressOptions = shaped(values, CompressOptions)
+    except DocumentError as error:
+        raise OptionError(f"recipe {file}: {error}.") from error
+    return with_overrides(options, **overrides)
 
 
 def with_overrides(options: CompressOptions, **overrides: Any) -> CompressOptions:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvcompress.checkpoint.maps import MAPS_FILE
-from kvcompress.documents import DocumentError, read_json
+from kvcompress.documents import DocumentError, read_json, read_text
 from kvcompress.errors import KVCompressError, OptionError, OutputError
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.plan import PLAN_FILE, REPORT_FILE, Plan
-from kvcompress.report.card import CARD_FILE, is_generated, model_card, with_measured
+from kvcompress.report.card import CARD_FILE, MOST_CARD_BYTES, is_generated, model_card, with_measured
 from kvcompress.report.source import hub_id, without_local_paths
 
 _OWN_FILES = (MAPS_FILE, PLAN_FILE, REPORT_FILE, EVALUATIONS_FILE, CARD_FILE)
@@ -104,10 +104,17 @@ def _public_json(file: Path, public: Plan, *, sent: Container[str]) -> bytes:
 def _public_card(output: Path, public: Plan, repository: str) -> bytes:
     """Return the card for the repository; one that was rewritten by hand is sent as it is."""
     file = output / CARD_FILE
-    if file.is_file() and not is_generated(text := file.read_text(encoding="utf-8")):
+    if file.is_file() and not is_generated(text := _card_text(file)):
         return text.encode()
     card = model_card(public, file, repository=repository)
     return with_measured(card, read_evaluations(output)).encode()
+
+
+def _card_text(file: Path) -> str:
+    try:
+        return read_text(file, most=MOST_CARD_BYTES)
+    except (DocumentError, OSError) as error:
+        raise OutputError(f"{file} is no card that can be sent ({error}).") from error
 
 
 def _check_repository(name: str, given: str | None) -> None:

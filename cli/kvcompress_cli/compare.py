@@ -108,7 +108,7 @@ def _required(model: str | None, text: str | None) -> tuple[str, str]:
 
 
 def _read(out: Path) -> dict[str, Any]:
-    from kvcompress.evaluate.compare import COMPARISON_FILE, read_comparison
+    from kvcompress.report.stored_comparison import COMPARISON_FILE, read_comparison
 
     return read_comparison(out / COMPARISON_FILE)
 

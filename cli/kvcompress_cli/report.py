@@ -29,6 +29,8 @@ def report(
     A rank is how many components of a site remain for each token beyond the recent window; bits are stored bits for
     each number that the model caches. The page of --html shows what kvcompress eval measured as well.
     """
+    from kvcompress.report.stored import read_report
+
     document = read_report(output)
     if html:
         write_page(output, document, html)
@@ -38,26 +40,6 @@ def report(
         typer.echo(f"wrote {html}")
     else:
         print_report(document)
-
-
-def read_report(output: Path) -> dict[str, Any]:
-    """Return the parsed report.json of a compressed checkpoint. Raises CheckpointError."""
-    from json import loads
-
-    from kvcompress.errors import CheckpointError
-    from kvcompress.plan import REPORT_FILE
-
-    file = output / REPORT_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{output} has no {REPORT_FILE}: it is not an output of kvcompress compress.")
-    try:
-        document: dict[str, Any] = loads(file.read_text(encoding="utf-8"))
-        for row in document["layers"]:
-            for part in _PARTS:
-                row[part]["rank"] + row[part]["width"] + row[part]["bits_per_token"] + row[part]["predicted_loss"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}). Compress again.") from error
-    return document
 
 
 def write_page(output: Path, document: dict[str, Any], target: Path) -> None:
@@ -71,7 +53,7 @@ def write_page(output: Path, document: dict[str, Any], target: Path) -> None:
         raise OutputError(f"{target} is a directory. Name a file, such as {target / 'report.html'}.")
     try:
         page = report_page(document, read_evaluations(output), name=output.absolute().name)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{output} has a damaged report or evaluation ({error!r}). Compress again.") from error
     with atomic_file(target) as scratch:
         scratch.write_text(page, encoding="utf-8")

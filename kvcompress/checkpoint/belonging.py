@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvcompress.errors import CheckpointError
 
+MAPS_FILE = "kv_maps.safetensors"
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 

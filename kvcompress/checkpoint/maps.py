@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvcompress.checkpoint.belonging import MAPS_FILE as MAPS_FILE
 from kvcompress.errors import CheckpointError
 from kvcompress.model.model_spec import Site
 from kvcompress.options import LEVELS
 
-MAPS_FILE = "kv_maps.safetensors"
 #: What safetensors takes for a header at most.
 _HEADER_BYTES = 100_000_000
 _FLOATS = (torch.float16, torch.float32)

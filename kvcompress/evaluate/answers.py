@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from kvcompress.documents import DocumentError, parse_json, read_text, shaped
 from kvcompress.errors import OptionError, OutputError
 from kvcompress.evaluate.scoring import Pair, Score, score_pairs
 from kvcompress.evaluate.sides import Side
 
 _HEADER = {"format": "kvcompress answers", "version": 1}
+_MOST_BYTES = 1 << 30
+#: Side, request, and the text that was generated, or log-likelihood and whether it is the likeliest.
+_Line = tuple[str, str, str | tuple[float, bool]]
 
 
 class Answers:
@@ -53,7 +57,7 @@ class Answers:
     ) -> list[Score]:
         """Return the score of each pair, computing only those that are not known yet."""
         keys = [request_key(pair) for pair in pairs]
-        new = {key: i for i, key in enumerate(keys) if self.get(side, key) is None}
+        new = {key: i for i, key in enumerate(keys) if isinstance(self.get(side, key), (str, type(None)))}
         missing = list(new)
 
         def keep(index: int, score: Score) -> None:
@@ -77,7 +81,7 @@ class Answers:
 
     def _open(self, file: Path) -> None:
         try:
-            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            text = read_text(file, most=_MOST_BYTES) if file.exists() else ""
             whole = text[: text.rfind("\n") + 1]
             if text and not whole:
                 raise ValueError
@@ -95,13 +99,13 @@ class Answers:
 
     def _read(self, text: str) -> None:
         for number, line in enumerate(text.splitlines()):
-            record = json.loads(line)
+            record = parse_json(line, finite=False)  # of an impossible continuation the likelihood is minus infinity
             if number == 0:
                 if record != _HEADER:
-                    raise ValueError
+                    raise DocumentError("it has no header")
                 continue
-            side, request, answer = record
-            self._known[str(side), str(request)] = answer
+            side, request, answer = shaped(record, _Line)
+            self._known[side, request] = answer
 
 
 def request_key(pair: Pair) -> str:

@@ -27,7 +27,7 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_file
-from kvcompress.errors import BudgetError, OptionError, OutputError
+from kvcompress.errors import BudgetError, OptionError
 from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import Cell, cells_of
 from kvcompress.evaluate.peers import evaluate_peer
@@ -36,10 +36,10 @@ from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan, source_name
 from kvcompress.plan import BLOCK_TOKENS, Plan
+from kvcompress.report.stored_comparison import COMPARISON_FILE as COMPARISON_FILE
+from kvcompress.report.stored_comparison import FORMAT_VERSION, read_comparison
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 
-FORMAT_VERSION = 1
-COMPARISON_FILE = "compare.json"
 #: Context lengths for which the whole cache's bytes are stated.
 LENGTHS = (2048, 8192, 32768, 131072)
 Progress = Callable[[str, int, int], None]
@@ -133,19 +133,6 @@ def _check_window(request: Request) -> None:
 def _finished(file: Path) -> dict[str, dict[str, Any]]:
     """Return {key: row} of an earlier call's cells."""
     return {row["key"]: row for row in read_comparison(file)["cells"]} if file.is_file() else {}
-
-
-def read_comparison(file: Path) -> dict[str, Any]:
-    """Return a parsed compare.json. Raises OutputError for a file that is missing or is no comparison."""
-    try:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if document["format_version"] != FORMAT_VERSION or not all("key" in row for row in document["cells"]):
-            raise ValueError(f"format version {document['format_version']}, this kvcompress has {FORMAT_VERSION}")
-    except FileNotFoundError as error:
-        raise OutputError(f"{file} does not exist: nothing was compared there.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{file} is damaged ({error}). Remove it, or choose another --out.") from error
-    return document
 
 
 class _Bench:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from kvcompress.documents import DocumentError, parse_json, read_json, read_text, shaped
 from kvcompress.errors import OptionError
 
 #: A file beside the tasks, {"name.jsonl": {"format": ..., "metric": ...}}; needed where the records do not tell.
@@ -21,6 +21,11 @@ METRICS = {
     "cloze": ("acc", "perplexity"),
     "cond": ("bits_per_byte",),
 }
+
+
+class _Entry(TypedDict):
+    format: NotRequired[str]
+    metric: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def find_task_files(name: str) -> list[Path]:
 def load_task(file: Path) -> LocalTask:
     """Return the task in a JSONL file. Raises OptionError with the line that is wrong."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
         entry = _sidecar_entry(file)
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read the task {file}: {error}.") from error
@@ -87,16 +92,16 @@ def _sidecar_entry(file: Path) -> dict[str, Any]:
     if not sidecar.is_file():
         return {}
     try:
-        entry = json.loads(sidecar.read_text(encoding="utf-8")).get(file.name, {})
-    except (ValueError, AttributeError) as error:
-        raise OptionError(f"{sidecar} is no JSON object of file names.") from error
-    return entry if isinstance(entry, dict) else {}
+        entry = read_json(sidecar).get(file.name, {})
+        return dict(shaped(entry, _Entry)) if isinstance(entry, dict) else {}
+    except DocumentError as error:
+        raise OptionError(f"{sidecar} is no JSON object of file names ({error}).") from error
 
 
 def _record(line: str, file: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = parse_json(line)
+    except DocumentError as error:
         raise OptionError(f"{file}, line {number}: not valid JSON ({error}).") from error
     if not isinstance(record, dict):
         raise OptionError(f"{file}, line {number}: expected an object.")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.documents import DocumentError, read_text
+from kvcompress.errors import OutputError
 from kvcompress.plan import Plan
 from kvcompress.report.document import CONTEXTS
 from kvcompress.report.measured import measured_table
@@ -14,6 +16,7 @@ from kvcompress.report.usage import loading_note, python_usage
 from kvcompress.report.wording import nats, percent, size, tokens
 
 CARD_FILE = "README.md"
+MOST_CARD_BYTES = 4_000_000
 
 #: What the source's own card says that holds for the compressed model as well.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -85,7 +88,10 @@ def update_card(directory: Path, evaluations: list[dict[str, Any]]) -> None:
     file = directory / CARD_FILE
     if not file.is_file():
         return
-    card = file.read_text(encoding="utf-8")
+    try:
+        card = read_text(file, most=MOST_CARD_BYTES)
+    except (DocumentError, OSError) as error:
+        raise OutputError(f"{file} cannot be read ({error}), so that nothing was written into it.") from error
     if (changed := with_measured(card, evaluations)) != card:
         with atomic_file(file) as scratch:
             scratch.write_text(changed, encoding="utf-8")
@@ -109,10 +115,17 @@ def source_metadata(card: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     try:
+        read_text(card, most=MOST_CARD_BYTES)
         found = metadata_load(card) or {}
     except Exception:  # a stranger's text: whatever the YAML parser makes of it
         return {}
-    return {key: found[key] for key in _INHERITED if found.get(key)}
+    return {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a stranger's field is a word or a list of some."""
+    words = value if isinstance(value, list) else [value]
+    return 0 < len(words) <= 100 and all(isinstance(w, str) and 0 < len(w) <= 200 for w in words)
 
 
 def _sizes(plan: Plan) -> str:

@@ -13,7 +13,13 @@ PERPLEXITY = "perplexity"
 
 def perplexities(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records of `kvcompress eval --text`."""
-    return [e for e in evaluations if e["kind"] == PERPLEXITY]
+    return [e for e in evaluations if is_perplexity(e)]
+
+
+def is_perplexity(record: dict[str, Any]) -> bool:
+    """Return whether a record has what the tables and the chart of perplexities show; others are listed."""
+    shown, said = {"perplexity", "kl_nats", "top1_agreement"}, {"text", "recent"}
+    return record["kind"] == PERPLEXITY and shown <= record.keys() and said <= record["protocol"].keys()
 
 
 def protocol_words(protocol: dict[str, Any]) -> str:
@@ -23,7 +29,7 @@ def protocol_words(protocol: dict[str, Any]) -> str:
     if "text" in protocol:
         digest = protocol.get("text_sha256", "")
         words.append(protocol["text"] + (f" (sha256 {digest[:12]})" if digest else ""))
-    if "windows" in protocol:
+    if "windows" in protocol and "seq_len" in protocol:
         words.append(f"{protocol['windows']} windows of {protocol['seq_len']:,}")
     words += [f"{protocol[name]} {name}" for name in ("sinks", "recent") if name in protocol]
     words += [protocol["dtype"]] if "dtype" in protocol else []
@@ -46,7 +52,7 @@ def measured_table(evaluations: list[dict[str, Any]]) -> str:
             "\n".join(table) + "\n\nDecode-faithful: every token attends to the compressed form of all older "
             "tokens beyond the window."
         )
-    parts += [_markdown(e) for e in evaluations if e["kind"] != PERPLEXITY]
+    parts += [_markdown(e) for e in evaluations if not is_perplexity(e)]
     return "\n\n".join(parts)
 
 

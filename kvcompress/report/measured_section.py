@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from kvcompress.report.markup import Figures, code, swatch, table
-from kvcompress.report.measured import PERPLEXITY, protocol_words
+from kvcompress.report.measured import is_perplexity, protocol_words
 from kvcompress.report.measured_tables import tables_of
 from kvcompress.report.sections import predicted_loss
 from kvcompress.report.usage import PLACE
@@ -21,8 +21,8 @@ def measured(figures: Figures) -> str:
         return f"""<h2>Predicted and measured loss</h2>
 <p>Predicted: {", ".join(predicted_loss(figures))}. Nothing was measured on this output yet; this writes it here:</p>
 {command}"""
-    perplexity = [i for i, record in records if record["kind"] == PERPLEXITY]
-    others = "".join(_other(record) for _, record in records if record["kind"] != PERPLEXITY)
+    perplexity = [i for i, record in records if is_perplexity(record)]
+    others = "".join(_other(record) for _, record in records if not is_perplexity(record))
     return f"""<h2>Predicted and measured loss</h2>
 {_perplexities(figures, perplexity) if perplexity else ""}{others}"""
 

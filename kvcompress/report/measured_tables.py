@@ -23,7 +23,7 @@ def tables_of(record: dict[str, Any]) -> list[MeasuredTable]:
     shaped = {"tasks": _tasks, "retrieval": _retrieval, "positions": _positions, "generation": _generation}
     try:
         return shaped.get(record["kind"], _listed)(record)
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return _listed(record)
 
 

@@ -43,7 +43,8 @@ def report(output):
 
 @pytest.fixture(scope="module")
 def page_file(output):
-    from kvcompress_cli.report import read_report, write_page
+    from kvcompress.report.stored import read_report
+    from kvcompress_cli.report import write_page
 
     write_page(output, read_report(output), output / "report.html")
     return output / "report.html"

@@ -93,7 +93,7 @@ const RISE = "rise of the loss (log of the ratio)";
 
 /** Two points for each measured text. */
 function measuredRows() {
-  return evaluations.filter((e) => e.kind === "perplexity").flatMap((e, i) => {
+  return evaluations.filter((e) => e.kind === "perplexity" && e.perplexity && "kl_nats" in e && "recent" in e.protocol).flatMap((e, i) => {
     const text = `${i + 1}  ${e.protocol.text}`;
     const points = [[KL, e.kl_nats], [RISE, Math.log(e.perplexity.ratio)]];
     const told = { text, ratio: e.perplexity.ratio.toFixed(4), windows: e.protocol.windows, recent: e.protocol.recent };
