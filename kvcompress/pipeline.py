@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
 from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
 from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.codec.distance import distance_of_samples
 from kvcompress.errors import BudgetError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
 from kvcompress.fold.grouping import choose_groups, group_sizes
@@ -26,6 +28,9 @@ from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
+
+#: Tokens of each site of which it is told how far typical text is from what was calibrated on.
+_TYPICAL_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def make_plan(
         sinks=options.sinks,
         recent=options.recent,
         options=options.to_json(),
-        calibration=moments.protocol,
+        calibration=moments.protocol | _typical(fitted, maps, moments),
         loss_in_nats=moments.has_fisher,
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
@@ -155,6 +160,22 @@ def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMap
         step=torch.where(bits < 16, choice.step / scale[:, 0].float(), 1.0),
         mean=moments.mean.float() if fit.centred else None,
     )
+
+
+def _typical(
+    fitted: dict[Site, FittedSite], maps: dict[Site, SiteMaps], moments: Moments
+) -> dict[str, dict[str, float]]:
+    """Return {"typical": the distance of the calibration text's own tokens}, with which other texts are compared.
+
+    Keys that are encoded after RoPE are left out, and so is everything where there are no samples.
+    """
+    sites = []
+    for site, own in maps.items():
+        x = moments.sites[site].samples
+        if len(x) and own.mean is not None and not fitted[site].rotated:
+            sites.append((SiteCodec(own, torch.device("cpu")), x[:: -(-len(x) // _TYPICAL_SAMPLES)] - own.mean))
+    distance = distance_of_samples(sites)
+    return {} if distance is None else {"typical": asdict(distance)}
 
 
 def source_name(source: str) -> str:

@@ -38,6 +38,13 @@ class Options(TypedDict):
     maps_only: NotRequired[bool]
 
 
+class Typical(TypedDict):
+    """How far the calibration text's own tokens are from it; see codec/distance.py."""
+
+    component_energy: Annotated[float, Within(0, 1e9)]
+    gains_at_ends: Annotated[float, Within(0, 1)]
+
+
 class Calibration(TypedDict):
     """What is told of how the moments were taken; nothing where there were none."""
 
@@ -45,6 +52,7 @@ class Calibration(TypedDict):
     tokens: NotRequired[Count]
     seq_len: NotRequired[Count]
     text_sha256: NotRequired[Name]
+    typical: NotRequired[Typical]
 
 
 def n_encoded(n_tokens: int, recent: int) -> int:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from kvcompress_cli import terminal
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
     from kvcompress_cli.eval_options import EvalOptions
     from kvcompress_cli.loading import Loaded
+
+FAR = (
+    "note: this text is far from what the maps were calibrated on, so that they lose more on it than they need to. "
+    "Compress again with text like it: --calibration FILE."
+)
 
 
 def run(loaded: Loaded, options: EvalOptions) -> Evaluation:
@@ -66,4 +73,12 @@ def show(evaluation: Evaluation) -> None:
         f"{escape(protocol['text'])} (sha256 {protocol['text_sha256'][:12]}), {protocol['windows']} windows of "
         f"{protocol['seq_len']}, {protocol['sinks']} sinks, {protocol['recent']} recent, {protocol['dtype']}",
     )
+    if (distance := evaluation.distance) is not None:
+        grid.add_row(
+            "distance",
+            f"components have {distance.component_energy:.2f} times the calibration text's energy, "
+            f"{distance.gains_at_ends:.1%} of gains are at the ends ({distance.typical_gains_at_ends:.1%} there)",
+        )
     terminal.stdout().print(grid)
+    if distance is not None and distance.is_far:
+        typer.echo(FAR, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -66,15 +67,20 @@ class SiteCodec:
         quantised = [c for c in self.classes if c[0] <= 8]
         self._first = quantised[0][1] if quantised else self.n_components  # components before it are not quantised
         self.has_gain = bool(quantised)
+        self.step = step[:, 0].to(device)
+        #: Called with (self, z in units of the steps, codes of gains) for all that is encoded; see `distance`.
+        self.watch: Callable[[SiteCodec, Tensor, Tensor | None], None] | None = None
         self._half = 2.0 ** (maps.bits[self._first :].float().to(device) - 1)
         self.tiles = None if tiled_for is None else Tiles(tiled_for, maps.bits, maps.block, device)
 
     def encode(self, x: Tensor) -> Codes:
         """x: [..., n], the mean already subtracted -> what is stored of it."""
         z = self.project(x)
-        if not self.has_gain:
+        code = best_gain(z[..., self._first :], self._half) if self.has_gain else None
+        if self.watch is not None:
+            self.watch(self, z, code)
+        if code is None:
             return Codes(self._rounded(z), None)
-        code = best_gain(z[..., self._first :], self._half)
         z = z / gain(code).unsqueeze(-1)
         numbers, quantised = self._rounded(z[..., : self._first]), quantise(z[..., self._first :], self._half)
         return Codes(torch.cat([numbers, quantised], -1), code)

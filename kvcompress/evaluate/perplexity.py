@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.text import documents
+from kvcompress.codec.distance import Distance, distance_of, watched
 from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
 
 _LOGIT_ROWS = 256
@@ -25,12 +27,38 @@ Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 
+@dataclass(frozen=True, slots=True)
+class TextDistance:
+    """How far a text is from what was calibrated on (codec/distance.py), what is typical there, and the verdict."""
+
+    component_energy: float
+    gains_at_ends: float
+    typical_component_energy: float
+    typical_gains_at_ends: float
+    is_far: bool
+
+    @classmethod
+    def of(cls, found: Distance | None, plan: Plan) -> TextDistance | None:
+        """Return what is said of a text; None where it or the calibration text was not seen encoded."""
+        if found is None or "typical" not in plan.calibration:
+            return None
+        typical = Distance(**plan.calibration["typical"])
+        return cls(
+            found.component_energy,
+            found.gains_at_ends,
+            typical.component_energy,
+            typical.gains_at_ends,
+            found.is_far(typical),
+        )
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Means over all predicted tokens; KL(original || compressed) in nats; `protocol` says how it was measured.
 
     ratio_standard_error: of the ratio of perplexities, from its spread over the windows; None with one window.
-    log_ratios: the log of each window's ratio, for paired comparisons; not part of the JSON.
+    log_ratios: the log of each window's ratio, for paired comparisons; not part of the JSON. distance: how far the text
+    is from what was calibrated on, where the cache is ours.
     """
 
     perplexity: dict[str, float]
@@ -40,10 +68,13 @@ class Evaluation:
     keep: float
     protocol: dict[str, Any]
     log_ratios: tuple[float, ...] = field(repr=False)
+    distance: TextDistance | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
         del document["log_ratios"]
+        if self.distance is None:  # a peer, or a fold
+            del document["distance"]
         return document
 
 
@@ -142,7 +173,10 @@ def evaluate_attached(
         return states
 
     protocol = {"sinks": sinks, "recent": recent}
-    return compare_states(model, original, coded, keep=plan.keep, protocol=protocol, progress=progress)
+    sites = [site for layer in attachment.codecs for site in (layer.key, layer.value)] if plan.form == "coded" else []
+    with watched(sites, skipped=sinks) as watches:
+        result = compare_states(model, original, coded, keep=plan.keep, protocol=protocol, progress=progress)
+    return replace(result, distance=TextDistance.of(distance_of(watches), plan))
 
 
 def compare_states(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvcompress.evaluations import EVALUATIONS_FILE
-from kvcompress.plan import PLAN_FILE
+from kvcompress.plan import PLAN_FILE, Plan
 from tests.cli.conftest import FOLDED
 
 WINDOWS = ("--seq-len", "64", "--max-windows", "2")
@@ -24,7 +24,9 @@ def run(kvcompress, output, text, *flags):
 
 def test_json_is_the_promised_object(kvcompress, any_form, text):
     document = run(kvcompress, any_form, text)
-    assert set(document) == {"perplexity", "ratio_standard_error", "kl_nats", "top1_agreement", "keep", "protocol"}
+    figures = {"perplexity", "ratio_standard_error", "kl_nats", "top1_agreement", "keep", "protocol"}
+    assert set(document) - {"distance"} == figures
+    assert ("distance" in document) == (Plan.load(any_form).form == "coded")
     assert set(document["perplexity"]) == {"original", "compressed", "ratio"}
     fields = {"text", "text_sha256", "seq_len", "windows", "sinks", "recent", "dtype"}
     assert set(document["protocol"]) == fields
@@ -60,6 +62,18 @@ def test_the_table_states_the_protocol(kvcompress, compressed, text):
     assert outcome.code == 0
     assert "ratio" in outcome.stdout
     assert "2 windows of 64" in " ".join(outcome.stdout.split())
+
+
+def test_a_far_text_is_warned_of(kvcompress, compressed, text, tmp_path):
+    """The same text twice: with the plan as it is, and with one whose calibration text was far smaller."""
+    output = shutil.copytree(compressed(), tmp_path / "copy")
+    assert kvcompress("eval", output, "--text", text, *WINDOWS).stderr == ""
+    plan = json.loads((output / PLAN_FILE).read_text())
+    plan["calibration"]["typical"]["component_energy"] /= 5
+    (output / PLAN_FILE).write_text(json.dumps(plan))
+    outcome = kvcompress("eval", output, "--text", text, *WINDOWS)
+    assert "note: this text is far from" in outcome.stderr and "--calibration FILE" in outcome.stderr
+    assert "of gains are at the ends" in " ".join(outcome.stdout.split())
 
 
 @pytest.mark.parametrize("form", [{"maps_only": True}, FOLDED])

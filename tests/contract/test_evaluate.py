@@ -55,6 +55,29 @@ def test_figures_are_those_of_the_logits(model_and_tokenizer: tuple[Any, Any], t
     assert result.kl_nats > 0.01
 
 
+def test_the_distance_is_that_of_what_was_encoded(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
+    """Against the components of every site, computed from the tokens that arrive there."""
+    model, tokenizer = model_and_tokenizer
+    result = evaluate(model, tokenizer, str(text_file), seq_len=SEQ_LEN, max_windows=1)
+    codecs = [codec for layer in attachment_of(model).codecs for codec in (layer.key, layer.value) if codec]
+    energies = []
+    for codec in codecs:
+        encode = codec.encode
+
+        def spy(x: torch.Tensor, encode: Any = encode, codec: Any = codec) -> Any:
+            z = codec.project(x)[:, 2:] * codec.step
+            energies.append(z.square().mean().item())
+            return encode(x)
+
+        codec.encode = spy
+    with torch.no_grad(), attachment_of(model).simulated(sinks=2, recent=0):
+        model(windows(tokenizer, text_file)[:1], use_cache=False)
+    mean = math.exp(sum(map(math.log, energies)) / len(energies))
+    assert len(energies) == len(codecs) > 0
+    assert result.distance is not None and result.distance.component_energy == pytest.approx(mean, rel=1e-3)
+    assert result.to_json()["distance"]["is_far"] is result.distance.is_far
+
+
 def test_a_window_as_long_as_the_text_changes_nothing(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
     options = {"seq_len": SEQ_LEN, "max_windows": N_WINDOWS, "recent": SEQ_LEN}
     result = evaluate(*model_and_tokenizer, str(text_file), **options)
