@@ -9,7 +9,9 @@ from kvcompress.codec.codec import SiteCodec
 from kvcompress.model.model_spec import Part
 
 
-def random_codec(part: Part, groups: dict[int, list[int]], n_kv_heads: int, head_dim: int, *, tiled: bool) -> SiteCodec:
+def random_codec(
+    part: Part, groups: dict[int, list[int]], n_kv_heads: int, head_dim: int, *, tiled: bool, device: str = "cpu"
+) -> SiteCodec:
     """Return a codec whose groups of heads have so many components of each number of bits; orthogonal maps.
 
     Codes of about normal numbers fill their range.
@@ -27,4 +29,4 @@ def random_codec(part: Part, groups: dict[int, list[int]], n_kv_heads: int, head
         torch.arange(n_kv_heads * head_dim).view(n_groups, width).int(), rows.half(), rows.half(), block.int(),
         bits.to(torch.uint8), step, torch.randn(n_kv_heads * head_dim),
     )  # fmt: skip
-    return SiteCodec(maps, torch.device("cpu"), tiled_for=part if tiled else None)
+    return SiteCodec(maps, torch.device(device), tiled_for=part if tiled else None)

@@ -17,6 +17,9 @@ from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.model.rope import Rotary
 from tests.codec_cases import random_codec
 
+#: Where the Triton of this process runs: TRITON_INTERPRET=0 for a GPU.
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+
 GROUPS = {16: [4, 0], 8: [4, 8], 4: [12, 4], 2: [4, 8], 1: [8, 4]}
 
 
@@ -25,14 +28,15 @@ GROUPS = {16: [4, 0], 8: [4, 8], 4: [12, 4], 2: [4, 8], 1: [8, 4]}
 def test_blocks_are_encoded_from_pages_into_pages(part: Part, tiled: bool) -> None:
     torch.manual_seed(0)
     heads, head_dim, page_blocks = 4, 32, 2
-    codec = random_codec(part, GROUPS, heads, head_dim, tiled=tiled)
-    source = torch.randn(6, heads, 32, 2 * head_dim).half()[..., :head_dim].transpose(1, 2)  # as an engine's pages
-    row = codec.pack(torch.zeros(1, 32, heads * head_dim)).shape[2]
-    pool = torch.full((4, 2, page_blocks * row + 32), 77, dtype=torch.uint8)
+    codec = random_codec(part, GROUPS, heads, head_dim, tiled=tiled, device=DEVICE)
+    both = torch.randn(6, heads, 32, 2 * head_dim).half().to(DEVICE)
+    source = both[..., :head_dim].transpose(1, 2)  # as in an engine's pages
+    row = codec.pack(torch.zeros(1, 32, heads * head_dim, device=DEVICE)).shape[2]
+    pool = torch.full((4, 2, page_blocks * row + 32), 77, dtype=torch.uint8, device=DEVICE)
     words = page_words(pool[:, 1], page_blocks, row // 4, 16)
-    sources = torch.tensor([3, -1, 5, 0], dtype=torch.int32)
-    destinations = torch.tensor([7, -1, 2, 3], dtype=torch.int32)  # the second block of page 3, both of page 1
-    turn_positions = torch.tensor([256, 0, 512, 512], dtype=torch.int32)
+    # The second block of page 3, both of page 1.
+    lists = ([3, -1, 5, 0], [7, -1, 2, 3], [256, 0, 512, 512])
+    sources, destinations, turn_positions = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lists)
     positions = turn_positions.repeat_interleave(32)[None]
     rotary = Rotary(1e4 ** -(torch.arange(head_dim // 2) * 2 / head_dim), 1.0) if part == "key" else None
     SiteKernels(codec, heads).pack_pages(source, words, sources, destinations, rotary, positions)
@@ -46,7 +50,7 @@ def test_blocks_are_encoded_from_pages_into_pages(part: Part, tiled: bool) -> No
         # Float16 latents may fall on the other side of a step, whose two codes are then about as good; and where two
         # gains are, on the other one's.
         assert closeness(codec.decode(got), expected) < closeness(codec.roundtrip(expected), expected) * 1.01
-        codes, known = torch.empty(1, 32, 1), torch.empty(1, 32, 1)
+        codes, known = (torch.empty(1, 32, 1, device=DEVICE) for _ in range(2))
         unpack_codes(gains, 4, codes)
         unpack_codes(codec.pack(expected)[..., row - 16 :], 4, known)
         assert (codes == known).float().mean() > 0.9

@@ -18,6 +18,9 @@ from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.model.rope import Rotary
 from tests.codec_cases import random_codec
 
+#: Where the Triton of this process runs: TRITON_INTERPRET=0 for a GPU.
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+
 GROUPS = {16: [4, 0], 8: [4, 8], 4: [12, 60], 2: [4, 8], 1: [8, 4]}
 HEADS, HEAD_DIM, PAGE_BLOCKS = 4, 48, 2
 
@@ -27,18 +30,19 @@ HEADS, HEAD_DIM, PAGE_BLOCKS = 4, 48, 2
 @pytest.mark.parametrize("groups", [GROUPS, {16: [12, 8]}])
 def test_pages_are_rebuilt_as_the_codec_does_it(part: Part, tiled: bool, groups: dict[int, list[int]]) -> None:
     torch.manual_seed(0)
-    codec = random_codec(part, groups, HEADS, HEAD_DIM, tiled=tiled)
-    packed = codec.pack(torch.randn(1, 5 * 32, HEADS * HEAD_DIM) * 0.7)
-    pool = torch.full((6, 3, PAGE_BLOCKS * packed.shape[2]), 77, dtype=torch.uint8)
-    words, pages = page_words(pool[:, 1], PAGE_BLOCKS, packed.shape[2] // 4, 0), torch.tensor([4, 1, 5])
+    codec = random_codec(part, groups, HEADS, HEAD_DIM, tiled=tiled, device=DEVICE)
+    packed = codec.pack(torch.randn(1, 5 * 32, HEADS * HEAD_DIM).to(DEVICE) * 0.7)
+    pool = torch.full((6, 3, PAGE_BLOCKS * packed.shape[2]), 77, dtype=torch.uint8, device=DEVICE)
+    words = page_words(pool[:, 1], PAGE_BLOCKS, packed.shape[2] // 4, 0)
+    pages = torch.tensor([4, 1, 5], device=DEVICE)
     for block in range(5):
         words[pages[block // 2], block % 2] = packed[0, block].view(torch.int32)
 
     rotary = Rotary(1e4 ** -(torch.arange(HEAD_DIM // 2) * 2 / HEAD_DIM), 1.25) if part == "key" else None
     layer = LayerCodecs(codec, codec, rotary, HEADS, HEAD_DIM, turn=64)
-    positions = (torch.arange(160) // 64 * 64)[None]
+    positions = (torch.arange(160, device=DEVICE) // 64 * 64)[None]
     expected = layer.decode_keys(codec.unpack(packed), positions)[0].transpose(0, 1)[32:]
-    out = torch.full((128, HEADS, 2, HEAD_DIM), torch.nan)[:, :, 1]
+    out = torch.full((128, HEADS, 2, HEAD_DIM), torch.nan, device=DEVICE)[:, :, 1]
     rotation = None if rotary is None else Rotation(rotary, turn=64)
     rebuild(
         SiteKernels(codec, HEADS).rebuilt, words, pages.int(), out, first_block=1, mean=codec.mean, rotation=rotation
@@ -48,13 +52,13 @@ def test_pages_are_rebuilt_as_the_codec_does_it(part: Part, tiled: bool, groups:
 
 def test_of_keys_encoded_after_rope_the_mean_alone_is_rotated() -> None:
     torch.manual_seed(0)
-    codec = random_codec("key", {4: [20, 16]}, HEADS, HEAD_DIM, tiled=False)
+    codec = random_codec("key", {4: [20, 16]}, HEADS, HEAD_DIM, tiled=False, device=DEVICE)
     mean, codec.mean = codec.mean, None
-    packed = codec.pack(torch.randn(1, 64, HEADS * HEAD_DIM))
+    packed = codec.pack(torch.randn(1, 64, HEADS * HEAD_DIM).to(DEVICE))
     rotary = Rotary(1e4 ** -(torch.arange(HEAD_DIM // 2) * 2 / HEAD_DIM), 1.0)
     layer = LayerCodecs(codec, codec, rotary, HEADS, HEAD_DIM, cached_rotated=True, rotated_mean=mean)
-    expected = layer.decode_keys(codec.unpack(packed), torch.arange(64)[None])[0].transpose(0, 1)
-    pages, out = torch.tensor([0], dtype=torch.int32), torch.empty(64, HEADS, HEAD_DIM)
+    expected = layer.decode_keys(codec.unpack(packed), torch.arange(64, device=DEVICE)[None])[0].transpose(0, 1)
+    pages, out = torch.tensor([0], dtype=torch.int32, device=DEVICE), torch.empty(64, HEADS, HEAD_DIM, device=DEVICE)
     rotation = Rotation(rotary, mean_only=True)
     maps = SiteKernels(codec, HEADS).rebuilt
     rebuild(maps, packed.view(torch.int32), pages, out, first_block=0, mean=mean, rotation=rotation)
