@@ -50,10 +50,13 @@ class ExactManager(SingleTypeKVCacheManager):
     def _wanted(self, first: int, stop: int, n_tokens: int) -> list[bool]:
         """Return which of pages first..stop-1 are needed by the end of a step after which there are n_tokens tokens."""
         spec, align = self.kv_cache_spec, self.scheduler_block_size
+        kept = set(range(spec.sink_pages))
+        if self.enable_caching:
+            # Where a longer prompt finds this one's prefix, and the same prompt again, whose last token is computed anew.
+            for boundary in {n_tokens // align * align, (n_tokens - 1) // align * align}:
+                kept |= {*range(n_encoded(boundary, spec.recent) // BLOCK_TOKENS, boundary // BLOCK_TOKENS)}
         window = n_encoded(n_tokens, spec.recent) // BLOCK_TOKENS
-        boundary = n_tokens // align * align if self.enable_caching else 0
-        shared = range(n_encoded(boundary, spec.recent) // BLOCK_TOKENS, boundary // BLOCK_TOKENS)
-        return [i < spec.sink_pages or i >= window or i in shared for i in range(first, stop)]
+        return [i in kept or i >= window for i in range(first, stop)]
 
     def get_num_blocks_to_allocate(
         self,

@@ -1,0 +1,124 @@
+"""`bench --engine vllm`: tokens that fit and speed in vLLM itself, of its own caches and of ours, one process for each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompress.bench.random_model import llama_config, random_plan
+from kvcompress.bench.workload import SHAPES, Shape, components_at_a_time, typical_counts
+from kvcompress.checkpoint.maps import MAPS_FILE, save_maps
+from kvcompress.errors import OptionError
+
+#: What vLLM itself can keep, by the name of its kv_cache_dtype; ours is "kvcompress".
+CACHES = ("bf16", "fp8", "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
+OURS = "kvcompress"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTiming:
+    """One cache in the engine, or why it did not run. Steps: batch, context, milliseconds, tokens a second."""
+
+    cache: str
+    keep: float | None
+    device: str = ""
+    tokens_that_fit: int = 0
+    first_token_seconds: float | None = None
+    continued_seconds: float | None = None
+    steps: tuple[dict[str, Any], ...] = ()
+    failure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWorkload:
+    """What is timed: sequences as (batch or None for the most, context); tokens of a prompt and of what follows it."""
+
+    sequences: tuple[tuple[int | None, int], ...]
+    prompt: int = 0
+    continuation: int = 0
+    max_model_len: int = 0
+
+    @property
+    def length(self) -> int:
+        needed = [context for _, context in self.sequences] + [self.prompt + self.continuation + 1]
+        return max(*needed, self.max_model_len)
+
+
+def time_engine(
+    shape: str, keeps: Sequence[float], workload: EngineWorkload, *, caches: Sequence[str], turn: int,
+    arguments: dict[str, Any] | None = None, device: str = "cuda", say: Callable[[str], None] = lambda _: None,
+) -> list[EngineTiming]:  # fmt: skip
+    """Return a timing for each of vLLM's caches and for ours at each keep, in the order in which they ran.
+
+    arguments: more of vLLM's LLM. Raises OptionError for an unknown shape or cache.
+    """
+    if shape not in SHAPES:
+        raise OptionError(f"shape '{shape}' is unknown. Choose from {', '.join(SHAPES)}.")
+    unknown = [cache for cache in caches if cache not in CACHES]
+    if unknown:
+        raise OptionError(f"cache '{unknown[0]}' is none of vLLM's. Choose from {', '.join(CACHES)}.")
+    timings = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for cache, keep in [*((c, None) for c in caches), *((OURS, keep) for keep in keeps)]:
+            say(f"{cache}{'' if keep is None else f' at {keep:g}'}")
+            directory = Path(scratch) / f"{cache}-{keep}"
+            write_random_model(directory, SHAPES[shape], keep, workload.length, turn=turn, device=device)
+            settings = _settings(directory, cache, workload, arguments or {}, device)
+            timings.append(_run(cache, keep, settings, directory))
+    return timings
+
+
+def write_random_model(
+    directory: Path, shape: Shape, keep: float | None, length: int, *, turn: int, device: str
+) -> None:
+    """Write a config of the shape without weights, and random maps where a keep is given."""
+    config = llama_config(shape)
+    config.max_position_embeddings = length
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config.dtype = dtype
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    if keep is None:
+        return
+    counts = typical_counts(shape.width, keep, at_a_time=components_at_a_time(shape, turn))
+    plan, maps = random_plan(shape, counts, counts, dtype, turn=turn)
+    plan.save(directory)
+    save_maps(maps, directory / MAPS_FILE)
+
+
+def _settings(
+    directory: Path, cache: str, workload: EngineWorkload, arguments: dict[str, Any], device: str
+) -> dict[str, Any]:
+    own = {"max_model_len": workload.length, "dtype": "bfloat16" if device == "cuda" else "float32"}
+    if cache not in (OURS, "bf16"):
+        own["kv_cache_dtype"] = cache
+    return {
+        "model": str(directory),
+        "arguments": own | arguments,
+        "workloads": [list(w) for w in workload.sequences],
+        "prompt": workload.prompt,
+        "continuation": workload.continuation,
+    }
+
+
+def _run(cache: str, keep: float | None, settings: dict[str, Any], directory: Path) -> EngineTiming:
+    files = [directory / name for name in ("settings.json", "result.json")]
+    files[0].write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "kvcompress.vllm.measure", *map(str, files)]
+    finished = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode or not files[1].is_file():
+        lines = [line for line in finished.stderr.splitlines() if "Error" in line] or finished.stderr.splitlines()[-1:]
+        return EngineTiming(cache, keep, failure=lines[-1].strip() if lines else f"exit {finished.returncode}")
+    found = json.loads(files[1].read_text(encoding="utf-8"))
+    return EngineTiming(cache, keep, **(found | {"steps": tuple(found["steps"])}))
