@@ -1,4 +1,5 @@
-"""`bench --engine vllm`: tokens that fit and speed in vLLM itself, of its own caches and of ours, one process for each."""
+"""`bench --engine vllm`: tokens that fit and speed in vLLM itself, of its own caches and of ours, one process for
+each."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ def write_random_model(
         return
     counts = typical_counts(shape.width, keep, at_a_time=components_at_a_time(shape, turn))
     plan, maps = random_plan(shape, counts, counts, dtype, turn=turn)
-    plan.save(directory)
     save_maps(maps, directory / MAPS_FILE)
+    plan.save(directory)
 
 
 def _settings(
@@ -116,7 +117,7 @@ def _run(cache: str, keep: float | None, settings: dict[str, Any], directory: Pa
     files = [directory / name for name in ("settings.json", "result.json")]
     files[0].write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "kvcompress.vllm.measure", *map(str, files)]
-    finished = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode or not files[1].is_file():
         lines = [line for line in finished.stderr.splitlines() if "Error" in line] or finished.stderr.splitlines()[-1:]
         return EngineTiming(cache, keep, failure=lines[-1].strip() if lines else f"exit {finished.returncode}")

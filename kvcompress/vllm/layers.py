@@ -18,11 +18,13 @@ from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS, SitePlan
 from kvcompress.runtime.attach import check_fit
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
+from kvcompress.vllm.fused import FusedModel
 from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, tensor_parallel_place
 from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes
 from kvcompress.vllm.reference import LayerCache
 from kvcompress.vllm.source import Source
 from kvcompress.vllm.specs import ExactSpec, PackedSpec
+from kvcompress.vllm.steps import encoding_lag
 
 #: What is appended to a layer's name for its exact pages.
 EXACT_SUFFIX = ".exact"
@@ -43,6 +45,7 @@ class CompressedModel:
     layouts: dict[int, PageLayout]
     page_bytes: dict[int, int]
     packed_table: Tensor | None = None
+    fused: FusedModel | None = None
 
     @classmethod
     def of(cls, source: Source, config: VllmConfig) -> CompressedModel:
@@ -87,6 +90,12 @@ class CompressedAttention:
         """packed: what vLLM bound as the layer's cache, uint8 [n_pages, 1, 1, bytes]."""
         return LayerCache(self.codecs, self.layout, packed[:, 0, 0], self.exact.kv_cache, self.model.source.plan.sinks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's codecs are: where it runs."""
+        codec = self.codecs.key or self.codecs.value
+        return torch.device("cpu") if codec is None else codec.encoder.device
+
     def packed_spec(self, config: VllmConfig) -> PackedSpec:
         return PackedSpec(
             block_size=self.layout.n_tokens,
@@ -96,7 +105,8 @@ class CompressedAttention:
             num_head_slots=1,
             tokens_per_state=self.layout.n_tokens,
             state_content_bytes=self.page_bytes,
-            most_queries=1 + config.num_speculative_tokens,
+            most_queries=(most_queries := 1 + config.num_speculative_tokens),
+            lag=encoding_lag(self.model.source.plan.recent, most_queries),
         )
 
 

@@ -26,15 +26,15 @@ from kvcompress.vllm.specs import ExactSpec, PackedSpec
 class PackedManager(FullAttentionManager):
     """Full attention whose pages are found by others only once all their codes are written.
 
-    A chunk of a prompt is encoded in its own step. Generation encodes a block at the start of the step after it was
-    completed, so a page that generation fills is offered a step later.
+    A chunk of a prompt is encoded in its own step. Generation encodes a block some time after it was completed, so a
+    page that generation fills is offered later.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         if num_tokens - request.num_computed_tokens <= self.kv_cache_spec.most_queries:
-            num_tokens = min(num_tokens, request.num_computed_tokens)
+            num_tokens = min(num_tokens, max(0, request.num_computed_tokens - self.kv_cache_spec.lag))
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
 
@@ -52,7 +52,8 @@ class ExactManager(SingleTypeKVCacheManager):
         spec, align = self.kv_cache_spec, self.scheduler_block_size
         kept = set(range(spec.sink_pages))
         if self.enable_caching:
-            # Where a longer prompt finds this one's prefix, and the same prompt again, whose last token is computed anew.
+            # Where a longer prompt finds this one's prefix, and the same prompt again, whose last token is computed
+            # anew.
             for boundary in {n_tokens // align * align, (n_tokens - 1) // align * align}:
                 kept |= {*range(n_encoded(boundary, spec.recent) // BLOCK_TOKENS, boundary // BLOCK_TOKENS)}
         window = n_encoded(n_tokens, spec.recent) // BLOCK_TOKENS

@@ -3,6 +3,7 @@ vLLM."""
 
 from __future__ import annotations
 
+from vllm._custom_ops import reshape_and_cache_flash
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
@@ -52,6 +53,7 @@ __all__ = [
     "get_forward_context",
     "init_logger",
     "register_spec",
+    "reshape_and_cache_flash",
     "resolve_block_hashes",
     "tensor_parallel_place",
 ]

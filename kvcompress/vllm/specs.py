@@ -13,10 +13,12 @@ from kvcompress.vllm.names import AttentionSpec, FullAttentionSpec, VllmConfig
 class PackedSpec(FullAttentionSpec):
     """Pages of packed codes: one state of any number of bytes for all tokens of a page.
 
-    most_queries: query tokens that a sequence has in a step of generation, 1 without speculation; see managers.py.
+    most_queries: query tokens that a sequence has in a step of generation, 1 without speculation. lag: tokens before a
+    step that may not be encoded yet; see managers.py.
     """
 
     most_queries: int = 1
+    lag: int = 0
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvcompress.runtime.attention import tiled_attention
 from kvcompress.vllm.codecs import heads_of, rank_heads, rank_site
 from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes, visible_packed
 from kvcompress.vllm.reference import LayerCache, Row, attend, encode_block, encode_chunk, store_exact
+from kvcompress.vllm.steps import EncodeClock, Step, encoding_lag
 
 
 def test_a_page_holds_the_rows_of_keys_then_of_values_from_multiples_of_16_bytes() -> None:
@@ -65,6 +67,62 @@ def test_queries_see_packed_what_is_older_than_the_window_or_has_no_exact_page()
     assert visible_packed(torch.tensor([0, 64]), table[:2], 0).tolist() == [0, 64]
 
 
+def step(computed: list[int], n_new: list[int], *, recent: int = 64, most_queries: int = 1) -> Step:
+    n = len(computed)
+    starts = torch.tensor([0, *torch.tensor(n_new).cumsum(0).tolist()], dtype=torch.int32)
+    lengths = torch.tensor([c + m for c, m in zip(computed, n_new, strict=True)], dtype=torch.int32)
+    exact = torch.arange(1, 1 + 40 * n, dtype=torch.int32).view(n, 40)
+    packed = torch.arange(1001, 1001 + 10 * n, dtype=torch.int32).view(n, 10)
+    slots = torch.zeros(sum(n_new), dtype=torch.int64)
+    return Step(sum(n_new), starts, lengths, exact, packed, slots, recent, most_queries)
+
+
+def test_each_query_token_knows_its_sequence_and_what_it_sees() -> None:
+    one = step([300, 5, 0, 130], [1, 3, 0, 1])
+    rows, lengths, encoded = one.query_tokens_of(torch.arange(8, dtype=torch.int32))
+    assert rows[:5].tolist() == [0, 1, 1, 1, 3]
+    assert lengths.tolist() == [301, 6, 7, 8, 131, 0, 0, 0]
+    assert encoded.tolist() == [224, 0, 0, 0, 64, 0, 0, 0]
+    padded = step([300, 0], [1, 0])  # a recorded step's empty sequences
+    assert padded.query_tokens_of(torch.arange(3, dtype=torch.int32))[1].tolist() == [301, 0, 0]
+
+
+def test_what_generation_completed_is_encoded_before_it_is_seen_packed() -> None:
+    one = step([320, 319, 31, 0], [1, 1, 1, 1])
+    # complete, and still seen exactly: the blocks of tokens 256 to 319, and of 224 to 287
+    assert one.completed().tolist() == [[9, 8, -1, -1], [8, 7, -1, -1]]
+    source, destination, first = one.blocks_in_pages(4)
+    assert source.tolist() == [10, 49, -1, -1, 9, 48, -1, -1]
+    assert destination.tolist() == [4 * 1003 + 1, 4 * 1013, -1, -1, 4 * 1003, 4 * 1012 + 3, -1, -1]
+    assert first[[0, 1, 4, 5]].tolist() == [288, 256, 256, 224]
+    early = step([64, 65, 66, 95], [1, 1, 1, 1], recent=0, most_queries=2)
+    assert early.completed().tolist() == [[1, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("recent", [0, 32, 64, 100])
+def test_no_block_is_seen_packed_before_it_was_encoded(recent: int) -> None:
+    rng = random.Random(recent)
+    clock, encoded = EncodeClock(recent, 1), [set[int]() for _ in range(6)]
+    computed = [0] * 6
+    for _ in range(900):
+        running = [i for i in range(6) if rng.random() < 0.97]  # sequences pause and come back
+        if not running:
+            continue
+        one = step([computed[i] for i in running], [1] * len(running), recent=recent)
+        if clock.due(torch.tensor([computed[i] for i in running])):
+            for blocks in one.completed().tolist():
+                for i, block in zip(running, blocks, strict=True):
+                    encoded[i].add(block)
+        for i, seen in zip(running, one.n_packed.tolist(), strict=True):
+            assert set(range(seen // 32)) <= encoded[i]
+            # what may be offered to other sequences, see PackedManager
+            offered = max(0, computed[i] - encoding_lag(recent, 1)) // 32
+            assert set(range(offered)) <= encoded[i]
+            computed[i] += 1
+            if computed[i] == 1100:
+                computed[i], encoded[i] = 0, set()
+
+
 @pytest.mark.parametrize(("n_heads", "n_ranks"), [(8, 1), (8, 2), (8, 8), (2, 4)])
 def test_ranks_share_out_the_heads(n_heads: int, n_ranks: int) -> None:
     held = [rank_heads(n_heads, rank, n_ranks) for rank in range(n_ranks)]
@@ -85,7 +143,7 @@ def planned(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
 
 
 class Paged:
-    """One sequence stepped through pages of the reference, as the engine does it; see managers.py for which it holds."""
+    """One sequence stepped through pages of the reference, as the engine does it."""
 
     def __init__(self, codecs: LayerKernels, plan: Plan, n_blocks: int) -> None:
         sites = {s.part: s for s in plan.sites if s.layer == 0}

@@ -1,10 +1,11 @@
-"""A tiny model, compressed in several ways, and vLLM running it in this process. Needs vLLM: tests/vllm/run installs it."""
+"""A tiny model, compressed in several ways, and vLLM running it in this process. tests/vllm/run installs vLLM."""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def with_full_maps(directory: Path) -> Path:
         )
     with atomic_directory(target) as scratch:
         for file in directory.iterdir():
-            if file.name != MAPS_FILE:
-                (scratch / file.name).write_bytes(file.read_bytes())
+            (scratch / file.name).write_bytes(file.read_bytes())
         save_maps(maps, scratch / MAPS_FILE)
+        plan.save(scratch)
     return target
 
 
@@ -154,7 +155,7 @@ def greedy(model: Any, ids: list[int], n_new: int, pieces: list[int] | None = No
     compressed = "kvcompress_attachment" in model.__dict__
     cache = attachment_of(model).new_cache() if compressed else DynamicCache()
     bounds = [0, *(pieces or []), len(ids)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         logits = model(torch.tensor([ids[start:stop]]), past_key_values=cache).logits[0, -1]
     found: list[int] = []
     for _ in range(n_new):

@@ -1,4 +1,4 @@
-"""vLLM runs compressed checkpoints: the same tokens as the run time in transformers, whatever the engine does meanwhile."""
+"""vLLM runs compressed checkpoints: the tokens of the run time in transformers, whatever the engine does meanwhile."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_maps_beside_an_ordinary_model(
     directory = compressed(keep=0.25)
     ids = prompts(150)
     expected = [greedy(run_time(directory), x, N_NEW) for x in ids]
-    assert new_tokens(generate(engine(source, additional_config={"kvcompress": str(directory)}), ids, N_NEW)) == expected
+    assert (
+        new_tokens(generate(engine(source, additional_config={"kvcompress": str(directory)}), ids, N_NEW)) == expected
+    )
     monkeypatch.setenv("KVCOMPRESS_MAPS", str(directory))
     assert new_tokens(generate(engine(source), ids, N_NEW)) == expected
 
@@ -97,9 +99,7 @@ class TestNothingLost:
         from vllm.v1.core.sched.scheduler import Scheduler
 
         preempted, original = [], Scheduler._preempt_request
-        monkeypatch.setattr(
-            Scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), original(*a, **k))[1]
-        )
+        monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), original(*a, **k))[1])
         ids = prompts(60, 200, 130, 90)
         llm = engine(full_rank, num_gpu_blocks_override=40, max_model_len=512)
         assert new_tokens(generate(llm, ids, 150)) == [greedy(plain, x, 150) for x in ids]
@@ -107,7 +107,7 @@ class TestNothingLost:
 
     def test_several_samples_of_a_prompt(self, full_rank: Path, engine: Any, plain: Any) -> None:
         ids = prompts(300, 40)
-        outputs = generate(engine(full_rank), ids, N_NEW, n=3, temperature=1e-4, seed=1)
+        outputs = generate(engine(full_rank), ids, N_NEW, n=3, temperature=1.0, top_k=1)
         for output, x in zip(outputs, ids, strict=True):
             assert [list(o.token_ids) for o in output.outputs] == [greedy(plain, x, N_NEW)] * 3
 
