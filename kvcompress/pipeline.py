@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,11 +53,13 @@ def compress(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    told: dict[str, Any] | None = None,
 ) -> CompressionResult:
     """Compress the KV cache of a checkpoint and write the result to the directory `output`, atomically.
 
     source: a checkpoint directory, a GGUF file or a hub id; it is only read. Moments are saved beside the output
-    and reused by later calls with the same model and text; `resume` continues a calibration that was killed.
+    and reused by later calls with the same model and text; `resume` continues a calibration that was killed. told:
+    what report.json says besides.
     Raises a KVCompressError with one clear message, leaving nothing behind, for anything a user can mend.
     """
     started = time.monotonic()
@@ -75,7 +78,7 @@ def compress(
         plan, maps, spectra = make_plan(checkpoint, moments, options, report)
         with atomic_directory(output, force=force) as scratch:
             report("write", 0, 1)
-            _write(checkpoint, plan, maps, spectra, scratch)
+            _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
         report("write", 1, 1)
     return CompressionResult(plan, output, time.monotonic() - started)
 
@@ -207,7 +210,7 @@ def _check_weights_finite(checkpoint: Checkpoint) -> None:
 
 
 def _write(
-    checkpoint: Checkpoint, plan: Plan, maps: dict[Site, SiteMaps], spectra: dict[Site, list[float]], target: Path
+    checkpoint: Checkpoint, plan: Plan, maps: dict[Site, SiteMaps], document: dict[str, Any], target: Path
 ) -> None:
     if plan.form == "folded":
         copy_checkpoint(checkpoint.path, target, weights=frozenset())
@@ -216,7 +219,7 @@ def _write(
         copy_checkpoint(checkpoint.path, target, weights=frozenset(e.file for e in checkpoint.tensors.values()))
     save_maps(maps, target / MAPS_FILE)
     plan.save(target)
-    (target / REPORT_FILE).write_text(json.dumps(report_document(plan, spectra), indent=1) + "\n", encoding="utf-8")
+    (target / REPORT_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if (target / CARD_FILE).exists():  # the source's own card, and its licence terms, stay readable
         (target / CARD_FILE).rename(target / "SOURCE_README.md")
     (target / CARD_FILE).write_text(model_card(plan, checkpoint.path / CARD_FILE), encoding="utf-8")

@@ -19,8 +19,10 @@ from kvcompress.options import (
     with_overrides,
 )
 from kvcompress_cli import flags, terminal
+from kvcompress_cli.report import search_table
 
 if TYPE_CHECKING:
+    from kvcompress.evaluate.max_ratio import Search
     from kvcompress.pipeline import CompressionResult
 
 _DEFAULTS = CompressOptions()
@@ -44,6 +46,25 @@ def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a .gguf file or a hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist yet.")],
     keep: Annotated[float | None, _option("keep", "Share of the cache's bytes that remains.", _CACHE)] = None,
+    max_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --keep: as little as has at most this perplexity, relative to the original's (1.005), "
+            "measured on held-out windows of each kind of calibration text.",
+            rich_help_panel=_CACHE,
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="With --max-ratio: a text to measure on as well. Repeat it for more.",
+            rich_help_panel=_CACHE,
+            show_default=False,
+        ),
+    ] = None,
     key_basis: Annotated[
         str | None,
         _option("key_basis", _one_of((*KEY_BASES, GROUPED)), _CACHE, show_default="latent; grouped with --folded"),
@@ -125,11 +146,28 @@ def compress(
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
-    result = run(model, output, options, device=device, dtype=dtype, resume=resume, force=force)
+    how = {"device": device, "dtype": dtype, "resume": resume, "force": force}
+    search = None
+    if max_ratio is None:
+        _refuse(bool(text), "--text is what --max-ratio measures on. Give a --max-ratio, or leave it out.")
+        result = run(model, output, options, **how)
+    else:
+        _refuse(keep is not None, "--max-ratio finds the keep. Leave out --keep.")
+        result, search = search_keep(model, output, options, max_ratio, texts=tuple(text or ()), **how)
     if json:
-        terminal.print_json(result_document(result))
+        found = {} if search is None else {"search": search.to_json()}
+        terminal.print_json(result_document(result) | found)
     else:
         _print(result)
+        if search is not None:
+            terminal.stdout().print(search_table(search.to_json()))
+
+
+def _refuse(condition: bool, message: str) -> None:
+    from kvcompress.errors import OptionError
+
+    if condition:
+        raise OptionError(message)
 
 
 def choose_options(
@@ -190,6 +228,23 @@ def run(
         return compress_checkpoint(
             model, output, options, device=device, dtype=dtype, resume=resume, force=force, progress=progress
         )
+
+
+def search_keep(
+    model: str, output: Path, options: CompressOptions, max_ratio: float, *, texts: tuple[str, ...], **how: Any
+) -> tuple[CompressionResult, Search]:
+    """Return compress_within()'s result, with progress on stderr."""
+    from kvcompress.checkpoint.writer import check_target
+
+    check_target(output, force=how["force"])
+    from kvcompress.evaluate.max_ratio import compress_within
+    from kvcompress_cli.loading import check_dtype, resolve_device
+    from kvcompress_cli.progress import stage_progress
+
+    resolve_device(how["device"])
+    check_dtype(how["dtype"])
+    with stage_progress() as progress:
+        return compress_within(model, output, options, max_ratio, texts=texts, progress=progress, **how)
 
 
 def result_document(result: CompressionResult) -> dict[str, Any]:

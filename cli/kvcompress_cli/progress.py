@@ -13,6 +13,7 @@ from rich.text import Text
 _STAGES = {
     "sample": ("sampling text from the model", "tokens"),
     "calibrate": ("calibrating", "tokens"),
+    "search": ("measuring budgets", "texts"),
     "fit": ("fitting bases", "sites"),
     "write": ("writing", ""),
     "eval": ("evaluating", "windows"),

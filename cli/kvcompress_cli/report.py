@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kvcompress_cli import flags, terminal
 
@@ -63,6 +64,8 @@ def print_report(document: dict[str, Any]) -> None:
     console = terminal.stdout()
     console.print(layer_table(document, ascii_only=console.options.ascii_only))
     console.print(totals(document))
+    if "search" in document:
+        console.print(search_table(document["search"]))
 
 
 def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:
@@ -81,6 +84,17 @@ def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:
             bits = f"{site['bits_per_token'] / site['width']:.2f}"
             cells += [ranks, bits, f"{site['predicted_loss']:7.1e} [yellow]{cost}[/yellow]"]
         table.add_row(*cells)
+    return table
+
+
+def search_table(search: dict[str, Any]) -> Table:
+    """Return the budgets that --max-ratio measured, smallest last, and the text on which each lost most."""
+    table = terminal.table(">keep", ">largest ratio", "on", f"at most {search['max_ratio']:g}")
+    for step in sorted(search["steps"], key=lambda s: -s["keep"]):
+        worst = max(step["ratios"], key=lambda kind: step["ratios"][kind], default="no room for anything")
+        ratio = "" if step["worst"] is None else f"{step['worst']:.4f}"
+        verdict = "chosen" if step["keep"] == search["keep"] else "yes" if step["enough"] else "no"
+        table.add_row(f"{step['keep']:.4f}", ratio, escape(Path(worst).name), verdict)
     return table
 
 

@@ -20,10 +20,11 @@ from kvcompress.errors import OptionError
 from kvcompress.report.layer_sections import layers, spectra
 from kvcompress.report.markup import Figures
 from kvcompress.report.measured_section import measured
+from kvcompress.report.search_section import search
 from kvcompress.report.sections import cache_sizes, making, overview, running
 from kvcompress.report.source import without_local_paths
 
-_SECTIONS = (overview, cache_sizes, layers, spectra, measured, making, running)
+_SECTIONS = (overview, cache_sizes, layers, spectra, search, measured, making, running)
 _SCRIPTS = ("charts.js", "spectra.js", "page.js")
 #: The one name that these need of the library.
 _SNIPPET = "window.vegaEmbed = vegaEmbed;"

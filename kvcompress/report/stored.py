@@ -49,6 +49,22 @@ class _Flops(TypedDict):
     attention_on_latent_values: Count
 
 
+class _Step(TypedDict):
+    keep: Finite
+    worst: Finite | None
+    enough: bool
+    ratios: Annotated[dict[str, Finite], Within(0, 100)]
+
+
+class _Search(TypedDict):
+    max_ratio: Finite
+    keep: Finite
+    windows: Count
+    seq_len: Count
+    seconds: Finite
+    steps: Annotated[list[_Step], Within(1, 100)]
+
+
 class _Report(TypedDict):
     model: NotRequired[Name]
     form: Name
@@ -68,6 +84,7 @@ class _Report(TypedDict):
     options: Options
     calibration: Calibration
     energies: NotRequired[dict[str, list[float]]]
+    search: NotRequired[_Search]
 
 
 def read_report(output: Path) -> dict[str, Any]:

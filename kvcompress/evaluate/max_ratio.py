@@ -1,0 +1,241 @@
+"""The smallest cache whose measured loss stays below a bound: `kvcompress compress --max-ratio`.
+
+Each step plans another budget from the moments, attaches it to the one loaded model and measures it on windows that
+were not calibrated on, of every kind of calibration text and of texts that are given. The bound holds for each kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.calibration.calibrate import Progress, obtain_moments
+from kvcompress.calibration.mixture import held_out_windows, window_shares
+from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.sampling import sample_windows
+from kvcompress.calibration.text import SELF
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.checkpoint.writer import check_target
+from kvcompress.errors import BudgetError, CalibrationError, OptionError
+from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import CompressionResult, compress, make_plan
+from kvcompress.runtime.attach import attach_plan, detach
+
+#: Windows of each kind that are measured: few, since every step measures all of them.
+N_WINDOWS = 2
+#: The keep that is tried first; from there on the curve is followed.
+_FIRST_KEEP = 0.125
+_LEAST_KEEP = 1 / 64
+#: The search ends when the budgets known to be enough and not enough are within this factor ...
+_CLOSE = 1.06
+#: ... or after so many steps.
+MOST_STEPS = 8
+#: How log(ratio - 1) falls with log(keep), where only one point is known (docs/measurements.md: -2.3 to -4.6).
+_SLOPE = -3.0
+#: Losses below this are noise: a straight line through them would lead anywhere.
+_LEAST_LOSS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A budget that was measured: the keep asked for and got, and the ratio on each kind of text."""
+
+    keep: float
+    ratios: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio; infinite where the budget leaves no room for anything."""
+        return max(self.ratios.values(), default=math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What was bounded, the steps in the order in which they were taken, and the keep that was found."""
+
+    max_ratio: float
+    keep: float
+    steps: tuple[Step, ...]
+    windows: int
+    seq_len: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        steps = []
+        for step in self.steps:
+            worst = step.worst if step.ratios else None
+            steps.append(asdict(step) | {"worst": worst, "enough": step.worst <= self.max_ratio})
+        return asdict(self) | {"steps": steps}
+
+
+def next_keep(steps: Sequence[tuple[float, float]], max_ratio: float) -> float | None:
+    """Return the keep to measure next, or None when the smallest one that is enough is known closely.
+
+    steps: (keep, ratio) of what was measured. log(ratio - 1) is nearly straight over log(keep) between neighbours: a
+    secant through the two points around the bound, kept well inside them; beyond the points, a line of the usual slope.
+    """
+    if not steps:
+        return _FIRST_KEEP
+    enough = min((k for k, r in steps if r <= max_ratio), default=None)
+    short = max((k for k, r in steps if r > max_ratio and (enough is None or k < enough)), default=None)
+    if enough is not None and (enough <= _LEAST_KEEP or (short is not None and enough / short <= _CLOSE)):
+        return None
+    if short == 1 or len(steps) >= MOST_STEPS:
+        return None
+    loss = {keep: math.log(max(ratio - 1, _LEAST_LOSS)) for keep, ratio in steps}
+    target = math.log(max(max_ratio - 1, _LEAST_LOSS))
+    if enough is None or short is None:
+        known = enough if short is None else short
+        assert known is not None
+        away = min(max(abs((target - loss[known]) / _SLOPE), math.log(1.25)), math.log(4))
+        return max(_LEAST_KEEP, known * math.exp(-away)) if short is None else min(1.0, known * math.exp(away))
+    share = (loss[short] - target) / max(loss[short] - loss[enough], 1e-9)
+    share = min(max(share, 0.15), 0.85)  # never so near one end that the other hardly moves
+    return short * (enough / short) ** share
+
+
+def compress_within(
+    source: str | Path,
+    output: str | Path,
+    options: CompressOptions,
+    max_ratio: float,
+    *,
+    texts: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[CompressionResult, Search]:
+    """Compress with the smallest keep whose measured perplexity stays below max_ratio times the original's.
+
+    options: as for compress(), their keep apart. texts: texts beside those of the calibration (files, JSONL, ...). The
+    steps are kept in report.json (`search`). Raises a KVCompressError, also where no budget is enough.
+    """
+    started = time.monotonic()
+    report = progress or (lambda *_: None)
+    _check(options, max_ratio)
+    check_target(Path(output), force=force)
+    with open_checkpoint(source) as checkpoint:
+        moments = obtain_moments(
+            checkpoint, Path(output), options, device=device, dtype=dtype, resume=resume, progress=report
+        )
+        steps = _Bench(checkpoint, moments, options, texts, (device, dtype), report).walk(max_ratio)
+    found = min((s.keep for s in steps if s.worst <= max_ratio), default=None)
+    if found is None:
+        best = max(steps, key=lambda s: s.keep)
+        raise BudgetError(
+            f"no cache stays below a ratio of {max_ratio:g}: keep {best.keep:.3f} has {best.worst:.4f} on the held-out "
+            "text where it is worst. Raise --max-ratio, or --recent."
+        )
+    search = Search(max_ratio, found, tuple(steps), N_WINDOWS, options.seq_len, time.monotonic() - started)
+    result = compress(
+        source,
+        output,
+        replace(options, keep=found),
+        device=device,
+        dtype=dtype,
+        resume=True,  # the moments are there
+        force=force,
+        progress=progress,
+        told={"search": search.to_json()},
+    )
+    return replace(result, seconds=time.monotonic() - started), search
+
+
+def _check(options: CompressOptions, max_ratio: float) -> None:
+    if not 1 < max_ratio < 100:
+        raise OptionError(f"--max-ratio must be above 1 (1.005: perplexity may rise by 0.5%), found {max_ratio:g}.")
+    if options.folded:
+        raise OptionError("--max-ratio measures the coded form. Leave out --folded, or choose its --keep.")
+
+
+class _Bench:
+    """One loaded model and its held-out windows, on which budgets are measured one after the other."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        moments: Moments,
+        options: CompressOptions,
+        texts: Sequence[str],
+        arithmetic: tuple[str, str],
+        report: Progress,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.checkpoint, self.moments, self.options, self.report = checkpoint, moments, options, report
+        device, dtype = arithmetic
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else checkpoint.spec.dtype
+        tokenizer = load_tokenizer(checkpoint.path)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
+        self.model: Any = model.to(device).eval()
+        kinds = self._windows(tokenizer, texts)
+        self.originals = {kind: Original(self.model, windows, remember=True) for kind, windows in kinds.items()}
+
+    def walk(self, max_ratio: float) -> list[Step]:
+        """Return the steps taken until the smallest keep that is enough is known closely."""
+        steps: list[Step] = []
+        while (keep := next_keep([(s.keep, s.worst) for s in steps], max_ratio)) is not None:
+            steps.append(self._measured(keep, len(steps)))
+        self.report("search", MOST_STEPS, MOST_STEPS)
+        return steps
+
+    def _measured(self, keep: float, index: int) -> Step:
+        try:
+            plan, maps, _ = make_plan(self.checkpoint, self.moments, replace(self.options, keep=keep))
+        except BudgetError:
+            return Step(keep, {})
+        attach_plan(self.model, plan, maps)
+        ratios = {}
+        try:
+            for done, (kind, original) in enumerate(self.originals.items()):
+                n_kinds = len(self.originals)
+                self.report("search", index * n_kinds + done, MOST_STEPS * n_kinds)
+                result: Evaluation = evaluate_attached(self.model, original)
+                ratios[kind] = result.perplexity["ratio"]
+        finally:
+            detach(self.model)
+        return Step(keep, ratios)
+
+    def _windows(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Windows]:
+        """Return the held-out windows of every kind of calibration text, and the first ones of the texts given."""
+        options = self.options
+        shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
+        if options.metric == "weights":  # nothing was calibrated on
+            shares = dict.fromkeys(shares, 0)
+        found: dict[str, Windows] = {}
+        for source, share in shares.items():
+            if source == SELF:
+                if not share:
+                    continue
+                ids = sample_windows(self.model, tokenizer, 1, options.seq_len, seed=options.seed + 1)
+            else:
+                ids = held_out_windows(tokenizer, source, share, N_WINDOWS, options.seq_len)
+            if len(ids):
+                found[source] = _held_out(ids, source)
+            elif options.calibration:
+                raise CalibrationError(
+                    f"{source} has no window of {options.seq_len} tokens left that was not calibrated on, and "
+                    "--max-ratio measures on such. Lower --tokens, or give more text."
+                )
+        for text in texts:
+            found[text] = Windows.of(tokenizer, text, options.seq_len, N_WINDOWS)
+        return found
+
+
+def _held_out(ids: Tensor, source: str) -> Windows:
+    return Windows(ids, source, hashlib.sha256(ids.numpy().tobytes()).hexdigest())
