@@ -1,6 +1,7 @@
 """kvcompress: make the KV cache of a trained LLM several times smaller, and run the result.
 
-`load(directory)` and `attach(model, directory)` run a compressed checkpoint in transformers;
+`load(directory)` and `attach(model, directory)` run a compressed checkpoint in transformers; within a block of
+`uncompressed()` an attached model takes transformers' own caches, too;
 `compress(source, output, options)` makes one; `GraphDecoder(model, capacity=n)` decodes by replaying a CUDA graph.
 Importing this package imports neither torch nor transformers.
 """
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from kvcompress.options import CompressOptions
     from kvcompress.pipeline import compress
     from kvcompress.runtime.attach import attach, detach, load
+    from kvcompress.runtime.calls import uncompressed
     from kvcompress.runtime.graph import GraphDecoder
 
-__all__ = ["CompressOptions", "GraphDecoder", "attach", "compress", "detach", "load"]
+__all__ = ["CompressOptions", "GraphDecoder", "attach", "compress", "detach", "load", "uncompressed"]
 
 _HOMES = {
     "CompressOptions": "kvcompress.options",
@@ -26,6 +28,7 @@ _HOMES = {
     "attach": "kvcompress.runtime.attach",
     "detach": "kvcompress.runtime.attach",
     "load": "kvcompress.runtime.attach",
+    "uncompressed": "kvcompress.runtime.calls",
 }
 
 

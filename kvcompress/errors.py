@@ -37,5 +37,9 @@ class OutputError(KVCompressError):
     """The output cannot be written."""
 
 
+class AttachmentError(KVCompressError):
+    """A model's attention does not go through the compressed cache that is attached to it."""
+
+
 class Note(UserWarning):
     """Something that was decided and that the user should hear of; the command line prints it in one line."""

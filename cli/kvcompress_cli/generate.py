@@ -11,8 +11,7 @@ import typer
 from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
+    from kvcompress.compat import Cache
     from kvcompress_cli.loading import Loaded
 
 
@@ -63,6 +62,8 @@ def continue_prompt(
     """Return the text that the model, compressed or detached, continues the prompt with."""
     import torch
 
+    from kvcompress.compat import cache_argument
+
     model = loaded.model
     inputs = _encoded(loaded.tokenizer, prompt, chat=chat).to(model.device)
     cache = empty_cache(loaded)
@@ -72,7 +73,7 @@ def continue_prompt(
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
     started = time.monotonic()
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, **sampling)
+    output = model.generate(**inputs, **cache_argument(model, cache), max_new_tokens=max_new_tokens, **sampling)
     seconds = time.monotonic() - started
     new = output[0, inputs["input_ids"].shape[1] :]
     return Generation(
@@ -86,7 +87,7 @@ def continue_prompt(
 
 def empty_cache(loaded: Loaded) -> Cache:
     """Return the cache that the form calls for: a folded or a detached model uses an ordinary one."""
-    from transformers import DynamicCache
+    from kvcompress.compat import DynamicCache
 
     attachment = loaded.model.__dict__.get("kvcompress_attachment")
     if attachment is None or loaded.plan.form == "folded":

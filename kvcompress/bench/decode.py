@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kvcompress.bench.random_model import (
     cache_nbytes,
@@ -26,6 +24,7 @@ from kvcompress.bench.random_model import (
 )
 from kvcompress.bench.timing import seconds
 from kvcompress.bench.workload import Shape
+from kvcompress.compat import Cache, PreTrainedModel, cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
@@ -104,7 +103,7 @@ class Decoder:
             self._replay()
 
     def _forward(self) -> Tensor:
-        output = self.model(input_ids=self.token, past_key_values=self.cache, position_ids=self.positions)
+        output = self.model(input_ids=self.token, position_ids=self.positions, **cache_argument(self.model, self.cache))
         logits = output.logits[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.positions.add_(1)
@@ -253,16 +252,8 @@ class _Run:
             _free(device)  # what filling left behind
             times = [seconds(decoder.step, device) for _ in range(n_warm_up + n_steps)][n_warm_up:]
         except torch.OutOfMemoryError:
-            _forget_cache(self.model)
             return None
         return times, cache_nbytes(decoder.cache), torch.cuda.max_memory_allocated(device) if gpu else None
-
-
-def _forget_cache(model: PreTrainedModel) -> None:
-    """Drop the cache layer that the attention of a forward left half-way still holds."""
-    for module in model.modules():
-        if hasattr(module, "kvcompress"):
-            module.kvcompress.layer = None
 
 
 def _compressed(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvcompress.bench.workload import RECENT, SINKS, Shape, fill_layer, random_maps
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.compat import Cache, DynamicLayer, PreTrainedModel, register_unmasked_attention
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import Part, Site
 from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
@@ -52,8 +52,7 @@ def attend_unmasked(
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return a Llama of the shape with random weights, made on the device itself (`meta` takes no memory)."""
-    AttentionInterface.register(_UNMASKED, attend_unmasked)
-    AttentionMaskInterface.register(_UNMASKED, lambda *_, **__: None)
+    register_unmasked_attention(_UNMASKED, attend_unmasked)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=dtype, attn_implementation=_UNMASKED)
         return model.eval()

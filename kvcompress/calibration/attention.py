@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvcompress.compat import sdpa_attention_forward, use_attention
 
 ATTENTION_NAME = "kvcompress_calibration"
 _QUERIES = 256
@@ -48,10 +47,7 @@ def split_attention(model: Any, recent: int) -> Iterator[FarTaps]:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return near_far_attention(query * scaling, (key, taps.key), (value, taps.value), mask, recent), None
 
-    AttentionInterface.register(ATTENTION_NAME, attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
+    before = use_attention(model, ATTENTION_NAME, attention)
     try:
         yield taps
     finally:

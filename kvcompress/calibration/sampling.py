@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.compat import cache_argument, cache_of
+
 #: Sequences sampled side by side; the cache of one batch is what bounds it.
 _BATCH = 64
 #: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
@@ -49,8 +51,8 @@ def _sampled_rows(
     cache = None
     with torch.no_grad():
         for _ in range(length - 1):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
+            cache = cache_of(output)
             ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
             rows.append(ids)
             sampled(len(rows))

@@ -27,6 +27,7 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.compat import cache_argument
 from kvcompress.errors import BudgetError, OptionError
 from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import Cell, cells_of
@@ -245,9 +246,9 @@ class _Bench:
         try:
             for n in (shorter, n_tokens):
                 cache = attachment_of(self.stored_model).new_cache()
-                ids = self.windows.ids[:1, :n].to(self.device)
+                ids, decoder = self.windows.ids[:1, :n].to(self.device), self.stored_model.get_decoder()
                 with torch.no_grad():
-                    self.stored_model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+                    decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, cache))
                 sizes[n] = cache.nbytes()
         finally:
             detach(self.stored_model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.scoring import label_logprobs
@@ -100,12 +101,12 @@ def continue_greedily(side: Side, prompts: Tensor, new_tokens: int) -> Tensor:
 
     With the side's own cache; end tokens are tokens like any other.
     """
-    cache = side.new_cache()
+    cache = cache_argument(side.model, side.new_cache())
     ids = prompts.to(side.device)
     written = []
-    with torch.no_grad():
+    with torch.no_grad(), side.reading():
         for _ in range(new_tokens):
-            logits = side.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = side.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
             written.append(ids.cpu())
     return torch.cat(written, 1)

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 
+from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.answers import Answers, text_key
 from kvcompress.evaluate.scoring import Pair, compressed_share, encode_pair, encode_text, prefix_token
@@ -121,14 +122,14 @@ class SideLM(LM):
         if room < 1:
             raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
         ids, mask = self._left_padded([encode_text(self.tokenizer, context)[-room:] for context in contexts])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.side.reading():
             torch.manual_seed(_SAMPLING_SEED)
             output = self.side.model.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=self.side.new_cache(),
                 max_new_tokens=n_new,
                 pad_token_id=prefix_token(self.tokenizer),
+                **cache_argument(self.side.model, self.side.new_cache()),
                 **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
                 **options,
             )

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
+from kvcompress.compat import Cache, DynamicLayer, quantised_layer
 from kvcompress.errors import OptionError
 
 #: Numbers that share a scale and a zero: transformers' default for hqq and quanto, the paper's for KIVI.
@@ -64,16 +64,12 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
 
 def hqq_layer(bits: int, residual: int) -> Any:
     """Return transformers' HQQ layer. Raises OptionError without hqq."""
-    from transformers.cache_utils import HQQQuantizedLayer
-
-    return _quantized(HQQQuantizedLayer, "hqq", bits, residual)
+    return _quantized(quantised_layer("hqq"), "hqq", bits, residual)
 
 
 def quanto_layer(bits: int, residual: int) -> Any:
     """Return transformers' quanto layer, which unpacks in torch: quanto would compile C++ or CUDA on first use."""
-    from transformers.cache_utils import QuantoQuantizedLayer
-
-    layer = _quantized(QuantoQuantizedLayer, "quanto", bits, residual)
+    layer = _quantized(quantised_layer("quanto"), "quanto", bits, residual)
     layer._dequantize = _dequantize_quanto
     return layer
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.peer_caches import (
     GROUP,
@@ -215,12 +216,13 @@ def evaluate_peer(
 def decoded_states(model: Any, ids: Tensor, peer: Peer, cache: PeerCache) -> Tensor:
     """Return the final hidden states [n, n_tokens, d_model] that decoding ids [n, n_tokens] with the cache gives."""
     states = []
+    decoder = model.get_decoder()
     on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
     with torch.no_grad(), without_emptying() if on_gpu else nullcontext():
         for chunk in peer.chunks(ids.shape[1]):
             positions = torch.arange(chunk.start, chunk.stop, device=ids.device)[None]
-            output = model.get_decoder()(
-                input_ids=ids[:, chunk], position_ids=positions, past_key_values=cache, use_cache=True
+            output = decoder(
+                input_ids=ids[:, chunk], position_ids=positions, use_cache=True, **cache_argument(decoder, cache)
             )
             states.append(output.last_hidden_state)
     return torch.cat(states, 1)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
 
+from kvcompress.compat import Cache, DynamicCache
 from kvcompress.errors import OptionError
 from kvcompress.runtime.attach import Attachment, attachment_of
+from kvcompress.runtime.calls import uncompressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ class Side:
         if self.attachment is None:
             return 0
         return max(0, max(0, position - self.recent) // self.block * self.block - self.sinks)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within the block the side's model takes the side's own cache, though that may be an uncompressed one."""
+        with uncompressed() if self.attachment is None else nullcontext():
+            yield
 
     @contextmanager
     def _simulated(self) -> Iterator[None]:

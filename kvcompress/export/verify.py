@@ -17,6 +17,7 @@ import torch
 
 from kvcompress.calibration.text import PROSE, documents
 from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.compat import cache_argument, cache_of
 from kvcompress.errors import CalibrationError, OptionError, OutputError
 from kvcompress.export.export import ExportResult
 from kvcompress.runtime.attach import load
@@ -124,7 +125,7 @@ def folded_run(model: Any, ids: list[int]) -> tuple[np.ndarray[Any, Any], list[i
         tokens: list[int] = []
         for _ in range(_N_GENERATE):
             tokens.append(int(step.logits[0, -1].argmax()))
-            step = model(torch.tensor([tokens[-1:]]), past_key_values=step.past_key_values, use_cache=True)
+            step = model(torch.tensor([tokens[-1:]]), use_cache=True, **cache_argument(model, cache_of(step)))
     return logits, tokens
 
 

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvcompress import compat
 from kvcompress.checkpoint.belonging import check_files
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
+from kvcompress.compat import PreTrainedModel
 from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
-from kvcompress.model.model_spec import PARTS, ModelSpec, Site
+from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan
-from kvcompress.runtime.attention import AttentionState, Simulation, compressed_attention, enter_attention
+from kvcompress.runtime.attention import CODED, FOLDED_BY, compressed_attention
 from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.entrance import Entrance
+from kvcompress.runtime.simulation import Simulation, simulating
 from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"
@@ -37,19 +40,21 @@ class Attachment:
         check_fit(spec, plan)
         self.model, self.plan = model, plan
         self.codecs = _layer_codecs(model, spec, plan, maps)
-        self._implementation = model.config._attn_implementation
-        self._handles: list[Any] = []
-        AttentionInterface.register(ATTENTION_NAME, compressed_attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-        model.set_attn_implementation(ATTENTION_NAME)
+        self._implementation = compat.use_attention(model, ATTENTION_NAME, compressed_attention)
         for attention, codecs in zip(spec.layers, self.codecs, strict=True):
-            module: Any = model.get_submodule(attention.value.module.rpartition(".")[0])
-            module.kvcompress = AttentionState(codecs, folded=plan.form == "folded")
-            self._handles.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
+            module: Any = _attention_module(model, attention)
+            if plan.form == "folded":
+                setattr(module, FOLDED_BY, codecs)
+            else:
+                setattr(module, CODED, True)
+        self._entrance = Entrance(self, model.get_decoder())
+        model.get_decoder().forward = self._entrance
         if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
-            self._handles.append(model.register_forward_pre_hook(self._use_cache, with_kwargs=True))
             self._generate = model.generate
             model.generate = self._generate_compressed
+            for name in compat.PAGED_METHODS:
+                if hasattr(model, name):
+                    setattr(model, name, _Refused(name))
 
     def new_cache(self, capacity: int | None = None) -> CompressedCache:
         """Return an empty compressed cache for this model, to be passed as past_key_values.
@@ -68,25 +73,22 @@ class Attachment:
     def simulated(self, *, sinks: int, recent: int, block: int = 1) -> Iterator[None]:
         """Within the block, forwards without a cache are decode-faithful: old tokens are seen compressed.
 
+        In this thread alone: others go on as before, and a thread that is started here must enter a block of its own.
         block: tokens that are encoded together; generation encodes plan.BLOCK_TOKENS, 1 is the strictest.
         """
-        states = self._states() if self.plan.form == "coded" else []
-        for state in states:
-            state.simulation = Simulation(sinks, recent, block)
-        try:
+        if self.plan.form == "folded":
             yield
-        finally:
-            for state in states:
-                state.simulation = None
+            return
+        with simulating(self, Simulation(sinks, recent, block)):
+            yield
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._entrance.close()
         for module in self.model.modules():
-            if hasattr(module, "kvcompress"):
-                del module.kvcompress
-        if "generate" in self.model.__dict__:
-            del self.model.generate
+            for name in (CODED, FOLDED_BY):
+                module.__dict__.pop(name, None)
+        for name in ("generate", *compat.PAGED_METHODS):
+            self.model.__dict__.pop(name, None)
         self.model.set_attn_implementation(self._implementation)
 
     def _check_capacity(self, capacity: int) -> None:
@@ -101,27 +103,37 @@ class Attachment:
                 "cache of a fixed capacity must be shorter. Use new_cache() without a capacity."
             )
 
-    def _states(self) -> list[AttentionState]:
-        return [module.kvcompress for module in self.model.modules() if hasattr(module, "kvcompress")]
-
     def _generate_compressed(self, *args: Any, **kwargs: Any) -> Any:
         config = (
             (args[1] if len(args) > 1 else kwargs.get("generation_config"))
             or self.model.generation_config
-            or GenerationConfig()
+            or compat.GenerationConfig()
         )
         use_cache = kwargs.get("use_cache", config.use_cache)
-        if use_cache is not False and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self.new_cache()
+        other = compat.other_cache(kwargs, config)
+        if use_cache is not False and other is not None:
+            raise _refused(f'cache_implementation="{other}" asks for a cache of transformers\' own')
+        if use_cache is not False and compat.given_cache(kwargs) is None:
+            kwargs |= compat.cache_argument(self.model, self.new_cache())
         return self._generate(*args, **kwargs)
 
-    def _use_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        use_cache = kwargs.get("use_cache")
-        use_cache = self.model.config.use_cache if use_cache is None else use_cache
-        given = args[3] if len(args) > 3 else kwargs.get("past_key_values")  # its place in every forward
-        if use_cache and not model.training and given is None:
-            kwargs["past_key_values"] = self.new_cache()
-        return args, kwargs
+
+class _Refused:
+    """Stands in for a method of an attached model that would pass the compressed cache by."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise _refused(f"{self._name} runs transformers' own paged cache")
+
+
+def _refused(what: str) -> OptionError:
+    return OptionError(
+        f"{what}, which compresses nothing, and a compressed cache is attached to the model. Call model.generate "
+        "without it: batches of prompts are padded on the left, and on a GPU steps are recorded by themselves. For "
+        "fixed addresses see kvcompress.runtime.graph.GraphDecoder; for the model as it was, kvcompress.detach(model)."
+    )
 
 
 def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
@@ -141,14 +153,15 @@ def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
 
 def attach_plan(model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> PreTrainedModel:
     """Attach a plan and its maps to a loaded model and return the model."""
-    detach(model)
-    model.kvcompress_attachment = Attachment(model, plan, maps)
+    inner = compat.inner_model(model)
+    detach(inner)
+    inner.kvcompress_attachment = Attachment(inner, plan, maps)
     return model
 
 
 def attachment_of(model: nn.Module) -> Attachment:
     """Return the model's Attachment. Raises OptionError if nothing is attached."""
-    attachment = model.__dict__.get("kvcompress_attachment")
+    attachment = compat.inner_model(model).__dict__.get("kvcompress_attachment")
     if attachment is None:
         raise OptionError("the model has no compressed cache attached. Use kvcompress.load or kvcompress.attach.")
     return attachment
@@ -156,7 +169,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def detach(model: nn.Module) -> None:
     """Give an attached model back as it was; does nothing for any other."""
-    attachment = model.__dict__.pop("kvcompress_attachment", None)
+    attachment = compat.inner_model(model).__dict__.pop("kvcompress_attachment", None)
     if attachment is not None:
         attachment.detach()
 
@@ -242,7 +255,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         raise CheckpointError(f"{directory}: tensor {name} does not fit the folded model. Compress again.")
     model.tie_weights()
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = compat.GenerationConfig.from_pretrained(directory)
     return model
 
 
@@ -259,11 +272,11 @@ def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> n
 def _layer_codecs(
     model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
 ) -> list[LayerKernels]:
-    device = next(model.parameters()).device
     plans = {s.site: s for s in plan.sites}
     rotated = Rotary.of(model) if any(a.rotary_dim for a in spec.layers) else None  # one, and one table of its angles
     layers = []
     for attention in spec.layers:
+        device = compat.device_of(_attention_module(model, attention))
         sites = {part: Site(attention.layer, part) for part in PARTS}
         coded = {part: None if plans[site].exact else maps[site] for part, site in sites.items()}
         planned = plans[sites["key"]]
@@ -285,6 +298,10 @@ def _layer_codecs(
             )
         )
     return layers
+
+
+def _attention_module(model: PreTrainedModel, attention: AttentionSpec) -> nn.Module:
+    return model.get_submodule(attention.value.module.rpartition(".")[0])
 
 
 def check_fit(spec: ModelSpec, plan: Plan) -> None:

@@ -1,80 +1,35 @@
 """Attention over a compressed cache: a readable torch reference for CPU and GPU.
 
-Three cases. A cache that holds no latents yet: the model's own scaled-dot-product attention on exact keys and
-values. Packed codes: tile by tile with an online softmax, so that never more than one tile is unpacked. No cache,
-with `simulation` set: the decode-faithful evaluation, all queries of a text at once.
+Two cases. A cache that holds no latents yet: the model's own scaled-dot-product attention on exact keys and values.
+Packed codes: tile by tile with an online softmax, so that never more than one tile is unpacked.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvcompress import compat
 from kvcompress.codec.layer import LayerCodecs
+from kvcompress.compat import sdpa_attention_forward
 from kvcompress.plan import BLOCK_TOKENS
-from kvcompress.runtime import fast
-from kvcompress.runtime.cache import CompressedCache, CompressedLayer
+from kvcompress.runtime import calls, fast
+from kvcompress.runtime.cache import CompressedLayer
+from kvcompress.runtime.simulation import SimulatedLayer, additive_mask, simulated_attention
 from kvcompress.runtime.static import StaticLayer
-from kvcompress.runtime.tokens import TokenLine
+
+#: Attributes that `attach` puts on attention modules: True on a coded model's; the codecs on a folded one's.
+CODED, FOLDED_BY = "kvcompress_coded", "kvcompress_folded_by"
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
 TILE_BLOCKS = 64
-#: Queries scored at once in a simulation.
-_SIMULATED_QUERIES = 256
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Decode-faithful evaluation: which keys a query sees exactly (the first `sinks`, and `recent` tokens back).
-
-    Generation encodes whole blocks, so that a query sees up to a block more exactly; `block` of 1 never flatters.
-    """
-
-    sinks: int
-    recent: int
-    block: int = 1
-
-
-@dataclass
-class AttentionState:
-    """What the attention function must know of the layer it is called for; set by a hook before each forward."""
-
-    codecs: LayerCodecs
-    layer: CompressedLayer | None = None
-    positions: Tensor | None = None
-    simulation: Simulation | None = None
-    folded: bool = False
-
-
-def state_of(module: Any) -> AttentionState:
-    """Return the state that `attach` put on an attention module."""
-    state: AttentionState = module.kvcompress
-    return state
-
-
-def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: note its cache layer and the positions of its tokens."""
-    state = state_of(module)
-    cache = kwargs.get("past_key_values")
-    hidden = args[0] if args else kwargs["hidden_states"]
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        start = cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
-    state.positions = positions
-    state.layer = None
-    if isinstance(cache, CompressedCache):
-        state.layer = cache.layers[module.layer_idx]
-        if module.layer_idx == 0:
-            cache.begin(positions, hidden.shape[0], kwargs.get("attention_mask"))
-
-
+@calls.untraced
 def compressed_attention(
     module: nn.Module,
     query: Tensor,
@@ -90,25 +45,40 @@ def compressed_attention(
     query: [batch, heads, n_queries, head_dim]; key, value: what the cache's `update` returned. Registered under
     the name "kvcompress".
     """
-    state = state_of(module)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if state.simulation is not None and state.layer is None:
-        return simulated_attention(state, query, key, value, attention_mask, scaling), None
-    if state.folded:
-        key, value = expand_virtual_heads(state.codecs, key, value)
-    if isinstance(state.layer, StaticLayer) and not state.layer.tokens.in_prefill:
-        output = _static_attention(module, state.layer, query, scaling)
-    elif isinstance(state.layer, StaticLayer | None) or state.layer.n_encoded == 0:
+    layer = _layer_of_call(module)
+    if isinstance(layer, SimulatedLayer):
+        return simulated_attention(layer, query, key, value, attention_mask, scaling), None
+    virtual_heads: LayerCodecs | None = getattr(module, FOLDED_BY, None)
+    if virtual_heads is not None:
+        key, value = expand_virtual_heads(virtual_heads, key, value)
+        calls.count_attention()
+    if isinstance(layer, StaticLayer) and not layer.tokens.in_prefill:
+        output = _static_attention(module, layer, query, scaling)
+    elif isinstance(layer, StaticLayer | None) or layer.n_encoded == 0:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     else:
-        fused = fast.attention(state.layer, query, attention_mask, scaling)
-        output = tiled_attention(state.layer, query, attention_mask, scaling) if fused is None else fused
-    if state.layer is not None:
-        state.layer.evict()
-        state.layer = None  # the model must not keep a cache alive
+        fused = fast.attention(layer, query, attention_mask, scaling)
+        output = tiled_attention(layer, query, attention_mask, scaling) if fused is None else fused
+    if layer is not None:
+        layer.evict()
     return output, None
+
+
+def _layer_of_call(module: nn.Module) -> Any:
+    """Return the cache layer that this attention is over, or None where the forward leaves everything exact.
+
+    Raises AttachmentError where it should be over one and is not: the model has passed the cache by.
+    """
+    call = calls.current()
+    layer = None if call is None else call.take()
+    if layer is None and (call is None or call.cache is not None) and getattr(module, CODED, False):
+        raise compat.unproven(
+            f"{type(module).__name__} attended without the compressed cache that is attached to its model"
+        )
+    return layer
 
 
 def _static_attention(module: nn.Module, layer: StaticLayer, query: Tensor, scaling: float) -> Tensor:
@@ -176,7 +146,7 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     codecs, n_encoded, n_tokens = layer.codecs, layer.n_encoded, layer.get_seq_length()
     groups = n_heads // codecs.n_kv_heads
     rows = query.float().reshape(batch, codecs.n_kv_heads, groups * n_queries, head_dim) * scaling
-    bias = _additive(mask, batch, n_queries, n_tokens, query.device)
+    bias = additive_mask(mask, batch, n_queries, n_tokens, query.device)
     softmax = OnlineSoftmax(rows)
 
     def exact_scores(keys: Tensor, part: Tensor) -> Tensor:
@@ -273,50 +243,3 @@ def _mask_slots(bias: Tensor, slots: Tensor, which: Tensor) -> Tensor:
     """Set bias to -inf at `slots` where `which` holds; a slot may be named more than once."""
     current = bias.gather(-1, slots)
     return bias.scatter_reduce(-1, slots, torch.where(which, float("-inf"), current), "amin")
-
-
-def _additive(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:
-    """Return a float32 mask [batch, 1, n_queries, n_tokens]: 0 where a query may look, -inf where not."""
-    if mask is None:
-        return torch.zeros(batch, 1, n_queries, n_tokens, device=device)
-    mask = mask[..., :n_tokens].expand(batch, 1, n_queries, n_tokens)
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
-    mask = mask.float()
-    return mask.masked_fill(mask <= torch.finfo(torch.float16).min, float("-inf"))
-
-
-def simulated_attention(
-    state: AttentionState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
-
-    Query t sees key s exactly if s is a sink or not yet encoded (with blocks of 1: t - s <= recent), decoded otherwise.
-    """
-    assert state.simulation is not None and state.positions is not None
-    codecs, (batch, n_kv_heads, n_tokens, _) = state.codecs, key.shape
-    recent, sinks, block = state.simulation.recent, state.simulation.sinks, state.simulation.block
-    tokens = TokenLine(sinks, recent, counts_bytes=False)
-    tokens.append(state.positions, batch)
-    coded_key = codecs.roundtrip_keys(key, tokens.key_positions(0, n_tokens, codecs.turn)).transpose(-1, -2)
-    coded_value = codecs.roundtrip_values(value)
-    exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
-    by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
-    place = torch.arange(n_tokens, device=query.device)
-    encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
-    outputs = []
-    for start in range(0, n_tokens, _SIMULATED_QUERIES):
-        stop = min(start + _SIMULATED_QUERIES, n_tokens)
-        rows = by_group[:, :, :, start:stop].flatten(2, 3)
-        # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
-        near = torch.cat([place[:stop][:sinks], place[max(sinks, int(encoded[start])) : stop]])
-        exact = (near < sinks) | (near >= encoded[start:stop, None])
-        exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
-        scores = rows @ coded_key[..., :stop]
-        scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])
-        visible = (place[start:stop, None] >= place[:stop])[None, None] if mask is None else mask[:, :, start:stop]
-        visible = _additive(visible, batch, stop - start, stop, query.device)
-        weights = (scores + visible.repeat(1, 1, by_group.shape[2], 1)).softmax(-1)
-        chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
-        outputs.append(chunk.unflatten(2, (-1, stop - start)))
-    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype)

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvcompress import compat
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.tokens import TokenLine
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(compat.CacheLayer):
     """One layer's cache. Tokens lie in order: `n_encoded` packed in blocks of 32, then the recent ones exactly.
 
     The sinks of a sequence (its first real tokens, so that left padding does not use them up) are encoded as well
@@ -88,14 +89,10 @@ class CompressedLayer(CacheLayerMixin):
         return self.n_encoded + self.keys.shape[-2] if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # transformers before 5.3 passes the cache positions of the queries instead of their number
-        n_queries = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.get_seq_length() + n_queries, 0
+        return self.get_seq_length() + compat.n_queries(query_length), 0
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def crop(self, tokens: int) -> None:
         """Drop tokens from the end: `tokens` of them if negative, down to a length of `tokens` if positive."""
@@ -161,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
 
 
-class CompressedCache(Cache):
+class CompressedCache(AttendedCache):
     """A transformers Cache whose layers store packed codes. Made by `attach`; `generate` uses it by itself."""
 
     def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int) -> None:
@@ -169,8 +166,7 @@ class CompressedCache(Cache):
         self.tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
         super().__init__(layers=[CompressedLayer(c, self.tokens) for c in codecs])
 
-    def begin(self, positions: Tensor, batch: int, mask: Tensor | None) -> None:
-        """Note the tokens that a forward brings, before any layer sees them; positions: [batch or 1, n_new]."""
+    def begin(self, positions: Tensor, batch: int, mask: Any) -> None:
         self.tokens.append(positions, batch)
 
     def nbytes(self) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from kvcompress.compat import PreTrainedModel, cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attachment_of
@@ -32,6 +32,7 @@ class GraphDecoder:
         cache = attachment_of(model).new_cache(capacity=capacity)
         assert isinstance(cache, StaticCache)
         self.model, self.cache = model, cache
+        self._cache_argument = cache_argument(model, cache)
         self._replay: Callable[[], None] | None = None
         self._token: Tensor | None = None  # [batch, 1]: a recorded step reads it here
         self._logits: Tensor | None = None  # [batch, vocabulary]: and leaves these
@@ -52,7 +53,7 @@ class GraphDecoder:
         self.cache.check_capacity(ids.shape[1])
         self.cache.reset()
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(ids, position_ids=positions, use_cache=True, logits_to_keep=1, **self._cache_argument)
         return output.logits[:, -1]
 
     @torch.no_grad()
@@ -116,8 +117,8 @@ class GraphDecoder:
             # As a mask of four dimensions the model takes it as it is, instead of making one from the host's numbers.
             attention_mask=torch.ones(len(self._token), 1, 1, 1, dtype=torch.bool, device=length.device),
             position_ids=length.expand(len(self._token), 1).clone(),
-            past_key_values=self.cache,
             use_cache=True,
+            **self._cache_argument,
         )
         return output.logits[:, -1]
 

@@ -168,8 +168,6 @@ class StaticLayer(CompressedLayer):
     def get_max_length(self) -> int:
         return self.tokens.capacity
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
-
     def reset(self) -> None:
         """Keep the buffers: what they hold is not seen any more once the counters are back at 0."""
 
@@ -193,10 +191,10 @@ class StaticCache(CompressedCache):
         self.tokens = StaticLine(sinks, recent, capacity, capacity if any(c.exact for c in codecs) else 0)
         self.layers = [StaticLayer(c, self.tokens) for c in codecs]
 
-    def begin(self, positions: Tensor, batch: int, mask: Tensor | None) -> None:
+    def begin(self, positions: Tensor, batch: int, mask: Any) -> None:
         """Count the tokens that a forward brings, before any layer is changed. Raises OptionError if it cannot be.
 
-        mask: None, [batch, 1, n_queries, n_tokens], or of one column: nothing is hidden.
+        mask: the caller's: None, [batch, n_tokens] or [batch, 1, n_queries, n_tokens]; nothing may be hidden.
         """
         tokens, n_new = self.tokens, positions.shape[1]
         tokens.in_prefill = tokens.n_tokens == 0
@@ -210,10 +208,10 @@ class StaticCache(CompressedCache):
             _check_prompt(positions, mask)
             tokens.begin_prefill(positions, batch)
             return
-        if n_new != 1 or (mask is not None and mask.shape[-1] > 1):
+        if n_new != 1 or _hides(mask):
             raise OptionError(
                 f"after its prompt a cache of a fixed capacity takes one token at a time and no mask; here are {n_new} "
-                f"tokens{'' if mask is None else ' and a mask'}. Use new_cache() without a capacity."
+                f"tokens{' and a mask' if _hides(mask) else ''}. Use new_cache() without a capacity."
             )
         self.make_room()
         assert tokens.counters is not None
@@ -248,14 +246,21 @@ def _fixed(what: str) -> OptionError:
     return OptionError(f"cannot {what} a cache of a fixed capacity. Use new_cache() without one.")
 
 
-def _check_prompt(positions: Tensor, mask: Tensor | None) -> None:
+def _check_prompt(positions: Tensor, mask: Any) -> None:
     """Raise OptionError for left padding, or a prompt of which the last token does not see everything."""
-    hidden = False
-    if mask is not None:
-        row = mask[:, :, -1]
-        hidden = not bool((row if row.dtype == torch.bool else row > torch.finfo(torch.float16).min).all())
-    if hidden or not bool((positions == torch.arange(positions.shape[1], device=positions.device)).all()):
+    if _hides(mask) or not bool((positions == torch.arange(positions.shape[1], device=positions.device)).all()):
         raise OptionError(
             "a cache of a fixed capacity takes no padding and no mask: all prompts of a batch must be of one length, "
             "at positions from 0 on. Use new_cache() without a capacity."
         )
+
+
+def _hides(mask: Any) -> bool:
+    """Return whether a caller's mask hides a token from the last query. One column, of a recorded step, never does."""
+    if isinstance(mask, dict):  # one for each kind of layer
+        return any(_hides(one) for one in mask.values())
+    if not isinstance(mask, Tensor) or mask.shape[-1] == 1:
+        return False
+    row = mask if mask.dim() == 2 else mask[:, :, -1]
+    seen = row > torch.finfo(torch.float16).min if row.is_floating_point() and row.dim() > 2 else row != 0
+    return not bool(seen.all())

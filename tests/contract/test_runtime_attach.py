@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import kvcompress
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.compat import cache_argument
 from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress, make_plan
@@ -116,10 +118,14 @@ def test_compression_changes_what_is_generated(tiny_model: Any, plan_of: Any) ->
     assert not torch.equal(coded, exact)
 
 
-def test_a_given_dynamic_cache_is_left_alone(tiny_model: Any, plan_of: Any) -> None:
+def test_a_given_dynamic_cache_is_refused_unless_asked_for(tiny_model: Any, plan_of: Any) -> None:
     model = attach_plan(tiny_model("llama-gqa"), *plan_of("llama-gqa", keep=0.1))
     ids = random_ids(1, 30)
-    logits = model(ids, past_key_values=DynamicCache()).logits
+    for call in (model, model.get_decoder(), partial(model.generate, max_new_tokens=2, pad_token_id=PAD)):
+        with pytest.raises(OptionError, match=r"given a DynamicCache, which compresses nothing.*new_cache\(\)"):
+            call(ids, **cache_argument(model, DynamicCache()))
+    with kvcompress.uncompressed():
+        logits = model(ids, **cache_argument(model, DynamicCache())).logits
     kvcompress.detach(model)
     assert torch.equal(logits, model(ids).logits)
 
@@ -128,7 +134,8 @@ def test_arguments_may_be_positional(tiny_model: Any, plan_of: Any) -> None:
     """The cache of a forward and the configuration of a generation, given without their names."""
     model = attach_plan(tiny_model("llama-gqa"), *plan_of("llama-gqa", keep=0.1, recent=0))
     ids, cache = random_ids(1, 30), DynamicCache()
-    model(ids, None, None, cache)
+    with kvcompress.uncompressed():
+        model(ids, None, None, cache)
     assert cache.get_seq_length() == 30
     exact = GenerationConfig(use_cache=False, max_new_tokens=10, do_sample=False, pad_token_id=PAD)
     ours = model.generate(ids, exact)

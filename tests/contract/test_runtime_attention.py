@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 import kvcompress.runtime.attention as attention_module
+import kvcompress.runtime.simulation as simulation_module
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
-from kvcompress.runtime.attention import simulated_attention, tiled_attention
+from kvcompress.runtime.attention import tiled_attention
 from kvcompress.runtime.cache import CompressedLayer
+from kvcompress.runtime.simulation import SimulatedCache, Simulation, simulated_attention
 from tests.tiny_models import FAMILIES, PAD, random_ids
 
 
@@ -88,7 +90,7 @@ def test_simulation_in_slices_of_queries(attached: Any, monkeypatch: pytest.Monk
     ids = random_ids(2, 40)
     results = []
     for n_queries in (1000, 7):
-        monkeypatch.setattr(attention_module, "_SIMULATED_QUERIES", n_queries)
+        monkeypatch.setattr(simulation_module, "_QUERIES", n_queries)
         with torch.no_grad(), attachment_of(model).simulated(sinks=2, recent=3):
             results.append(model(ids, use_cache=False).logits)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
@@ -202,7 +204,7 @@ def test_an_outlier_does_not_poison_the_others(attached: Any, family: str) -> No
     mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
     mask[..., 31] = False  # not even looked at
     assert tiled_attention(layer, torch.ones(2, 4, 1, 8), mask, 1.0).isfinite().all()
-    state = model.get_submodule("model.layers.1.self_attn").kvcompress
-    state.positions, state.simulation = torch.arange(3)[None], attention_module.Simulation(sinks=1, recent=0)
+    simulated = SimulatedCache(attachment_of(model).codecs, Simulation(sinks=1, recent=0))
+    simulated.begin(torch.arange(3)[None], 2, None)
     keys = torch.cat([huge, huge / 1e7, huge / 1e7], 2)  # the outlier is the sink, seen exactly
-    assert simulated_attention(state, torch.ones(2, 4, 3, 8), keys, keys, None, 1e-9).isfinite().all()
+    assert simulated_attention(simulated.layers[1], torch.ones(2, 4, 3, 8), keys, keys, None, 1e-9).isfinite().all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -197,11 +200,14 @@ def test_a_batch_that_does_not_fit_is_lowered_by_tenths(monkeypatch):
 
 
 def test_a_forward_that_ran_out_of_memory_leaves_no_layer_behind(attached, monkeypatch):
-    cache = filled(attached, 128, 1)
+    caches = [filled(attached, 128, 1)]
+    layers = [weakref.ref(layer) for layer in caches[0].layers]
     monkeypatch.setattr("kvcompress.runtime.attention.tiled_attention", out_of_memory)
     run = decode._Run(attached, 128, 1, 1e9)
-    assert run.time("compressed", 0.25, lambda batch: cache, 1) is None
-    assert all(m.kvcompress.layer is None for m in attached.modules() if hasattr(m, "kvcompress"))
+    assert run.time("compressed", 0.25, lambda batch: caches[0], 1) is None
+    caches.clear()
+    gc.collect()
+    assert all(layer() is None for layer in layers)
 
 
 def test_largest_batch_leaves_room_for_weights_and_a_workspace():

@@ -1,0 +1,190 @@
+"""Everything of transformers that its releases rename, move or change the meaning of; nothing else here names it.
+
+Known: transformers 5.0 to 5.24 (`OLDEST`, `NEWEST`). What differs between them, and where it is met:
+
+* 5.3: a cache's `get_mask_sizes` is given the number of queries; before, their cache positions. `n_queries`.
+* 5.13: `get_max_cache_shape` of a cache layer becomes `get_max_length`. `CacheLayer`.
+* 5.24: what forwards, `generate` and outputs called `past_key_values` is called `cache`. The old name is an alias that
+  a decorator translates below a model's hooks: one that writes it is not heard. `CACHE_NAMES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvcompress.errors import AttachmentError
+
+__all__ = [
+    "Cache",
+    "CacheLayer",
+    "DynamicCache",
+    "DynamicLayer",
+    "ForwardArguments",
+    "GenerationConfig",
+    "PreTrainedModel",
+    "sdpa_attention_forward",
+]
+
+#: The releases that the tests ran on; pyproject.toml states the same bounds.
+OLDEST, NEWEST = "5.0", "5.24"
+#: What the cache is called in signatures, keyword arguments and outputs, the newest name first.
+CACHE_NAMES = ("cache", "past_key_values")
+#: Methods of a model that run transformers' own paged cache.
+PAGED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+#: Values of `cache_implementation` that ask for nothing which a compressed cache is not.
+_PLAIN_CACHES = (None, "dynamic", "hybrid")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardArguments:
+    """How a model's forward names what the run time reads and changes.
+
+    names: of its positional arguments, in order. cache: that of its cache.
+    """
+
+    names: tuple[str, ...]
+    cache: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ForwardArguments:
+        """Return the names of a model's class. Raises AttachmentError where its forward takes no cache."""
+        kind: Any = type(model)
+        return _forward_arguments(kind)
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return an argument of a call by its name, or None."""
+        place = self.names.index(name) if name in self.names else len(args)
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    def get_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the cache that a call was given, under whatever name, or None."""
+        given = self.get(self.cache, args, kwargs)
+        return given_cache(kwargs) if given is None else given
+
+    def with_cache(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the same call with another cache."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        place = self.names.index(self.cache)
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
+        return args, kwargs | {self.cache: cache}
+
+
+@lru_cache(maxsize=64)
+def _forward_arguments(model: Any) -> ForwardArguments:
+    names = tuple(inspect.signature(model.forward).parameters)[1:]
+    for cache in CACHE_NAMES:
+        if cache in names:
+            return ForwardArguments(names, cache)
+    raise unproven(f"the forward of {model.__name__} takes no cache by a name that is known")
+
+
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """Return the cache among keyword arguments, under whatever name, or None."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that gives a cache to the forward or the `generate` of a model."""
+    return {ForwardArguments.of(model).cache: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in what a forward or a generation returned, or None."""
+    return next((getattr(output, name) for name in CACHE_NAMES if name in output), None)
+
+
+def use_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> str:
+    """Let a model attend with `function`, registered under `name`, given sdpa's masks; return what it used before."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    before: str = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    return before
+
+
+def register_unmasked_attention(name: str, function: Callable[..., Any]) -> None:
+    """Register an attention function for which transformers makes no mask."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+
+
+def n_queries(query_length: int | Tensor) -> int:
+    """Return the number of queries from what `get_mask_sizes` is given: it, or (before 5.3) their cache positions."""
+    return query_length if isinstance(query_length, int) else query_length.shape[0]
+
+
+class CacheLayer(CacheLayerMixin):
+    """A cache layer under all the names that transformers asks it by; a subclass has `get_max_length`."""
+
+    def get_max_cache_shape(self) -> int:  # before 5.13
+        return self.get_max_length()
+
+
+def quantised_layer(family: str) -> type[CacheLayerMixin]:
+    """Return transformers' own quantised cache layer of a family, "hqq" or "quanto"."""
+    name = {"hqq": "HQQQuantizedLayer", "quanto": "QuantoQuantizedLayer"}[family]
+    layer: type[CacheLayerMixin] = getattr(transformers.cache_utils, name)
+    return layer
+
+
+def other_cache(kwargs: dict[str, Any], config: GenerationConfig) -> str | None:
+    """Return the `cache_implementation` of a call of `generate` that a compressed cache cannot be, or None.
+
+    Takes away from the keyword arguments one that asks for what it is, because transformers takes that beside no cache.
+    """
+    if kwargs.get("cache_implementation") in _PLAIN_CACHES:
+        kwargs.pop("cache_implementation", None)
+    asked: str | None = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    return None if asked == "hybrid" else asked  # of old checkpoints' generation_config.json: transformers drops it
+
+
+def inner_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside what torch.compile or PEFT have made of it."""
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module runs: accelerate may keep its weights elsewhere, and bring them when they are needed."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    for child in module.modules():
+        if device is None:
+            device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(module.parameters()).device
+    return torch.device(device)
+
+
+def unproven(what: str) -> AttachmentError:
+    """Return the error of a model whose attention does not go through the compressed cache; `what`: how it was seen."""
+    return AttachmentError(
+        f"{what}: nothing would be compressed. This is transformers {transformers.__version__} with torch "
+        f"{torch.__version__}; kvcompress was tested with transformers {OLDEST} to {NEWEST}. If yours is another, "
+        f"install one of those: pip install 'transformers>={OLDEST},<{_after(NEWEST)}'. If it is one of them, please "
+        "report this line as an issue of kvcompress, with the model's name."
+    )
+
+
+def _after(release: str) -> str:
+    major, minor = release.split(".")
+    return f"{major}.{int(minor) + 1}"

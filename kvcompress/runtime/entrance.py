@@ -1,0 +1,98 @@
+"""The way into an attached model: which cache a forward gets, and the proof that its attention went through it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import compat
+from kvcompress.errors import OptionError
+from kvcompress.runtime import calls
+from kvcompress.runtime.attended import AttendedCache
+from kvcompress.runtime.simulation import SimulatedCache, simulation_of
+
+if TYPE_CHECKING:
+    from kvcompress.runtime.attach import Attachment
+
+
+class Entrance:
+    """Stands in for the `forward` of an attached model's decoder, which it calls.
+
+    Whoever calls the model, by whatever wrapper, comes past here. Nothing of a call is kept here: see calls.py.
+    """
+
+    def __init__(self, attachment: Attachment, decoder: Any) -> None:
+        self._attachment, self._decoder = attachment, decoder
+        self._before = decoder.__dict__.get("forward")  # accelerate's, say
+        self._forward = decoder.forward
+        self._arguments = compat.ForwardArguments.of(decoder)
+        self._open = True
+        self.__signature__ = inspect.signature(decoder.forward)  # transformers looks at it
+
+    def close(self) -> None:
+        """Give the decoder its own forward back; where others have wrapped this one since, pass everything on."""
+        self._open = False
+        if self._decoder.__dict__.get("forward") is self:
+            del self._decoder.forward
+            if self._before is not None:
+                self._decoder.forward = self._before
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator] # what it calls is compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._open:
+            return self._forward(*args, **kwargs)
+        cache = self._cache_for(args, kwargs)
+        call, expected = calls.Call(cache), self._n_attending(cache)
+        if cache is not None:
+            args, kwargs = self._arguments.with_cache(args, kwargs, cache)
+            call.arriving = self._arriving(cache, args, kwargs)
+        with calls.running(call):
+            output = self._forward(*args, **kwargs)
+        if call.n_attended != expected:
+            raise compat.unproven(
+                f"of the {expected} layers of {type(self._decoder).__name__} that a compressed cache is attached to, "
+                f"{call.n_attended} attended through it"
+            )
+        return output
+
+    def _n_attending(self, cache: AttendedCache | None) -> int:
+        """Return how many attentions of a forward must go through us."""
+        if self._attachment.plan.form == "folded":
+            return len(self._attachment.codecs)
+        return 0 if cache is None else cache.n_attending
+
+    def _cache_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the cache that attention must go through, or None where the caller wants exact keys and values."""
+        given = self._arguments.get_cache(args, kwargs)
+        if isinstance(given, AttendedCache):
+            return given
+        if self._attachment.plan.form == "folded":  # keeps its virtual heads in an ordinary cache
+            return None
+        if given is not None:
+            if calls.caches_are_left_alone() or self._decoder.training:
+                return None
+            raise OptionError(
+                f"a compressed cache is attached to the model, and it was given a {type(given).__name__}, which "
+                "compresses nothing. Leave the cache out, or make one with model.kvcompress_attachment.new_cache(). "
+                "For the model as it was: kvcompress.detach(model), or `with kvcompress.uncompressed():`."
+            )
+        simulation = simulation_of(self._attachment)
+        if simulation is not None:
+            return SimulatedCache(self._attachment.codecs, simulation)
+        use_cache = self._arguments.get("use_cache", args, kwargs)
+        use_cache = self._decoder.config.use_cache if use_cache is None else use_cache
+        return self._attachment.new_cache() if use_cache and not self._decoder.training else None
+
+    def _arriving(self, cache: AttendedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> calls.Arrival:
+        """Return what a forward brings to its cache."""
+        tokens = self._arguments.get("input_ids", args, kwargs)
+        if tokens is None:
+            tokens = self._arguments.get("inputs_embeds", args, kwargs)
+        positions: Tensor | None = self._arguments.get("position_ids", args, kwargs)
+        if positions is None:
+            start = cache.get_seq_length()
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        return calls.Arrival(positions, tokens.shape[0], self._arguments.get("attention_mask", args, kwargs))

@@ -1,0 +1,141 @@
+"""The decode-faithful evaluation: what decoding token by token gives, computed for all queries of a text at once.
+
+A forward is given a SimulatedCache instead of a cache. It stores nothing; attention sees exactly what is near, and what
+is far as its codecs would give it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import compat
+from kvcompress.codec.layer import LayerCodecs
+from kvcompress.errors import OptionError
+from kvcompress.runtime.attended import AttendedCache
+from kvcompress.runtime.tokens import TokenLine
+
+#: Queries scored at once.
+_QUERIES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """Which keys a query sees exactly: the first `sinks`, and `recent` tokens back.
+
+    Generation encodes whole blocks, so that a query sees up to a block more exactly; `block` of 1 never flatters.
+    """
+
+    sinks: int
+    recent: int
+    block: int = 1
+
+
+_running: ContextVar[dict[int, Simulation]] = ContextVar("kvcompress_simulations", default={})  # noqa: B039 - never changed
+
+
+@contextmanager
+def simulating(attachment: object, simulation: Simulation) -> Iterator[None]:
+    """Within the block, in this thread, forwards of the attachment's model that are given no cache are simulated."""
+    token = _running.set(_running.get() | {id(attachment): simulation})
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def simulation_of(attachment: object) -> Simulation | None:
+    """Return how this thread simulates forwards of the attachment's model, or None."""
+    return _running.get().get(id(attachment))
+
+
+class SimulatedLayer(compat.CacheLayer):
+    """One layer of a SimulatedCache: knows its codecs, and gives keys and values back as they come."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, codecs: LayerCodecs, tokens: TokenLine, simulation: Simulation) -> None:
+        super().__init__()
+        self.codecs, self.tokens, self.simulation = codecs, tokens, simulation
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return compat.n_queries(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SimulatedCache(AttendedCache):
+    """What a simulated forward is given as its cache; it serves one."""
+
+    def __init__(self, codecs: Sequence[LayerCodecs], simulation: Simulation) -> None:
+        self.tokens = TokenLine(simulation.sinks, simulation.recent, counts_bytes=False)
+        super().__init__(layers=[SimulatedLayer(c, self.tokens, simulation) for c in codecs])
+        self._used = False
+
+    def begin(self, positions: Tensor, batch: int, mask: Tensor | None) -> None:
+        if self._used:
+            raise OptionError("a simulated forward reads a whole text: what it returns as its cache holds none of it.")
+        self._used = True
+        self.tokens.append(positions, batch)
+
+
+def simulated_attention(
+    layer: SimulatedLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
+
+    Query t sees key s exactly if s is a sink or not yet encoded (with blocks of 1: t - s <= recent), decoded otherwise.
+    """
+    codecs, tokens, (batch, n_kv_heads, n_tokens, _) = layer.codecs, layer.tokens, key.shape
+    recent, sinks, block = layer.simulation.recent, layer.simulation.sinks, layer.simulation.block
+    positions = tokens.key_positions(0, n_tokens, codecs.turn).to(key.device)
+    coded_key = codecs.roundtrip_keys(key, positions).transpose(-1, -2)
+    coded_value = codecs.roundtrip_values(value)
+    exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
+    by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
+    place = torch.arange(n_tokens, device=query.device)
+    encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
+    outputs = []
+    for start in range(0, n_tokens, _QUERIES):
+        stop = min(start + _QUERIES, n_tokens)
+        rows = by_group[:, :, :, start:stop].flatten(2, 3)
+        # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
+        near = torch.cat([place[:stop][:sinks], place[max(sinks, int(encoded[start])) : stop]])
+        exact = (near < sinks) | (near >= encoded[start:stop, None])
+        exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
+        scores = rows @ coded_key[..., :stop]
+        scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])
+        visible = (place[start:stop, None] >= place[:stop])[None, None] if mask is None else mask[:, :, start:stop]
+        visible = additive_mask(visible, batch, stop - start, stop, query.device)
+        weights = (scores + visible.repeat(1, 1, by_group.shape[2], 1)).softmax(-1)
+        chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
+        outputs.append(chunk.unflatten(2, (-1, stop - start)))
+    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype)
+
+
+def additive_mask(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:
+    """Return a float32 mask [batch, 1, n_queries, n_tokens]: 0 where a query may look, -inf where not."""
+    if mask is None:
+        return torch.zeros(batch, 1, n_queries, n_tokens, device=device)
+    mask = mask[..., :n_tokens].expand(batch, 1, n_queries, n_tokens)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    mask = mask.float()
+    return mask.masked_fill(mask <= torch.finfo(torch.float16).min, float("-inf"))
