@@ -11,7 +11,9 @@ Known: transformers 5.0 to 5.24 (`OLDEST`, `NEWEST`). What differs between them,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +25,8 @@ from transformers import AttentionInterface, DynamicCache, GenerationConfig, Pre
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress.errors import AttachmentError
 
@@ -121,6 +125,64 @@ def register_unmasked_attention(name: str, function: Callable[..., Any]) -> None
     """Register an attention function for which transformers makes no mask."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, lambda *_, **__: None)
+
+
+def own_cache(model: Any) -> Cache:
+    """Return an empty cache as transformers makes it for a model: a layer of its own kind for each of the model's."""
+    return DynamicCache(config=text_config(model))
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of a model's text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def own_attention(module: Any, implementation: str) -> Callable[..., Any]:
+    """Return the function that an attention module calls under an implementation's name: "eager" is of its own file."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function
+
+
+@contextmanager
+def attention_replaced(model: Any, name: str, attend: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, attend(module, own, query, key, value, mask, **others) stands for the attention function.
+
+    own: the name of the implementation that it stands for, whose masks it gets; see own_attention. It changes nothing
+    for models whose attention does not go through the interface.
+    """
+    before: str = text_config(model)._attn_implementation
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        return attend(module, before, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[before])
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    owns = [(c, c._attn_implementation_internal) for c in configs if hasattr(c, "_attn_implementation_internal")]
+    if uses_interface(model):
+        for config, _ in owns:
+            config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, own in owns:
+            config._attn_implementation_internal = own
+
+
+def uses_interface(model: Any) -> bool:
+    """Return whether a model's attention can be exchanged at all; some older files look their classes up by name."""
+    files = {type(m).__module__ for m in model.modules() if hasattr(m, "config")}
+    return any(hasattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+class GivenOutput(BaseModelOutputWithPast):
+    """A decoder's output of which only the hidden states are there; fields of any other output are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
 
 
 def n_queries(query_length: int | Tensor) -> int:

@@ -87,9 +87,10 @@ def make_plan(
     checkpoint: Checkpoint, moments: Moments, options: CompressOptions, progress: Progress | None = None
 ) -> tuple[Plan, dict[Site, SiteMaps], dict[Site, list[float]]]:
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone."""
-    spec = checkpoint.spec
+    spec = checkpoint.spec.turned(moments.rotations)
+    checkpoint = replace(checkpoint, spec=spec)
     if options.turn > 1:
-        moments = turned_moments(checkpoint, moments, options.turn, seed=options.seed)
+        moments = turned_moments(spec, moments, options.turn, seed=options.seed)
     if options.key_basis == GROUPED:
         fitted, chosen = choose_groups(spec, moments, options, progress)
     else:
@@ -99,8 +100,11 @@ def make_plan(
     if not any(len(c.bits) for c in chosen.values()):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     sites, maps = [], {}
+    rotations = tuple(dict.fromkeys(spec.rotations.values()))
     for site, choice in chosen.items():
-        sites.append(_site_plan(site, choice, fitted[site], options.turn))
+        turning = spec.rotations.get(site)
+        number = None if turning is None else rotations.index(turning)
+        sites.append(replace(_site_plan(site, choice, fitted[site], options.turn), rotation=number))
         if not sites[-1].exact:
             maps[site] = _site_maps(fitted[site], choice, moments.sites[site])
     plan = Plan(
@@ -117,6 +121,8 @@ def make_plan(
         loss_in_nats=moments.has_fisher,
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
+        rotations=rotations,
+        own_layers=spec.own_layers,
     )
     return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
 
@@ -129,7 +135,7 @@ def _fit_sites(
     bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
     fitted: dict[Site, FittedSite] = {}
     for i, site in enumerate(spec.sites):
-        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.layers[site.layer], site.part, options)
+        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.attention(site), site.part, options)
         if progress:
             progress("fit", i + 1, len(spec.sites))
     return fitted
@@ -205,8 +211,10 @@ def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOption
 
 
 def _check_weights_finite(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for NaN and infinity where it is known what to look at; calibration meets the others."""
     for site in checkpoint.spec.sites:
-        checkpoint.site_weight(site)
+        if checkpoint.spec.attention(site).key is not None:
+            checkpoint.site_weight(site)
 
 
 def _write(

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from kvcompress.checkpoint.belonging import check_links, fingerprints
 from kvcompress.documents import Count, DocumentError, Finite, OneOf, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
-from kvcompress.model.model_spec import DTYPE_BYTES, Part, Site
+from kvcompress.model.model_spec import DTYPE_BYTES, OwnLayer, Part, Site
+from kvcompress.model.rotation import Rotation
 from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
 from kvcompress.options import GAIN_BITS, LEVELS, is_turn
 
-FORMAT_VERSION = 3
+#: Version 4 adds rotations and layers of the model's own; an output that needs neither is written as version 3.
+FORMAT_VERSION, READ_VERSIONS = 4, (3, 4)
 PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
 
@@ -89,6 +91,8 @@ class SitePlan:
     rotated: bool
     #: Tokens whose keys are un-rotated by one position, that of the first of them; 1 where each has its own, or none.
     turn: Annotated[int, Within(1, 1 << 20)] = 1
+    #: Which of the plan's rotations turns the site with the position; None where none does, or an earlier output.
+    rotation: Annotated[int, Within(0, 9999)] | None = None
 
     @property
     def site(self) -> Site:
@@ -137,6 +141,10 @@ class Plan:
     weight_bytes: Count
     #: Fingerprints of the maps and weights that lay beside the plan when it was written; none in earlier outputs.
     files: dict[str, Name] = field(default_factory=dict, compare=False)
+    #: How keys (and of latent attention, values) turn, as proven on the loaded model; none in earlier outputs.
+    rotations: tuple[Rotation, ...] = ()
+    #: Layers that keep transformers' own cache layer: windows, states, and those that cache nothing.
+    own_layers: tuple[OwnLayer, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -185,7 +193,7 @@ class Plan:
             return n_tokens * sum(s.rank for s in self.sites) * size
         encoded = self.n_encoded(n_tokens)
         whole_layers = {s.layer for s in self.sites} - {s.layer for s in self.sites if not s.exact}
-        total = 4 * n_tokens if self.needs_positions else 0
+        total = (4 * n_tokens if self.needs_positions else 0) + self.own_bytes(n_tokens, exact_number_bytes)
         for s in self.sites:
             if s.layer in whole_layers:
                 total += n_tokens * s.width * size
@@ -195,12 +203,29 @@ class Plan:
             total += encoded * encoded_bits // 8 + n_exact * s.width * size
         return total
 
+    def own_bytes(self, n_tokens: int, exact_number_bytes: int | None = None) -> int:
+        """Return the bytes of the layers that are not compressed, after n_tokens of one sequence."""
+        size = exact_number_bytes or DTYPE_BYTES[self.dtype]
+        return sum(o.nbytes(n_tokens, size) for o in self.own_layers)
+
+    def original_bytes(self, n_tokens: int) -> int:
+        """Return the bytes of the model's own cache after n_tokens of one sequence, windows and states as they are."""
+        return n_tokens * self.original_bytes_per_token + self.own_bytes(n_tokens)
+
+    def rotation_of(self, site: SitePlan) -> Rotation | None:
+        return None if site.rotation is None else self.rotations[site.rotation]
+
     def save(self, directory: Path) -> None:
         """Write kv_plan.json, to be done after the maps and weights beside it, whose fingerprints it states."""
-        document = {"format_version": FORMAT_VERSION, **asdict(self)}
+        version = FORMAT_VERSION if self.rotations or self.own_layers else 3
+        document = {"format_version": version, **asdict(self)}
         document["files"] = fingerprints(directory)
-        if not document["files"]:
-            del document["files"]
+        for name in ("files", "rotations", "own_layers"):
+            if not document[name]:
+                del document[name]
+        for site in document["sites"]:
+            if site["rotation"] is None:
+                del site["rotation"]
         document |= self._derived()
         (directory / PLAN_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -217,9 +242,9 @@ class Plan:
         try:
             document = read_json(file)
             version = document.pop("format_version", None)
-            if version is not None and version != FORMAT_VERSION:
+            if version is not None and version not in READ_VERSIONS:
                 raise CheckpointError(
-                    f"{file} has format version {version}; this kvcompress reads version {FORMAT_VERSION}. "
+                    f"{file} has format version {version}; this kvcompress reads versions 3 and {FORMAT_VERSION}. "
                     "Use the kvcompress that wrote it, or compress again."
                 )
             return _checked(document, version)
@@ -254,6 +279,10 @@ def _checked(document: dict[str, Any], version: Any) -> Plan:
         raise DocumentError(f"sites must be some, each a different one, found {len(plan.sites)}")
     for i, site in enumerate(plan.sites):
         _check_site(site, f"sites[{i}]")
+        if site.rotation is not None and site.rotation >= len(plan.rotations):
+            raise DocumentError(f"sites[{i}].rotation is {site.rotation}, of {len(plan.rotations)} rotations")
+    if {o.layer for o in plan.own_layers} & {s.layer for s in plan.sites}:
+        raise DocumentError("own_layers must be other layers than those of the sites")
     found = shaped(derived, _Derived)
     if found["bytes_per_token"] != plan._derived()["bytes_per_token"]:
         raise DocumentError("bytes_per_token is not what the sites come to")

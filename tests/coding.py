@@ -48,7 +48,7 @@ def coded_plan(
     map_dtype = torch.float32 if spec.dtype == "float32" else torch.float16
     sites, maps = [], {}
     for site in spec.sites:
-        attention, basis = spec.layers[site.layer], bases[site.part]
+        attention, basis = spec.attention(site), bases[site.part]
         blocks = basis.blocks(attention)
         centred = not folded
         covariance = moments.sites[site].covariance(blocks, centred=centred)

@@ -7,60 +7,29 @@ so the gradient of the far ones is taken alone, while the layers below still rec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kvcompress.compat import sdpa_attention_forward, use_attention
+from kvcompress.model.recording import capped
 
-ATTENTION_NAME = "kvcompress_calibration"
 _QUERIES = 256
 
 
-class FarTaps:
-    """The far keys (after RoPE) and values of the layer last run with gradients."""
-
-    def __init__(self, recent: int) -> None:
-        self.recent = recent
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-
-@contextmanager
-def split_attention(model: Any, recent: int) -> Iterator[FarTaps]:
-    """Within the block, layers run with gradients leave their far keys and values in the yielded taps.
-
-    recent: keys at most this many tokens back are near, seen exactly; a token always sees itself exactly.
-    """
-    taps = FarTaps(recent)
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if not torch.is_grad_enabled():
-            output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-            return output
-        taps.key, taps.value = key.clone(), value.clone()
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        return near_far_attention(query * scaling, (key, taps.key), (value, taps.value), mask, recent), None
-
-    before = use_attention(model, ATTENTION_NAME, attention)
-    try:
-        yield taps
-    finally:
-        model.set_attn_implementation(before)
-
-
 def near_far_attention(
-    query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], mask: Tensor | None, recent: int
+    query: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    recent: int,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Return causal attention [1, n_tokens, heads, head_dim], near keys and values from the first of each pair.
+    """Return causal attention [1, n_tokens, heads, width], near keys and values from the first of each pair.
 
-    query: [1, heads, n_tokens, head_dim], scaled; keys, values: (near, far), each [1, kv heads, n_tokens, head_dim];
-    mask: bool [1, 1, n_tokens, n_tokens] or None for plain causal.
+    query: [1, heads, n_tokens, head_dim], scaled; keys, values: (near, far), each [1, kv heads, n_tokens, width];
+    mask: bool or additive [1, 1 or heads, n_tokens, n_tokens], or None for plain causal. softcap, s_aux: see
+    plain_attention.
     """
     _, n_heads, n_tokens, head_dim = query.shape
     n_kv_heads = keys[0].shape[1]
@@ -76,12 +45,30 @@ def near_far_attention(
         low = max(0, start - recent)  # the first key that is near to any of these queries
         distance = place[start:stop, None] - place[None, :stop]
         near = (distance <= recent)[:, low:].repeat(groups, 1)
-        visible = distance >= 0 if mask is None else mask[0, 0, start:stop, :stop]
+        visible = (distance >= 0)[None, None] if mask is None else mask[:1, :, start:stop, :stop]
         chunk = rows[:, :, start:stop].reshape(n_kv_heads, -1, head_dim)
         scores = chunk @ far_key[:, :stop].transpose(1, 2)
         scores[..., low:] += near * (chunk @ key_shift[:, low:stop].transpose(1, 2))
-        weights = scores.masked_fill(~visible.repeat(groups, 1), float("-inf")).softmax(-1, dtype=torch.float32)
-        weights = weights.to(query.dtype)
+        scores = _masked(capped(scores, softcap), visible, groups)
+        weights = _softmax(scores, s_aux, groups).to(query.dtype)
         chunk_output = weights @ far_value[:, :stop] + (near * weights[..., low:]) @ value_shift[:, low:stop]
-        outputs.append(chunk_output.reshape(n_kv_heads, groups, stop - start, head_dim))
-    return torch.cat(outputs, 2).reshape(1, n_heads, n_tokens, head_dim).transpose(1, 2)
+        outputs.append(chunk_output.reshape(n_kv_heads, groups, stop - start, -1))
+    return torch.cat(outputs, 2).reshape(1, n_heads, n_tokens, -1).transpose(1, 2)
+
+
+def _masked(scores: Tensor, visible: Tensor, groups: int) -> Tensor:
+    """scores: [kv heads, groups * n_queries, n_keys]; visible: bool or additive [1, 1 or heads, n_queries, n_keys]."""
+    n_kv_heads, n_rows, n_keys = scores.shape
+    by_head = visible.expand(1, n_kv_heads * groups, -1, -1).reshape(n_kv_heads, n_rows, n_keys)
+    if by_head.dtype == torch.bool:
+        return scores.masked_fill(~by_head, float("-inf"))
+    return scores + by_head
+
+
+def _softmax(scores: Tensor, s_aux: Tensor | None, groups: int) -> Tensor:
+    """Return the weights of the keys, float32; s_aux: [heads], a further score that takes weight from them."""
+    if s_aux is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    n_kv_heads, n_rows, n_keys = scores.shape
+    aside = s_aux.reshape(n_kv_heads, groups, 1).expand(-1, -1, n_rows // groups).reshape(n_kv_heads, n_rows, 1)
+    return torch.cat([scores, aside.to(scores.dtype)], -1).softmax(-1, dtype=torch.float32)[..., :n_keys]

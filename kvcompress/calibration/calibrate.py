@@ -18,9 +18,9 @@ from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moment
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.map_budget import moments_group
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.running import is_quantised, load_model
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import remove_stale
-from kvcompress.errors import CheckpointError
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
@@ -97,7 +97,7 @@ def _calibration_protocol(checkpoint: Checkpoint, options: CompressOptions, devi
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         # 16-bit arithmetic is slow on most CPUs, and float32 costs only memory there
-        dtype = "float32" if device == "cpu" else checkpoint.spec.dtype
+        dtype = "float32" if device == "cpu" and not is_quantised(checkpoint.config) else checkpoint.spec.dtype
     sources = options.calibration or DEFAULT_CALIBRATION
     group = _stored_group(checkpoint, options)
     whole = group == checkpoint.spec.layers[0].n_kv_heads  # then bands are parts of what is kept anyway
@@ -144,11 +144,5 @@ def _calibration_windows(model: Any, tokenizer: Any, options: CompressOptions, r
 
 
 def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(checkpoint.path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load {checkpoint.source}: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval(), tokenizer
+    return load_model(checkpoint.path, dtype=dtype, device=device), tokenizer

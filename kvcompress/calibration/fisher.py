@@ -1,25 +1,26 @@
-"""One pass over the calibration text: forward, labels sampled from the model, backward layer by layer.
+"""One pass over the calibration text: forward, labels sampled from the model, backward to what was cached.
 
-The backward pass recomputes one layer at a time from its saved input, so that beyond the model and the
-layers' inputs only one layer's activations of one window are alive. No gradient of a weight is computed:
-with the recomputation the cost is about that of an ordinary forward and backward pass.
+No gradient of a weight is computed: with the recomputation of layers (backward.py) the cost is about that of an
+ordinary forward and backward pass.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvcompress.calibration.attention import FarTaps, split_attention
+from kvcompress.calibration.backward import Gradients, TailGradient, backward_pass
 from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.taps import tapped
 from kvcompress.errors import CalibrationError
-from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.model.head import logits_of
+from kvcompress.model.model_spec import ModelSpec, Site
+from kvcompress.model.probe import matched, probe
 from kvcompress.model.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
@@ -45,6 +46,7 @@ def collect_moments(
 ) -> Moments:
     """Add every window from `moments.n_windows` on to `moments` and return it.
 
+    spec: the sites that are expected; their rotations are proven on the model and left in moments.rotations.
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
     gradients count only queries more than `recent` tokens later, since the cache keeps those exact. Labels are
     sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. With
@@ -55,13 +57,16 @@ def collect_moments(
     model.requires_grad_(False)
     done = moments.n_windows
     last_save, save_seconds = time.monotonic(), 0.5
-    with split_attention(model, recent) as taps:
+    spec = matched(probe(model), spec)
+    moments.rotations = spec.rotations
+    with tapped(model, spec, recent) as taps:
+        gradients = backward_pass(model, taps)
         for index in range(done, len(windows)):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
             # evenly over windows, so that an unbroken pass and a resumed one keep the same tokens
             n_samples = (index + 1) * _N_SAMPLES // len(windows) - index * _N_SAMPLES // len(windows)
             window = windows[index : index + 1].to(device)
-            _add_window(model, spec, window, moments, sinks, generator, taps, n_samples)
+            _add_window(model, spec, window, moments, sinks, generator, gradients, n_samples)
             moments.n_windows = index + 1
             if progress:
                 progress((index + 1) * windows.shape[1], windows.numel())
@@ -70,6 +75,12 @@ def collect_moments(
                 moments.save(partial_file)
                 last_save = time.monotonic()
                 save_seconds = last_save - started
+    unseen = [site for site, sums in moments.sites.items() if not sums.n_tokens]
+    if unseen:
+        raise CalibrationError(
+            f"no gradient of the loss reaches {unseen[0]} and {len(unseen) - 1} other sites, so what they may lose is "
+            "not known. The model stops gradients on its way; it cannot be calibrated."
+        )
     _check_finite(moments)
     return moments
 
@@ -81,70 +92,32 @@ def _add_window(
     moments: Moments,
     sinks: int,
     generator: torch.Generator,
-    taps: FarTaps,
+    gradients: Callable[[Tensor, TailGradient], Gradients],
     n_samples: int,
 ) -> None:
-    decoder = model.get_decoder()
-    rotary = Rotary.of(model)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    with _saved_inputs(decoder) as (inputs, final), torch.no_grad():
-        decoder(input_ids=ids, use_cache=False)
-    if not final[0].isfinite().all():
-        raise CalibrationError(
-            "the model's activations are NaN or infinite on the calibration text. "
-            "Try --dtype float32, and check the checkpoint's weights."
-        )
-    gradient = _head_gradient(model, decoder, final[0], generator)
-    for attention in reversed(spec.layers):
-        layer_input = inputs[attention.layer]
-        inputs[attention.layer] = None
-        with _tapped(model, attention) as outputs:
-            gradient, key_gradient, value_gradient = _layer_backward(
-                decoder.layers[attention.layer], layer_input, gradient, taps
-            )
-        if attention.rotary_dim:  # d/d(key before RoPE) = scale R^T d/d(key after); unrotate divides by the scale
-            key_gradient = rotary.unrotate(key_gradient, positions) * rotary.scale**2
-        for part, g in (("key", key_gradient), ("value", value_gradient)):
-            projection = attention.projection(part)  # type: ignore[arg-type]
-            x = outputs[projection.module].detach().flatten(2)[0, sinks:, projection.start : projection.stop]
-            g = g.transpose(1, 2).flatten(2)[0, sinks:].double() / _scale(gradient.dtype)
-            moments.sites[Site(attention.layer, part)].add(x, g, n_samples=n_samples)  # type: ignore[arg-type]
+    for index, tap, key_gradient, value_gradient in gradients(ids, lambda h: _head_gradient(model, h, generator)):
+        for part, x, g in (("key", tap.key, key_gradient), ("value", tap.value, value_gradient)):
+            site = Site(index, part)  # type: ignore[arg-type]
+            rotation = spec.attention(site).rotation
+            if rotation is not None:
+                # d/d(x before RoPE) = scale R^T d/d(x after); unrotate divides by the scale
+                rotary = Rotary.by(rotation, ids.device)
+                x, g = rotary.unrotate(x, positions), rotary.unrotate(g, positions) * rotary.scale**2
+            x, g = (t.detach().transpose(1, 2).flatten(2)[0, sinks:] for t in (x, g))
+            moments.sites[site].add(x, g.double() / _scale(key_gradient.dtype), n_samples=n_samples)
 
 
-@contextmanager
-def _saved_inputs(decoder: Any) -> Iterator[tuple[list[Any], list[Tensor]]]:
-    """Yield (inputs of every layer as (args, kwargs), [input of the final norm]), filled during a forward pass."""
-    inputs: list[Any] = [None] * len(decoder.layers)
-    final: list[Tensor] = []
-
-    def save(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[index] = (args, kwargs)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(save(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
-    handles.append(decoder.norm.register_forward_pre_hook(lambda _m, args: final.append(args[0])))
-    try:
-        yield inputs, final
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _head_gradient(model: Any, decoder: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Return d(cross-entropy, summed over tokens)/d(hidden before the final norm), labels sampled from the model.
+def _head_gradient(model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Return d(cross-entropy, summed over tokens)/d(the decoder's final hidden states), labels sampled from the model.
 
     hidden: [1, seq_len, hidden]. The gradient of the logits is softmax - one_hot(label), taken in chunks of rows.
     """
-    hidden = hidden.detach().requires_grad_(True)
-    with torch.enable_grad():
-        normed = decoder.norm(hidden)
-    gradient = torch.empty_like(normed)
-    for start in range(0, normed.shape[1], _LOGIT_ROWS):
-        rows = normed[:, start : start + _LOGIT_ROWS].detach().requires_grad_(True)
+    gradient = torch.empty_like(hidden)
+    for start in range(0, hidden.shape[1], _LOGIT_ROWS):
+        rows = hidden[:, start : start + _LOGIT_ROWS].detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = model.lm_head(rows)
+            logits = logits_of(model, rows)
         probability = logits.detach().float().softmax(-1)
         if not bool(probability.isfinite().all()):
             raise CalibrationError(
@@ -156,42 +129,7 @@ def _head_gradient(model: Any, decoder: Any, hidden: Tensor, generator: torch.Ge
         gradient[:, start : start + _LOGIT_ROWS] = torch.autograd.grad(
             logits, rows, (probability * _scale(logits.dtype)).to(logits.dtype)
         )[0]
-    return torch.autograd.grad(normed, hidden, gradient)[0]
-
-
-def _layer_backward(
-    layer: nn.Module, layer_input: tuple[tuple[Any, ...], dict[str, Any]], gradient: Tensor, taps: FarTaps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Recompute one layer and return dL/d(its input), dL/d(far keys after RoPE) and dL/d(far values)."""
-    args, kwargs = layer_input
-    hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
-    with torch.enable_grad():
-        output = layer(hidden, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": hidden})
-    output = output[0] if isinstance(output, tuple) else output
-    assert taps.key is not None and taps.value is not None
-    grads = torch.autograd.grad(output, [hidden, taps.key, taps.value], gradient)
-    taps.key = taps.value = None
-    return grads[0], grads[1], grads[2]
-
-
-@contextmanager
-def _tapped(model: nn.Module, attention: AttentionSpec) -> Iterator[dict[str, Tensor]]:
-    """Yield {module path: its output}, for the modules whose outputs hold the layer's keys and values."""
-    outputs: dict[str, Tensor] = {}
-
-    def tap(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            outputs[path] = output
-
-        return hook
-
-    paths = {attention.key.module, attention.value.module}
-    handles = [model.get_submodule(path).register_forward_hook(tap(path)) for path in sorted(paths)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    return gradient
 
 
 def _scale(dtype: torch.dtype) -> float:

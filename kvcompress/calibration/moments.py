@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.documents import shaped
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.model.rope import Rotary
+from kvcompress.model.rotation import Rotation
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 2
+MOMENTS_FORMAT = 3
 
 
 @dataclass
@@ -117,6 +120,8 @@ class Moments:
     sites: dict[Site, SiteMoments]
     protocol: dict[str, Any] = field(default_factory=dict)
     n_windows: int = 0
+    #: Of the sites that turn with the position, as proven on the loaded model.
+    rotations: dict[Site, Rotation] = field(default_factory=dict)
 
     @property
     def has_fisher(self) -> bool:
@@ -137,6 +142,7 @@ class Moments:
                 tensors[f"{site}.fisher.{i}"] = moments.fisher[i].cpu()
         n_tokens = next(iter(self.sites.values())).n_tokens
         header = {"protocol": json.dumps(self.protocol), "n_windows": str(self.n_windows), "n_tokens": str(n_tokens)}
+        header["rotations"] = json.dumps({str(site): asdict(rotation) for site, rotation in self.rotations.items()})
         with atomic_file(file) as scratch:
             save_file(tensors, scratch, metadata=header)
 
@@ -163,7 +169,10 @@ class Moments:
                         tensors[f"{site}.samples"],
                         int(header["n_tokens"]),
                     )
-            return cls(dict(sorted(sites.items())), json.loads(header["protocol"]), int(header["n_windows"]))
+            turned = {name: shaped(r, Rotation) for name, r in json.loads(header["rotations"]).items()}
+            rotations = {site: turned[str(site)] for site in sites if str(site) in turned}
+            protocol, n_windows = json.loads(header["protocol"]), int(header["n_windows"])
+            return cls(dict(sorted(sites.items())), protocol, n_windows, rotations)
         except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
             raise CalibrationError(
                 f"{file} holds no usable moments ({error}). Remove it to calibrate again."
@@ -186,7 +195,7 @@ def empty_moments(
     """Return moments of zero tokens for every site, kept for blocks of `group` KV heads and of `band` channels."""
     sites = {}
     for site in spec.sites:
-        attention = spec.layers[site.layer]
+        attention = spec.attention(site)
         partitions = usable_partitions(attention, group, min(band, attention.head_dim))
         sites[site] = SiteMoments.empty(partitions, attention.width, device)
     return Moments(sites, protocol)
@@ -203,6 +212,7 @@ def weight_moments(checkpoint: Checkpoint, *, group: int, band: int = 16) -> Mom
             "Calibrate on text instead."
         )
     moments = empty_moments(checkpoint.spec, {"mode": "weights"}, group=group, band=band)
+    moments.rotations = rotations_of_config(checkpoint)
     for site, sums in moments.sites.items():
         weight, bias = checkpoint.site_weight(site)
         sums.add(weight.T, torch.zeros_like(weight.T))
@@ -214,3 +224,13 @@ def weight_moments(checkpoint: Checkpoint, *, group: int, band: int = 16) -> Mom
                 b = bias[partition]
                 outer += b.unsqueeze(2) * b.unsqueeze(1)
     return moments
+
+
+def rotations_of_config(checkpoint: Checkpoint) -> dict[Site, Rotation]:
+    """Return the rotations that a known family's config.json describes, with no model loaded to prove them on."""
+    turning = [a for a in checkpoint.spec.layers if a.rotary_dim]
+    if not turning:
+        return {}
+    rotary = Rotary.of_checkpoint(checkpoint.path)
+    rotation = Rotation(tuple(rotary.inv_freq.tolist()), scale=rotary.scale)
+    return {Site(a.layer, "key"): rotation for a in turning}

@@ -14,20 +14,17 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.moments import Moments, SiteMoments
-from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.model.model_spec import AttentionSpec
-from kvcompress.model.rope import Rotary
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec
 
 
-def turned_moments(checkpoint: Checkpoint, moments: Moments, turn: int, *, seed: int) -> Moments:
+def turned_moments(spec: ModelSpec, moments: Moments, turn: int, *, seed: int) -> Moments:
     """Return the moments with those of keys turned; layers without RoPE, and values, stay as they are."""
-    inv_freq = Rotary.of_checkpoint(checkpoint.path).inv_freq
     sites = dict(moments.sites)
-    for site, sums in moments.sites.items():
-        attention = checkpoint.spec.layers[site.layer]
-        if site.part == "key" and attention.rotary_dim:
+    for site, rotation in spec.rotations.items():
+        if site.part == "key":
             generator = torch.Generator().manual_seed(seed + site.layer)
-            sites[site] = turned_site(sums, attention, inv_freq, turn, generator=generator)
+            inv_freq = torch.tensor(rotation.frequencies)
+            sites[site] = turned_site(sites[site], spec.attention(site), inv_freq, turn, generator=generator)
     return replace(moments, sites=sites)
 
 
@@ -39,7 +36,7 @@ def turned_site(
     inv_freq: [rotary_dim / 2]. Every stored block must hold both channels of each pair that RoPE rotates.
     """
     frequencies = torch.zeros(attention.head_dim, dtype=torch.float64)  # channels that RoPE leaves alone: 0
-    frequencies[: attention.rotary_dim] = inv_freq.double().repeat(2)
+    frequencies[torch.tensor(attention.pairs())] = inv_freq.double()[:, None]
 
     def cos_sin(distance: Tensor) -> tuple[Tensor, Tensor]:
         angles = distance[:, None] * frequencies
@@ -94,10 +91,9 @@ def _quarter_turn(attention: AttentionSpec) -> tuple[Tensor, Tensor]:
 
     Numbers that RoPE leaves alone are their own partners; their sine is 0.
     """
-    half = attention.rotary_dim // 2
-    channel = torch.arange(attention.head_dim)
-    other, sign = channel.clone(), torch.ones(attention.head_dim, dtype=torch.float64)
-    other[:half], other[half : 2 * half] = channel[half : 2 * half], channel[:half]
-    sign[:half] = -1
+    other, sign = torch.arange(attention.head_dim), torch.ones(attention.head_dim, dtype=torch.float64)
+    first, second = torch.tensor(attention.pairs()).T
+    other[first], other[second] = second, first
+    sign[first] = -1
     heads = torch.arange(attention.n_kv_heads)[:, None] * attention.head_dim
     return (heads + other).flatten(), sign.repeat(attention.n_kv_heads)

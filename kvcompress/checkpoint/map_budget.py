@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.model.model_spec import AttentionSpec
 
@@ -23,7 +25,8 @@ def default_group(checkpoint: Checkpoint, keep: float) -> int:
 
 def moments_group(checkpoint: Checkpoint) -> int:
     """Return the KV heads per block for which moments are worth keeping: the group at the smallest keep."""
-    return _largest_group(checkpoint, checkpoint.spec.layers[0].n_kv_heads, _LEAST_KEEP)
+    heads = [checkpoint.spec.attention(site).n_kv_heads for site in checkpoint.spec.sites]
+    return _largest_group(checkpoint, math.gcd(*heads), _LEAST_KEEP)
 
 
 def turn_group(attention: AttentionSpec, group: int | None = None) -> int:
@@ -38,4 +41,5 @@ def _largest_group(checkpoint: Checkpoint, n_heads: int, keep: float) -> int:
     map_bytes = 4 if spec.dtype == "float32" else 2
     widest = MAPS_SHARE * checkpoint.weight_bytes / (2 * map_bytes * keep * spec.cache_numbers_per_token)
     groups = (g for g in range(n_heads, 0, -1) if n_heads % g == 0)
-    return next((g for g in groups if g * spec.layers[0].head_dim <= widest), 1)
+    head_dim = max(spec.attention(site).head_dim for site in spec.sites)
+    return next((g for g in groups if g * head_dim <= widest), 1)

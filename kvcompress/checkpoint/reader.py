@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvcompress.checkpoint.running import spec_by_running
 from kvcompress.errors import CheckpointError
-from kvcompress.model.architectures import read_model_spec
-from kvcompress.model.model_spec import ModelSpec, Projection, Site
+from kvcompress.model.architectures import is_read, read_model_spec
+from kvcompress.model.model_spec import PARTS, ModelSpec, Projection, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ class Checkpoint:
 
         Raises CheckpointError where a value is NaN or infinite.
         """
-        projection = self.spec.layers[site.layer].projection(site.part)
+        projection = self.spec.attention(site).projection(site.part)
         weight = self.rows(projection.weight, projection.start, projection.stop).double()
         bias = self.rows(projection.bias).double() if projection.bias else None
         for name, tensor in ((projection.weight, weight), (projection.bias, bias)):
@@ -150,25 +151,29 @@ def open_folded(directory: Path) -> Checkpoint:
     config = read_config(directory)
     spec, tensors = read_model_spec(config), _read_headers(directory)
     for site in spec.sites:
-        name = spec.layers[site.layer].projection(site.part).weight
+        name = spec.attention(site).projection(site.part).weight
         if name not in tensors:
             raise CheckpointError(f"tensor {name} is missing from {directory}. Compress again.")
-    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype])
+    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].projection("key").weight].dtype])
     return Checkpoint(path=directory, source=str(directory), config=config, spec=spec, tensors=tensors)
 
 
 def _open_directory(path: Path, source: str) -> Checkpoint:
     config = read_config(path)
-    read_model_spec(config)  # an unsupported model is refused for that, before its files are looked at
+    if is_read(config):
+        read_model_spec(config)  # an unsupported model is refused for that, before its files are looked at
     return _checked(path, source, config, _read_headers(path))
 
 
 def _checked(path: Path, source: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Checkpoint:
     """Return the checkpoint, its tensors checked against config.json."""
+    if not is_read(config):
+        spec = spec_by_running(path, config)
+        return Checkpoint(path=path, source=source, config=config, spec=spec, tensors=tensors)
     spec = read_model_spec(config)
     _check_projections(spec, tensors)
     # The tensors are what keys and values are computed with; the config only says what they should be.
-    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].key.weight].dtype])
+    spec = replace(spec, dtype=_DTYPE_NAMES[tensors[spec.layers[0].projection("key").weight].dtype])
     return Checkpoint(path=path, source=source, config=config, spec=spec, tensors=tensors)
 
 
@@ -247,10 +252,11 @@ def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
 
 def _check_projections(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> None:
     for attention in spec.layers:
-        n_rows = {attention.key.weight: 0}
-        for projection in (attention.key, attention.value):
+        projections = [attention.projection(part) for part in PARTS]
+        n_rows: dict[str, int] = {}
+        for projection in projections:
             n_rows[projection.weight] = max(n_rows.get(projection.weight, 0), projection.stop)
-        for projection in (attention.key, attention.value):
+        for projection in projections:
             _check_projection(projection, (n_rows[projection.weight], spec.hidden_size), tensors)
 
 

@@ -49,7 +49,7 @@ def choose_bits(
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
     curves = [
         bit_curve(
-            site, fit, moments.sites[site], spec.layers[site.layer], full_bits=full_bits, at_a_time=options.at_a_time
+            site, fit, moments.sites[site], spec.attention(site), full_bits=full_bits, at_a_time=options.at_a_time
         )
         for site, fit in fitted.items()
     ]

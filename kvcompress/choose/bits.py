@@ -12,7 +12,6 @@ from kvcompress.calibration.moments import SiteMoments
 from kvcompress.choose.fitting import FittedSite
 from kvcompress.codec.quantise import fit_steps
 from kvcompress.model.model_spec import AttentionSpec, Site
-from kvcompress.model.rope import rotate_half
 from kvcompress.options import LEVELS
 from kvcompress.policies.base import SiteCurve
 
@@ -108,10 +107,12 @@ def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec) ->
     if fit.rotated and attention.rotary_dim:
         # Keys are encoded at whatever position they come to stand: any phase of each frequency is as likely.
         phase = 2 * math.pi * torch.rand(len(x), 1, attention.rotary_dim // 2, generator=generator, dtype=torch.float64)
-        phase = torch.cat([phase, phase], -1)
-        heads = x.unflatten(1, (attention.n_kv_heads, -1))
-        turned, rest = heads[..., : attention.rotary_dim], heads[..., attention.rotary_dim :]
-        x = torch.cat([turned * phase.cos() + rotate_half(turned) * phase.sin(), rest], -1).flatten(1)
+        heads = x.unflatten(1, (attention.n_kv_heads, -1)).clone()
+        first, second = torch.tensor(attention.pairs()).T
+        real, imaginary = heads[..., first], heads[..., second]
+        heads[..., first] = real * phase.cos() - imaginary * phase.sin()
+        heads[..., second] = imaginary * phase.cos() + real * phase.sin()
+        x = heads.flatten(1)
     blocks = x[:, fit.blocks].transpose(0, 1)  # [n_blocks, n_samples, width]
     samples = torch.empty(len(x), len(components.block))
     for block in range(len(blocks)):

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvcompress.calibration.text import documents
 from kvcompress.codec.distance import Distance, distance_of, watched
 from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.model.head import logits_of
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
 
@@ -247,8 +248,8 @@ def _compare(model: Any, original: Tensor, compressed: Tensor, ids: Tensor) -> T
     sums = torch.zeros(4, dtype=torch.float64)
     for rows in _row_slices(ids.shape[1] - 1):
         labels = ids[:, rows.start + 1 : rows.stop + 1, None]
-        p = model.lm_head(original[:, rows]).float().log_softmax(-1)
-        q = model.lm_head(compressed[:, rows]).float().log_softmax(-1)
+        p = logits_of(model, original[:, rows]).float().log_softmax(-1)
+        q = logits_of(model, compressed[:, rows]).float().log_softmax(-1)
         sums += torch.stack(
             [
                 -p.gather(-1, labels).sum().double(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.sides import Side
+from kvcompress.model.head import logits_of
 
 #: Padded tokens in one forward pass, so that long inputs come in smaller batches: on a CPU, and on a GPU.
 _BATCH_TOKENS_CPU, _BATCH_TOKENS = 8192, 65536
@@ -146,7 +147,7 @@ def label_logprobs(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
     logprobs, hits = [], []
     with torch.no_grad():
         for part, wanted in zip(hidden.split(_LOGIT_ROWS), labels.split(_LOGIT_ROWS), strict=True):
-            p = model.lm_head(part).float().log_softmax(-1)
+            p = logits_of(model, part[None])[0].float().log_softmax(-1)
             logprobs.append(p.gather(-1, wanted[:, None]).squeeze(-1))
             hits.append(p.argmax(-1) == wanted)
     return torch.cat(logprobs), torch.cat(hits)

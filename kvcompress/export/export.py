@@ -231,7 +231,7 @@ def _check_source(directory: Path) -> bool:
     spec = read_model_spec(read_config(directory)) if (directory / "config.json").is_file() else None
     planned = (directory / PLAN_FILE).is_file()
     key_norm = spec is not None and any(a.key_norm for a in spec.layers)
-    if spec and not planned and not key_norm and spec.layers[0].key.weight == spec.layers[0].value.weight:
+    if spec and not planned and not key_norm and spec.is_fused:
         return True
     if spec and spec.foldable_obstacle:
         raise UnsupportedModelError(

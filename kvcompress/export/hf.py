@@ -123,7 +123,7 @@ def decilm_config(fields: dict[str, Any], layers: list[StockLayer]) -> dict[str,
 
 
 def has_biases(layers: list[StockLayer]) -> bool:
-    return layers[0].attention.key.bias is not None
+    return layers[0].attention.projection("key").bias is not None
 
 
 def _write_weights(

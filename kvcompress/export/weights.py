@@ -34,7 +34,11 @@ def exported_files(
             if module in changed:
                 layer, which = changed[module]
                 tensor = exported_tensor(layer, positions, which, tensor, kind)
-                if which == "o" and layer.attention.key.bias and f"{module}.bias" not in checkpoint.tensors:
+                if (
+                    which == "o"
+                    and layer.attention.projection("key").bias
+                    and f"{module}.bias" not in checkpoint.tensors
+                ):
                     tensors[f"{module}.bias"] = torch.zeros(len(tensor), dtype=dtype)
             tensors[name] = tensor.to(dtype).contiguous()
         yield file, tensors
@@ -100,4 +104,4 @@ def _decoders_by_query(layer: StockLayer, part: str) -> dict[int, Tensor]:
 
 
 def _attention(layer: StockLayer) -> str:
-    return layer.attention.key.module.rpartition(".")[0]
+    return layer.attention.projection("key").module.rpartition(".")[0]

@@ -24,7 +24,7 @@ def write_folded_weights(checkpoint: Checkpoint, maps: dict[Site, SiteMaps], tar
 
     changed: dict[str, SiteMaps] = {}
     for site, site_maps in maps.items():
-        projection = checkpoint.spec.layers[site.layer].projection(site.part)
+        projection = checkpoint.spec.attention(site).projection(site.part)
         changed[projection.weight] = site_maps
         if projection.bias:
             changed[projection.bias] = site_maps

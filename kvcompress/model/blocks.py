@@ -1,8 +1,7 @@
 """Partitions of a site's n = n_kv_heads * head_dim numbers into blocks, as index tensors [n_blocks, width].
 
-Number h * head_dim + c of a site is channel c of head h. RoPE (half-split pairs, as in every supported
-family) rotates channels (i, i + rotary_dim / 2) of each head together; channels from rotary_dim on are
-not rotated and are paired the same way among themselves.
+Number h * head_dim + c of a site is channel c of head h. RoPE rotates pairs of channels of each head together
+(AttentionSpec.pairs); the others are paired among themselves, those half as many apart.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ def channels(attention: AttentionSpec) -> Tensor:
 
 def channel_pairs(attention: AttentionSpec) -> Tensor:
     """Return the pairs of channels that one RoPE frequency rotates: [head_dim / 2, 2]."""
-    rotary, rest = attention.rotary_dim, attention.head_dim - attention.rotary_dim
-    first = [*range(rotary // 2), *range(rotary, rotary + rest // 2)]
-    second = [*range(rotary // 2, rotary), *range(rotary + rest // 2, attention.head_dim)]
-    return torch.tensor([first, second]).T
+    turning = attention.pairs()
+    rest = sorted(set(range(attention.head_dim)) - {channel for pair in turning for channel in pair})
+    return torch.tensor([*turning, *zip(rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True)])
 
 
 def frequencies(attention: AttentionSpec) -> Tensor:

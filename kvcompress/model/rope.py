@@ -1,4 +1,4 @@
-"""RoPE as the supported families apply it (half-split pairs), recomputed so that keys can be un-rotated."""
+"""RoPE as models apply it, recomputed so that keys can be un-rotated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import CheckpointError
+from kvcompress.model.rotation import Rotation
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -17,15 +18,22 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class Rotary:
-    """RoPE of a model, in float32 from the model's own frequencies."""
+    """RoPE of a site, in float32."""
 
-    def __init__(self, inv_freq: Tensor, scale: float) -> None:
-        """inv_freq: [rotary_dim / 2]; scale: the attention factor by which the model multiplies cos and sin."""
+    def __init__(self, inv_freq: Tensor, scale: float, *, start: int = 0, interleaved: bool = False) -> None:
+        """inv_freq: [rotary_dim / 2]; the others as in Rotation."""
         self.inv_freq, self.scale = inv_freq.float(), scale
+        self.start, self.interleaved = start, interleaved
+
+    @classmethod
+    def by(cls, rotation: Rotation, device: torch.device | str = "cpu") -> Rotary:
+        """Return RoPE as it was proven on the loaded model."""
+        frequencies = torch.tensor(rotation.frequencies, device=device)
+        return cls(frequencies, rotation.scale, start=rotation.start, interleaved=rotation.interleaved)
 
     @classmethod
     def of(cls, model: Any) -> Rotary:
-        """Return the RoPE of a transformers model."""
+        """Return the RoPE of a transformers model whose layers share one."""
         embedding = model.get_decoder().rotary_emb
         return cls(embedding.inv_freq, float(embedding.attention_scaling))
 
@@ -50,20 +58,29 @@ class Rotary:
         embedding = type(embedding)(config)
         return cls(embedding.inv_freq, float(embedding.attention_scaling))
 
+    def turns_all(self, head_dim: int) -> bool:
+        """Return whether it turns whole heads in half-split pairs, the layout that kernels know."""
+        return 2 * len(self.inv_freq) == head_dim and not self.interleaved and not self.start
+
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [batch, n_tokens] -> cos, sin [batch, 1, n_tokens, rotary_dim], without the scale."""
+        """positions: [batch, n_tokens] -> cos, sin [batch, 1, n_tokens, rotary_dim / 2], without the scale."""
         angles = positions[:, None, :, None].float() * self.inv_freq.to(positions.device)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        return angles.cos(), angles.sin()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x: [batch, heads, n_tokens, head_dim] before RoPE -> after, float32."""
         cos, sin = self.cos_sin(positions)
-        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :].float()
-        return torch.cat([(rotated * cos + rotate_half(rotated) * sin) * self.scale, rest], -1)
+        return self._turn(x, cos * self.scale, sin * self.scale)
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
         cos, sin = self.cos_sin(positions)
-        rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :].float()
-        return torch.cat([(rotated * cos - rotate_half(rotated) * sin) / self.scale, rest], -1)
+        return self._turn(x, cos / self.scale, -sin / self.scale)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        stop = self.start + 2 * cos.shape[-1]
+        turning = x[..., self.start : stop].float()
+        pairs = turning.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turning.chunk(2, -1)
+        turned = (pairs[0] * cos - pairs[1] * sin, pairs[1] * cos + pairs[0] * sin)
+        whole = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+        return torch.cat([x[..., : self.start].float(), whole, x[..., stop:].float()], -1)

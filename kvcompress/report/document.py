@@ -38,7 +38,9 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bytes_left_per_token": int(asked * original) - plan.compressed_bytes_per_token,
         "bytes_per_token": {"original": original, "compressed": plan.compressed_bytes_per_token},
         "predicted_loss_nats": plan.predicted_loss if plan.loss_in_nats else None,
-        "cache_bytes": [{"tokens": n, "original": n * original, "compressed": plan.cache_bytes(n)} for n in CONTEXTS],
+        "cache_bytes": [
+            {"tokens": n, "original": plan.original_bytes(n), "compressed": plan.cache_bytes(n)} for n in CONTEXTS
+        ],
         "maps": {"bytes": plan.maps_bytes, "share_of_weights": plan.maps_bytes / max(1, plan.weight_bytes)},
         "flops_per_cached_token": {
             "rebuild_keys": rebuild_flops(plan),

@@ -17,7 +17,7 @@ from kvcompress.checkpoint.belonging import check_files
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.compat import PreTrainedModel
-from kvcompress.errors import CheckpointError, OptionError
+from kvcompress.errors import CheckpointError, OptionError, UnsupportedModelError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Site
@@ -301,11 +301,13 @@ def _layer_codecs(
 
 
 def _attention_module(model: PreTrainedModel, attention: AttentionSpec) -> nn.Module:
-    return model.get_submodule(attention.value.module.rpartition(".")[0])
+    return model.get_submodule(attention.projection("value").module.rpartition(".")[0])
 
 
 def check_fit(spec: ModelSpec, plan: Plan) -> None:
     """Raise CheckpointError unless a plan was made for such a model."""
+    if spec.own_layers:
+        raise UnsupportedModelError(f"{len(spec.own_layers)} layers of the model keep a window: not run yet.")
     widths = {site: spec.width(site) for site in spec.sites}
     planned = {s.site: s.width for s in plan.sites}
     if spec.architecture != plan.architecture or widths != planned:

@@ -79,5 +79,5 @@ def test_the_table_reads_like_the_json(kvcompress, model):
 def test_no_checkpoint_is_one_line(fails, tmp_path):
     assert "has no config.json" in fails("inspect", tmp_path)
     assert "neither a directory" in fails("inspect", tmp_path / "nothing" / "here")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "model type 'gpt2' is not supported" in fails("inspect", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt3"}')
+    assert "holds no model.safetensors" in fails("inspect", tmp_path)

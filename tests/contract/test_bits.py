@@ -51,7 +51,7 @@ def curves(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
             bases = {"key": key_basis(checkpoint, chosen), "value": value_basis(checkpoint, chosen)}
         made = {}
         for site in spec.sites:
-            attention = spec.layers[site.layer]
+            attention = spec.attention(site)
             fitted = fit_site(bases[site.part], moments[site], attention, site.part, chosen)
             made[site] = bit_curve(site, fitted, moments[site], attention, full_bits=32, at_a_time=at_a_time)
         return made

@@ -45,7 +45,7 @@ def projected(model: Any, directory: Path) -> Any:
     with open_checkpoint(directory.parent / "original") as checkpoint:
         spec = checkpoint.spec
     for site, maps in load_maps(directory).items():
-        module = model.get_submodule(spec.layers[site.layer].projection(site.part).module)
+        module = model.get_submodule(spec.attention(site).projection(site.part).module)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(projector(maps) @ parameter.double())

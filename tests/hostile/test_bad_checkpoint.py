@@ -153,15 +153,21 @@ class TestConfig:
         message = refused(CheckpointError, model)
         assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in message
 
-    def test_mla(self, source: Any, refused: Any) -> None:
-        model = source("llama-gqa")
-        edit_json(model / "config.json", model_type="deepseek_v3", kv_lora_rank=512)
-        assert "multi-head latent attention" in refused(UnsupportedModelError, model)
-
     def test_unknown_family(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")
+        edit_json(model / "config.json", model_type="blume")
+        assert "model type 'blume' is not supported" in refused(UnsupportedModelError, model)
+
+    def test_weights_of_another_family(self, source: Any, refused: Any) -> None:
+        """Transformers would make up what is missing, at random."""
+        model = source("llama-gqa")
         edit_json(model / "config.json", model_type="bloom")
-        assert "model type 'bloom' is not supported" in refused(UnsupportedModelError, model)
+        assert "hold no transformer." in refused(CheckpointError, model)
+
+    def test_no_cache_that_grows(self, source: Any, refused: Any) -> None:
+        model = source("llama-gqa")
+        edit_json(model / "config.json", model_type="mamba")
+        assert "model type 'mamba' is not supported: no layer hands keys" in refused(UnsupportedModelError, model)
 
     def test_more_layers_than_weights(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")

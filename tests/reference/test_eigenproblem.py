@@ -61,7 +61,7 @@ def test_blocks_are_independent() -> None:
 def head_matrix(checkpoint: Any, site: Site) -> np.ndarray:
     """Return the heads' projections, each flattened to one row: [n_kv_heads, head_dim * hidden]."""
     weight, _ = checkpoint.site_weight(site)
-    return weight.numpy().reshape(checkpoint.spec.layers[site.layer].n_kv_heads, -1)
+    return weight.numpy().reshape(checkpoint.spec.attention(site).n_kv_heads, -1)
 
 
 @pytest.mark.parametrize("part", ["key", "value"])

@@ -40,7 +40,7 @@ def test_site_weights_are_the_rows_of_the_projections(tiny_checkpoint: Any, tiny
     model = tiny_model(family)
     with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
         for site in checkpoint.spec.sites:
-            projection = checkpoint.spec.layers[site.layer].projection(site.part)
+            projection = checkpoint.spec.attention(site).projection(site.part)
             expected = model.get_submodule(projection.module)(x)[:, projection.start : projection.stop]
             weight, bias = checkpoint.site_weight(site)
             assert weight.dtype == torch.float64 and (bias is None) == (projection.bias is None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
+from kvcompress.calibration.moments import Moments, empty_moments, rotations_of_config, weight_moments
 from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import AttentionSpec, Site
@@ -35,7 +36,8 @@ def filled(tiny_checkpoint: Any) -> Any:
 
     def make(family: str, group: int | None = None) -> tuple[Any, Moments, Tensor, Tensor]:
         with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            spec = checkpoint.spec
+            spec = checkpoint.spec.turned(rotations_of_config(checkpoint))
+            checkpoint = replace(checkpoint, spec=spec)
         attention = spec.layers[0]
         moments = empty_moments(spec, {"mode": "fisher"}, group=group or attention.n_kv_heads, band=4)
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +58,7 @@ def test_moments_are_those_of_every_distance(filled: Any, family: str, group: in
     checkpoint, moments, x, g = filled(family, group)
     attention = checkpoint.spec.layers[0]
     inv_freq = Rotary.of_checkpoint(checkpoint.path).inv_freq
-    turned = turned_moments(checkpoint, moments, TURN, seed=0).sites[Site(0, "key")]
+    turned = turned_moments(checkpoint.spec, moments, TURN, seed=0).sites[Site(0, "key")]
     assert len(turned.partitions) == (1 if attention.n_kv_heads == (group or attention.n_kv_heads) else 2)
     every = empty_moments(checkpoint.spec, {}, group=group or attention.n_kv_heads, band=4).sites[Site(0, "key")]
     for d in range(TURN):
@@ -75,21 +77,23 @@ def test_moments_are_those_of_every_distance(filled: Any, family: str, group: in
 def test_samples_are_keys_at_a_distance(filled: Any, family: str) -> None:
     checkpoint, moments, *_ = filled(family)
     attention, inv_freq = checkpoint.spec.layers[0], Rotary.of_checkpoint(checkpoint.path).inv_freq
-    before, turned = (m.sites[Site(0, "key")] for m in (moments, turned_moments(checkpoint, moments, TURN, seed=3)))
+    before, turned = (
+        m.sites[Site(0, "key")] for m in (moments, turned_moments(checkpoint.spec, moments, TURN, seed=3))
+    )
     at_every = torch.stack(
         [rotated(before.samples, torch.full((20,), d), attention, inv_freq) for d in range(TURN)], 1
     )  # [n_samples, TURN, n]
     error, distance = (at_every - turned.samples[:, None]).abs().amax(2).min(1)
     assert error.max() < 1e-4 * before.samples.abs().max()
     assert len(distance.unique()) > 8
-    again, other = (turned_moments(checkpoint, moments, TURN, seed=s).sites[Site(0, "key")] for s in (3, 4))
+    again, other = (turned_moments(checkpoint.spec, moments, TURN, seed=s).sites[Site(0, "key")] for s in (3, 4))
     assert torch.equal(again.samples, turned.samples) and not torch.equal(other.samples, turned.samples)
 
 
 def test_values_and_layers_without_rope_stay(filled: Any) -> None:
     checkpoint, moments, *_ = filled("smollm3")
     assert [a.rotary_dim > 0 for a in checkpoint.spec.layers] == [True, False, True]
-    turned = turned_moments(checkpoint, moments, TURN, seed=0)
+    turned = turned_moments(checkpoint.spec, moments, TURN, seed=0)
     changed = [site for site, sums in turned.sites.items() if sums is not moments.sites[site]]
     assert changed == [Site(0, "key"), Site(2, "key")]
     assert turned.protocol == moments.protocol
@@ -98,7 +102,7 @@ def test_values_and_layers_without_rope_stay(filled: Any) -> None:
 def test_data_free_moments_have_no_samples_to_turn(tiny_checkpoint: Any) -> None:
     with open_checkpoint(tiny_checkpoint("llama-bias")) as checkpoint:
         moments = weight_moments(checkpoint, group=2)
-        sums = turned_moments(checkpoint, moments, TURN, seed=0).sites[Site(0, "key")]
+        sums = turned_moments(checkpoint.spec, moments, TURN, seed=0).sites[Site(0, "key")]
     assert sums.samples.shape == (0, 16) and sums.outer[0].isfinite().all()
 
 

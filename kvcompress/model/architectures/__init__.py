@@ -1,8 +1,8 @@
-"""config.json -> ModelSpec, one small reader per model family; anything else is refused with the reason.
+"""config.json -> ModelSpec, one small reader per model family: only what running a model cannot show.
 
-To add a family: write a file with a `read(config) -> ModelSpec` (usually one call of
-`separate_projections`) and name it in `FAMILIES`. The run time needs nothing more as long as the
-family's attention calls `past_key_values.update` and transformers' attention interface.
+Which weights make keys and values, for folding and for maps without calibration, and sizes without a model (inspect).
+Other models are read by running them (kvcompress.model.probe). To add a family: write a file with a
+`read(config) -> ModelSpec` (usually one call of `separate_projections`) and name it in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,18 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
     "smollm3": smollm3.read,
 }
 
-_LATENT_ATTENTION = "it uses multi-head latent attention (MLA), whose cache already is a low-rank latent"
-REFUSED = {
-    "deepseek_v2": _LATENT_ATTENTION,
-    "deepseek_v3": _LATENT_ATTENTION,
-    "minicpm3": _LATENT_ATTENTION,
-    "kimi_k2": _LATENT_ATTENTION,
-    "mamba": "it has no KV cache",
-    "mamba2": "it has no KV cache",
-    "gpt2": "it uses learned absolute positions and a Conv1D projection; no reader has been written for it",
-}
+
+def is_read(config: dict[str, Any]) -> bool:
+    """Return whether a reader knows where the weights make keys and values, which quantised ones never say."""
+    return str(config.get("model_type")) in FAMILIES and not config.get("quantization_config")
 
 
 def read_model_spec(config: dict[str, Any]) -> ModelSpec:
     """Return the ModelSpec of a parsed config.json. Raises UnsupportedModelError with the reason."""
     model_type = config.get("model_type")
-    if config.get("kv_lora_rank"):
-        raise UnsupportedModelError(f"model type '{model_type}' is not supported: {_LATENT_ATTENTION}.")
-    if model_type in REFUSED:
-        raise UnsupportedModelError(f"model type '{model_type}' is not supported: {REFUSED[model_type]}.")
-    if model_type not in FAMILIES:
+    if not is_read(config):
         raise UnsupportedModelError(
-            f"model type '{model_type}' is not supported: no reader has been written for it. "
-            f"Supported families: {', '.join(FAMILIES)}."
+            f"which weights make keys and values is not known of model type '{model_type}', or they are quantised: "
+            f"this needs one of {', '.join(FAMILIES)} in 16 or 32 bits. The coded form (compress) does without."
         )
-    return FAMILIES[model_type](config)
+    return FAMILIES[config["model_type"]](config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress.errors import CheckpointError, UnsupportedModelError
-from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec, Projection
+from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec, OwnLayer, Projection
 
 #: RoPE kinds whose frequencies depend on the length seen so far: a cached key cannot be un-rotated later.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -84,19 +84,19 @@ def storage_dtype(config: dict[str, Any]) -> str:
 
 
 def build_model_spec(config: dict[str, Any], layers: list[AttentionSpec]) -> ModelSpec:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"the weights are quantised ({method}). Start from the 16-bit checkpoint: the cache's size is the same."
-        )
+    sliding = [a for a in layers if a.sliding_window]
+    if len(sliding) == len(layers):  # nothing but windows: then they are what there is to compress
+        sliding = []
     return ModelSpec(
         architecture=config["model_type"],
         dtype=storage_dtype(config),
         hidden_size=positive_int(config, "hidden_size"),
         vocab_size=positive_int(config, "vocab_size"),
-        layers=tuple(layers),
+        layers=tuple(a for a in layers if a not in sliding),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        own_layers=tuple(
+            OwnLayer(a.layer, "DynamicSlidingWindowLayer", a.sliding_window, 2 * a.width) for a in sliding
+        ),
     )
 
 
@@ -135,7 +135,8 @@ def separate_projections(
                 rotary_dim=rotary if rotary_layers is None or rotary_layers[i] else 0,
                 key_norm=key_norm,
                 sliding_window=config.get("sliding_window") if sliding_layers and sliding_layers[i] else None,
-                **projections,
+                key=projections["key"],
+                value=projections["value"],
             )
         )
     return build_model_spec(config, layers)

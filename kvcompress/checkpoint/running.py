@@ -1,0 +1,84 @@
+"""A checkpoint whose family no reader knows -> ModelSpec: its model is built and run, without weights if it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from kvcompress.errors import CheckpointError, UnsupportedModelError
+from kvcompress.model.model_spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from kvcompress.model.model_spec import ModelSpec
+
+
+def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
+    """Return what the model of a directory caches; how it turns with the position is proven where it is calibrated.
+
+    The model runs on the meta device, which takes no memory and little time. Where it cannot (experts are routed by
+    numbers that are not there), its weights are loaded. Raises UnsupportedModelError or CheckpointError.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kvcompress.model.probe import probe
+
+    try:
+        parsed = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"
+        ) from error
+    try:
+        spec = probe(model.eval(), prove=False)
+    except UnsupportedModelError:
+        raise
+    except Exception:  # whatever a model does that needs real numbers
+        spec = probe(load_model(path), prove=False)
+    return replace(spec, dtype=_storage_dtype(config))
+
+
+def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
+    """Return the transformers model of a directory or a hub id, ready to run. Raises CheckpointError with the reason.
+
+    Quantised weights stay as they are, on the device where their library can run them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    given = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=given, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would have made them up
+            raise CheckpointError(
+                f"the weights in {path} hold no {missing[0]}, nor {len(missing) - 1} others that "
+                f"{type(model).__name__} needs. Check config.json and the files."
+            )
+        return (model if model.device.type == torch.device(device).type else model.to(device)).eval()
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from error
+
+
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Return whether a parsed config.json says that its weights are quantised."""
+    return bool(config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"))
+
+
+def _storage_dtype(config: dict[str, Any]) -> str:
+    """Return the dtype that the model computes and caches in, as its configuration or its text decoder's says."""
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    found = [c.get(name) for c in (config, inner or {}) for name in ("dtype", "torch_dtype")]
+    name = str(next((n for n in found if n), "float32")).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise UnsupportedModelError(f"config.json: dtype {name} is not supported. Supported: {', '.join(DTYPE_BYTES)}.")
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

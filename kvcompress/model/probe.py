@@ -1,0 +1,164 @@
+"""A loaded model -> ModelSpec, by running it: what reaches the cache, in which sizes, and how keys turn with position.
+
+A *site* is defined where an attention module hands keys and values to its cache, so no weight name, norm, fused
+projection or router needs to be known. The rotation is proven, not read: a text of one token attends to itself alone,
+so its hidden states are the same wherever it stands, and its keys at two positions differ by the rotation and by
+nothing else. Where keys do not turn (no RoPE, ALiBi, learned positions), there is nothing to undo.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress import compat
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer
+from kvcompress.model.proof import FrequencyTable, Keys, prove_rotation
+from kvcompress.model.recording import Recorded, recorded
+
+#: Texts of one token each that the rotation is proven on.
+_TOKENS = 64
+#: Tokens of the text that sizes and readers are taken from.
+_LENGTH = 8
+
+
+def probe(model: Any, *, prove: bool = True) -> ModelSpec:
+    """Return what a transformers model caches. On the meta device nothing can be proven: then prove is False.
+
+    Layers that never call `update` (linear attention, Mamba, layers that read another one's cache) have no site;
+    those with a sliding window or a state of their own keep transformers' own cache layer. Raises
+    UnsupportedModelError with the reason where nothing grows with the text, or where keys turn in an unknown way.
+    """
+    config = compat.text_config(model)
+    run = _forward(model, _tokens(model, (1, _LENGTH)))
+    layers, own = [], []
+    for index, layer in enumerate(run.cache_layers):
+        seen = run.updates.get(index)
+        if seen is None or not layer.grows:
+            own.append(
+                OwnLayer(index, layer.kind, layer.window, 0 if seen is None else seen.numbers, layer.state_bytes)
+            )
+        if seen is not None and layer.grows:
+            layers.append(_attention(index, run))
+    if not layers and any(o.window for o in own):  # nothing but windows: then they are what there is to compress
+        layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
+        own = [o for o in own if not o.window]
+    if not layers:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: no layer hands keys and values to a cache that grows "
+            "with the text, so there is nothing to compress."
+        )
+    spec = ModelSpec(
+        architecture=config.model_type,
+        dtype=str(run.dtype).removeprefix("torch."),
+        hidden_size=int(getattr(config, "hidden_size", 0)),
+        vocab_size=int(model.get_input_embeddings().num_embeddings),
+        layers=tuple(layers),
+        tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+        own_layers=tuple(own),
+        probed=True,
+    )
+    return proven(model, spec) if prove else spec
+
+
+def proven(model: Any, spec: ModelSpec) -> ModelSpec:
+    """Return the spec with the rotation of every layer as the loaded model turns its keys.
+
+    Raises UnsupportedModelError where keys turn with the position and no rotation explains it: then they depend on the
+    length of the text as well (dynamic or longrope scaling), or on something that this version does not know.
+    """
+    keys, tables = keys_at_positions(model), frequency_tables(model)
+    found = {site: prove_rotation(keys, site.layer, site.part, candidates=tables) for site in spec.sites}
+    return spec.turned({site: rotation for site, rotation in found.items() if rotation is not None})
+
+
+def matched(found: ModelSpec, expected: ModelSpec) -> ModelSpec:
+    """Return `found` where its sites are the expected ones. Raises UnsupportedModelError with the first that is not."""
+    sizes = [
+        {site: (spec.attention(site).n_kv_heads, spec.attention(site).head_dim) for site in spec.sites}
+        for spec in (found, expected)
+    ]
+    for site in sorted({**sizes[0], **sizes[1]}):
+        if sizes[0].get(site) != sizes[1].get(site):
+            raise UnsupportedModelError(
+                f"{site}: config.json says (KV heads, numbers each) {sizes[1].get(site)}, the running model caches "
+                f"{sizes[0].get(site)}. Check config.json against the weights."
+            )
+    return found
+
+
+def keys_at_positions(model: Any) -> Keys:
+    """Return what texts of one token hand to the cache at several positions."""
+    ids = _tokens(model, (_TOKENS, 1))
+    if not takes_positions(model):
+        return Keys(_forward(model, ids).updates, {})
+    at = {p: _forward(model, ids, position=p).updates for p in _positions(model)}
+    return Keys(at.pop(0), at)
+
+
+def takes_positions(model: Any) -> bool:
+    """Return whether positions can be given: of other models (ALiBi, ...) keys do not turn."""
+    parameters = inspect.signature(type(model).forward).parameters
+    decoder = inspect.signature(type(model.get_decoder()).forward).parameters
+    return "position_ids" in parameters and "position_ids" in decoder
+
+
+def frequency_tables(model: Any) -> list[FrequencyTable]:
+    """Return every list of RoPE frequencies that the model keeps as a buffer, of whatever name and place."""
+    found: list[FrequencyTable] = []
+    for path, buffer in model.named_buffers():
+        owner, _, name = path.rpartition(".")
+        if not name.endswith("inv_freq") or buffer.dim() != 1 or buffer.is_meta:
+            continue
+        scale = getattr(model.get_submodule(owner), name.replace("inv_freq", "attention_scaling"), 1.0)
+        table = FrequencyTable(buffer.detach().cpu().float(), float(scale))
+        if not any(f.scale == table.scale and torch.equal(f.frequencies, table.frequencies) for f in found):
+            found.append(table)
+    return found
+
+
+def _positions(model: Any) -> list[int]:
+    """Return 0, small positions that pin frequencies down, and large ones, inside of what the model was made for."""
+    most = getattr(compat.text_config(model), "max_position_embeddings", None) or 2048
+    steps = [0, 1]
+    while steps[-1] * 4 < min(most, 1 << 16):
+        steps.append(steps[-1] * 4)
+    return sorted({*steps, min(most, 1 << 16) - 1, min(most, 1 << 16) * 5 // 7})
+
+
+def _tokens(model: Any, shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _forward(model: Any, ids: Tensor, position: int | None = None) -> Recorded:
+    given: dict[str, Any] = {} if position is None else {"position_ids": torch.full_like(ids, position)}
+    with recorded(model) as run, torch.no_grad():
+        given |= compat.cache_argument(model, run.cache)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
+    return run
+
+
+def _attention(index: int, run: Recorded) -> AttentionSpec:
+    """Return a layer's sizes as they came to the cache; its rotation is still to be proven."""
+    seen = run.updates[index]
+    _, n_heads, _, head_dim = seen.key.shape
+    _, value_heads, _, value_dim = seen.value.shape
+    readers = tuple(r for r in run.readers if r.layer == index)
+    key = AttentionSpec(
+        layer=index,
+        n_heads=readers[0].n_heads if readers else n_heads,
+        n_kv_heads=n_heads,
+        head_dim=head_dim,
+        rotary_dim=0,
+        readers=tuple(r.module for r in readers) if all(r.is_plain for r in readers) else (),
+    )
+    same = (n_heads, head_dim) == (value_heads, value_dim)
+    return key if same else replace(key, values=replace(key, n_kv_heads=value_heads, head_dim=value_dim))

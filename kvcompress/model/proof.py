@@ -1,0 +1,138 @@
+"""The proof that a model turns its keys by a rotation, from what it was seen to cache at several positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.model.rotation import Rotation, channel_pairs
+
+#: Relative error within which two tensors are equal, for float32 and for 16-bit models.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class FrequencyTable:
+    """Frequencies as a model keeps them ([n], float32), and the attention factor that comes with them."""
+
+    frequencies: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What reached the cache from texts of one token: `at[p]` at position p, `base` at position 0, by layer."""
+
+    base: dict[int, Any]
+    at: dict[int, dict[int, Any]]
+
+
+def prove_rotation(keys: Keys, layer: int, part: str, *, candidates: list[FrequencyTable]) -> Rotation | None:
+    """Return the rotation of a site as the model applies it, or None where it does not turn.
+
+    candidates: frequencies that the model holds; where none of them fits, they are measured. Raises
+    UnsupportedModelError where the numbers change with the position, their tokens' hidden states do not, and no
+    rotation explains it.
+    """
+    base = _rows(keys.base[layer], part)
+    moved = {p: _rows(updates[layer], part) for p, updates in keys.at.items()}
+    tolerance = _TOLERANCE.get(getattr(keys.base[layer], part).dtype, 4e-2)
+    channels = [c for c in range(base.shape[1]) if any(_error(base[:, c], x[:, c]) > tolerance for x in moved.values())]
+    if not channels:
+        return None
+    other = "value" if part == "key" else "key"
+    if _changes_everywhere(keys, layer, other, tolerance) and _norms_change(base, moved, tolerance):
+        return None  # positions are part of the hidden states (learned): nothing is rotated
+    for width, start in _ranges(channels, base.shape[1]):
+        for interleaved in (False, True):
+            pairs = torch.tensor(channel_pairs(width, start, interleaved))
+            tables = [c for c in candidates if len(c.frequencies) == len(pairs)]
+            measured = _measured(base, moved, pairs)
+            for table in tables if measured is None else (*tables, FrequencyTable(measured)):
+                if _explains(base, moved, pairs, table.frequencies, tolerance):
+                    return Rotation(tuple(table.frequencies.tolist()), start, interleaved, table.scale)
+    raise UnsupportedModelError(
+        f"layer {layer}: {part}s change with the position of their token and no rotation explains it, so cached ones "
+        "cannot be un-rotated. RoPE that changes with the length of the text (dynamic, longrope) is not supported."
+    )
+
+
+def _rows(update: Any, part: str) -> Tensor:
+    """Return a site's numbers as rows of one head each: [tokens * heads, head_dim], float64."""
+    x: Tensor = getattr(update, part)
+    return x.detach().double().cpu().flatten(0, 2)
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / a.norm().clamp_min(1e-12))
+
+
+def _changes_everywhere(keys: Keys, layer: int, part: str, tolerance: float) -> bool:
+    base = _rows(keys.base[layer], part)
+    return all(_error(base, _rows(at[layer], part)) > tolerance for at in keys.at.values())
+
+
+def _norms_change(base: Tensor, moved: dict[int, Tensor], tolerance: float) -> bool:
+    """Return whether rows change their length: a rotation never does that."""
+    return any(_error(base.norm(dim=1), x.norm(dim=1)) > tolerance for x in moved.values())
+
+
+def _ranges(channels: list[int], head_dim: int) -> list[tuple[int, int]]:
+    """Return the (width, start) that the turning channels may be a part of, the closest first.
+
+    The slowest pairs may turn too little to be seen, so a range may be wider than what was seen to change.
+    """
+    first, last = channels[0], channels[-1]
+    found = [(last + 1 - first, first), (last + 1, 0), (head_dim - first, first), (head_dim, 0)]
+    found += [(width, 0) for width in range(2, head_dim, 2) if width > last]
+    even = [(w, s) for w, s in found if w % 2 == 0]
+    return sorted(set(even), key=even.index)
+
+
+def _turned(base: Tensor, pairs: Tensor, angles: Tensor) -> Tensor:
+    x, y = base[:, pairs[:, 0]], base[:, pairs[:, 1]]
+    out = base.clone()
+    out[:, pairs[:, 0]] = x * angles.cos() - y * angles.sin()
+    out[:, pairs[:, 1]] = y * angles.cos() + x * angles.sin()
+    return out
+
+
+def _explains(base: Tensor, moved: dict[int, Tensor], pairs: Tensor, frequencies: Tensor, tolerance: float) -> bool:
+    """Return whether turning by these frequencies gives what was seen, at every position and for every pair."""
+    for position, seen in moved.items():
+        # float32, as models compute their angles: at position 60,000 that is 4e-3 radians away from the exact one
+        angles = (torch.tensor(float(position)) * frequencies.float()).double()
+        error = _turned(base, pairs, angles) - seen
+        size = base.square().sum(0)
+        by_pair = error.square().sum(0)[pairs].sum(1) / size[pairs].sum(1).clamp_min(1e-20)
+        rest = [c for c in range(base.shape[1]) if c not in set(pairs.flatten().tolist())]
+        if bool((by_pair.sqrt() > tolerance).any()) or (rest and _error(base[:, rest], seen[:, rest]) > tolerance):
+            return False
+    return True
+
+
+def _measured(base: Tensor, moved: dict[int, Tensor], pairs: Tensor) -> Tensor | None:
+    """Return the frequencies that keys are seen to turn by, first roughly, then to the precision of far positions."""
+    frequencies = None
+    for position in sorted(moved):
+        angle = _angle(base, moved[position], pairs)
+        if frequencies is None:
+            if position != 1:
+                return None
+            frequencies = angle
+        else:
+            whole = ((frequencies * position - angle) / (2 * math.pi)).round()
+            frequencies = (angle + 2 * math.pi * whole) / position
+    return frequencies
+
+
+def _angle(base: Tensor, seen: Tensor, pairs: Tensor) -> Tensor:
+    """Return the angle between each pair's numbers and those seen, over all rows: [n_pairs]."""
+    x, y = (base[:, pairs[:, i]] for i in (0, 1))
+    u, v = (seen[:, pairs[:, i]] for i in (0, 1))
+    return torch.atan2((x * v - y * u).sum(0), (x * u + y * v).sum(0))

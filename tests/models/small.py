@@ -1,0 +1,83 @@
+"""A small random model of any causal-LM type that transformers knows, from its own configuration class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 320
+N_LAYERS = 4
+#: Sizes under every name that a configuration may have for them.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dim_ff"), 96),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "shared_intermediate_size", "dense_intermediate_size"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), N_LAYERS),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers"), N_LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("moe_latent_size", "moe_shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), VOCABULARY),
+    **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim_swa"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 512),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "pad_token_id"), 0),
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,  # far wider than a trained model's, so that the next token is not a tie
+    "tie_word_embeddings": False,
+    "sliding_window": 16,
+    "attention_chunk_size": 16,
+    "hidden_size_per_layer_input": 8,
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 32),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 8),
+}
+#: Latent attention: the sizes that belong together.
+_LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_LATENT_HEADS = {"num_key_value_heads": 4, "head_dim": 8}
+#: What single types need besides.
+_OF_TYPE: dict[str, dict[str, Any]] = {}
+
+
+def causal_types() -> list[str]:
+    """Return every causal-LM type of the installed transformers."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def small_config(model_type: str, **changes: Any) -> Any:
+    """Return the text configuration of a type in small sizes, its layer pattern kept as far as four layers show it."""
+    base = CONFIG_MAPPING[model_type]()
+    target = base.get_text_config(decoder=True)
+    names, aliases = target.to_dict(), getattr(type(target), "attribute_map", {})
+    sizes = dict(_SIZES)
+    if names.get("kv_lora_rank"):
+        sizes |= _LATENT | _LATENT_HEADS
+    sizes = {k: v for k, v in sizes.items() if k in names or k in aliases}
+    for field in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if isinstance(names.get(field), list) and names[field]:
+            kinds = list(dict.fromkeys(names[field]))
+            sizes[field] = (kinds * N_LAYERS)[:N_LAYERS]
+    return type(target)(**(sizes | _OF_TYPE.get(model_type, {}) | changes))
+
+
+def small_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Return a seeded float32 model of a type. Raises ValueError where its small configuration is too large."""
+    config = small_config(model_type, **changes)
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > 2e7:
+        raise ValueError(f"the small configuration of {model_type} still has {size / 1e6:.0f} million parameters")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
