@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import compat
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import AttachmentError, UnsupportedModelError
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer
 from kvcompress.model.proof import FrequencyTable, Keys, prove_rotation
 from kvcompress.model.recording import Recorded, recorded
@@ -35,7 +35,13 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
     UnsupportedModelError with the reason where nothing grows with the text, or where keys turn in an unknown way.
     """
     config = compat.text_config(model)
-    run = _forward(model, _tokens(model, (1, _LENGTH)))
+    try:
+        run = _forward(model, _tokens(model, (1, _LENGTH)))
+    except AttachmentError as error:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: its forward takes no cache of keys and values, so "
+            "there is nothing to compress."
+        ) from error
     layers, own = [], []
     for index, layer in enumerate(run.cache_layers):
         seen = run.updates.get(index)

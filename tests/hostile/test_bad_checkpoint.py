@@ -167,7 +167,9 @@ class TestConfig:
     def test_no_cache_that_grows(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")
         edit_json(model / "config.json", model_type="mamba")
-        assert "model type 'mamba' is not supported: no layer hands keys" in refused(UnsupportedModelError, model)
+        assert "model type 'mamba' is not supported: its forward takes no cache" in refused(
+            UnsupportedModelError, model
+        )
 
     def test_more_layers_than_weights(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")
