@@ -16,6 +16,9 @@ Kind = Literal["ours", "published", "peer"]
 #: Published methods that our bases and policies can be: what they change in the options (recipes/*.toml say why).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "palu": {"metric": "activation", "policy": "uniform", "ranks_only": True},
+    # PCA of un-rotated keys and of values, bits by what is left of the squared error (arXiv 2511.01815). Here a layer's
+    # own keys and values are mixed, as a live cache needs them, where the paper mixes all layers'; no entropy coding.
+    "kvtc": {"metric": "activation", "policy": "loss"},
     "mea-half": {
         "key_basis": "head",
         "value_basis": "head",
@@ -27,7 +30,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 OURS: dict[str, dict[str, Any]] = {"default": {}}
 #: A family stands for all of its peers.
-FAMILIES = ("kivi", "hqq", "quanto", "fp8")
+FAMILIES = ("kivi", "hqq", "quanto", "fp8", "turboquant", "per-token-head", "fp4")
 ALL_METHODS = (*OURS, *PUBLISHED, *FAMILIES)
 
 

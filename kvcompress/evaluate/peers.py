@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
+from kvcompress.evaluate import peer_fp4, peer_per_token_head, peer_turboquant
 from kvcompress.evaluate.peer_caches import (
     GROUP,
     Fp8Layer,
@@ -29,28 +31,41 @@ from kvcompress.evaluate.peer_caches import (
     without_emptying,
 )
 from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
+from kvcompress.evaluate.token_formats import TokenFormat, TokenLayer
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec
 
 #: Bytes of a group's scale and zero together, in 16-bit dtypes; hqq and quanto keep them in the cache's own dtype.
 _KIVI_SCALES = 4
+#: The formats of families that store each token and head by itself: name of a peer -> how.
+TOKEN_FORMATS: dict[str, TokenFormat] = {
+    **{f"turboquant-{name}": form for name, form in peer_turboquant.PRESETS.items()},
+    **{f"{name}-per-token-head": form for name, form in peer_per_token_head.FORMATS.items()},
+    **peer_fp4.FORMATS,
+}
 #: Windows decoded at once on a GPU, where a window alone leaves it waiting for kernels to start.
 GPU_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A quantised cache: its family (hqq, quanto, kivi, fp8, fp8-unscaled), bits a number, and exact window.
+    """A quantised cache: its family (hqq, quanto, kivi, fp8, turboquant, ...), bits a number, and exact window.
 
     once: hqq and quanto quantise each token once, where transformers quantises all anew when the window is full.
+    form: of families that store each token and head by itself (TOKEN_FORMATS). exact_layers: at each end.
     """
 
     family: str
     bits: int
     residual: int = 128
     once: bool = False
+    form: str = ""
+    exact_layers: int = 0
 
     @property
     def name(self) -> str:
+        if self.form:
+            every_layer = self.family == "turboquant" and not self.exact_layers
+            return f"{self.form}{'-all-layers' * every_layer}"
         return self.family if self.family.startswith("fp8") else f"{self.family}-{self.bits}bit{'-once' * self.once}"
 
     def new_cache(self, n_layers: int, stored: torch.dtype) -> PeerCache:
@@ -61,16 +76,29 @@ class Peer:
             "kivi": lambda: KiviLayer(self.bits, self.residual),
             "fp8": lambda: Fp8Layer(scaled=True),
             "fp8-unscaled": lambda: Fp8Layer(scaled=False),
-        }[self.family]
+            "token": lambda: TokenLayer(TOKEN_FORMATS[self.form]),
+        }["token" if self.form else self.family]
         layers = [QuantisedOnce(make()) if self.once else make() for _ in range(n_layers)]
+        for i in self._exact(n_layers):
+            layers[i] = DynamicLayer()
         return PeerCache(layers, stored)
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether the latest tokens are exact: not where each is quantised as it comes."""
+        return not (self.form or self.family.startswith("fp8"))
+
+    def _exact(self, n_layers: int) -> list[int]:
+        """Return which layers are exact, as vLLM chooses them: the first and the last, never more than all."""
+        n = min(self.exact_layers, n_layers // 2)
+        return sorted({*range(n), *range(n_layers - n, n_layers)})
 
     def chunks(self, n_tokens: int) -> list[slice]:
         """Return the forwards that equal decoding: the first fills the window, the later ones end where it is full.
 
         For fp8 one chunk: its scale is that of the whole text, which is the best it can have.
         """
-        if self.family.startswith("fp8"):
+        if not self.keeps_window:
             return [slice(0, n_tokens)]
         step = [GROUP["kivi"]]
         if self.family != "kivi":
@@ -85,7 +113,7 @@ class Peer:
 
     def n_exact(self, n_tokens: int) -> int:
         """Return how many of n_tokens are stored exactly, decoded after a first chunk as `chunks` gives it."""
-        if self.family.startswith("fp8"):
+        if not self.keeps_window:
             return 0
         if self.family == "kivi":
             return n_tokens - max(0, n_tokens - self.residual) // GROUP["kivi"] * GROUP["kivi"]
@@ -93,6 +121,13 @@ class Peer:
 
     def bytes_per_token(self, spec: ModelSpec) -> float:
         """Return what a quantised token takes in all layers: codes, scales and zeros."""
+        if self.form:
+            exact = set(self._exact(len(spec.layers)))
+            layer = {i: 2 * a.width * DTYPE_BYTES[spec.dtype] for i, a in enumerate(spec.layers)}
+            coded = {
+                i: a.n_kv_heads * TOKEN_FORMATS[self.form].head_bytes(a.head_dim) for i, a in enumerate(spec.layers)
+            }
+            return sum(layer[i] if i in exact else coded[i] for i in layer)
         return spec.cache_numbers_per_token * self._bytes_per_number(DTYPE_BYTES[spec.dtype])
 
     def cache_bytes(self, spec: ModelSpec, n_tokens: int) -> int:
@@ -102,15 +137,21 @@ class Peer:
         return round((n_tokens - exact) * self.bytes_per_token(spec)) + exact * spec.cache_bytes_per_token + scales
 
     def measured_bytes_per_token(self, spec: ModelSpec) -> float:
-        """Return the same from the storages of real caches: one layer filled with 1024 and with 2048 tokens."""
+        """Return the same from the storages of real caches: one layer filled with 1024 and with 2048 tokens.
+
+        Exact layers are counted as the model stores them.
+        """
         sizes = []
+        one = replace(self, exact_layers=0)
         for n_tokens in (1024, 2048):
-            cache = self.new_cache(1, getattr(torch, spec.dtype))
+            cache = one.new_cache(1, getattr(torch, spec.dtype))
             attention = spec.layers[0]
             states = torch.ones(1, attention.n_kv_heads, n_tokens, attention.head_dim)
             cache.update(states, states, 0)
             sizes.append(cache.nbytes())
-        return len(spec.layers) * (sizes[1] - sizes[0]) / 1024
+        n_exact = len(self._exact(len(spec.layers)))
+        exact = n_exact * spec.cache_bytes_per_token / len(spec.layers)
+        return (len(spec.layers) - n_exact) * (sizes[1] - sizes[0]) / 1024 + exact
 
     def _bytes_per_number(self, dtype_bytes: int) -> float:
         if self.family.startswith("fp8"):
@@ -122,7 +163,9 @@ class Peer:
         """Raise OptionError where this peer cannot store this model's cache, or would compress nothing of a window."""
         if len({layer.width for layer in spec.layers}) > 1 or any(layer.sliding_window for layer in spec.layers):
             raise OptionError(f"cache {self.name} is for models with equal layers of full attention only.")
-        if self.family.startswith("fp8"):
+        if self.form:
+            TOKEN_FORMATS[self.form].head_bytes(spec.layers[0].head_dim)
+        if not self.keeps_window:
             return
         width = spec.layers[0].width
         per_group = GROUP[self.family] * (8 // self.bits if self.family == "hqq" else 1)
@@ -154,6 +197,15 @@ PEERS = {
         Peer("kivi", 2),
         Peer("fp8", 8, residual=0),
         Peer("fp8-unscaled", 8, residual=0),
+        *(
+            Peer("turboquant", bits, residual=0, form=f"turboquant-{preset}", exact_layers=layers)
+            for preset, bits in (("k8v4", 8), ("4bit_nc", 4), ("3bit_nc", 3))
+            for layers in (peer_turboquant.EXACT_LAYERS, 0)
+        ),
+        Peer("per-token-head", 8, residual=0, form="int8-per-token-head"),
+        Peer("per-token-head", 8, residual=0, form="fp8-per-token-head"),
+        Peer("fp4", 4, residual=0, form="nvfp4"),
+        Peer("fp4", 4, residual=0, form="ultraquant"),
     )
 }
 
@@ -164,7 +216,7 @@ def find_peer(name: str, *, residual: int | None = None) -> Peer:
         raise OptionError(f"cache '{name}' is unknown. Choose from {', '.join(PEERS)}.")
     if residual is None:
         return PEERS[name]
-    if PEERS[name].family.startswith("fp8"):
+    if not PEERS[name].keeps_window:
         raise OptionError(f"cache {name} keeps no token exactly: leave out --recent.")
     return replace(PEERS[name], residual=residual)
 

@@ -29,14 +29,14 @@ RESIDUAL, N_TOKENS = 32, 150
 
 def every_peer(
     *,
-    only: tuple[str, ...] = ("hqq", "quanto", "kivi", "fp8", "fp8-unscaled"),
+    only: tuple[str, ...] = ("hqq", "quanto", "kivi", "fp8", "fp8-unscaled", "turboquant", "per-token-head"),
     once: tuple[bool, ...] = (False, True),
 ) -> Any:
     return pytest.mark.parametrize(
         "peer",
         [
             pytest.param(
-                p if p.family.startswith("fp8") else find_peer(p.name, residual=RESIDUAL),
+                find_peer(p.name, residual=RESIDUAL if p.keeps_window else None),
                 marks=MARKS.get(p.family, ()),
                 id=p.name,
             )
@@ -101,7 +101,7 @@ def test_quantised_once_every_token_is_a_prompts(peer: Peer) -> None:
     assert torch.equal(seen[0][:, :, 4 * RESIDUAL :], keys[:, :, 4 * RESIDUAL :])
 
 
-@every_peer(only=("kivi", "fp8-unscaled"))
+@every_peer(only=("kivi", "fp8-unscaled", "turboquant", "per-token-head"))
 def test_chunks_equal_generation_with_our_own_layers(tiny_model: Any, peer: Peer) -> None:
     model, ids = tiny_model("llama-mha"), random_ids(1, N_TOKENS, seed=3)
     expected = one_by_one(model, ids, peer.new_cache(3, torch.float32), 1)
@@ -128,7 +128,7 @@ def test_stated_bytes_are_those_of_the_storages(tiny_model: Any, peer: Peer, n_t
 
 def test_bytes_a_token_are_those_of_the_papers(tiny_model: Any) -> None:
     spec = read_model_spec(tiny_model("llama-bf16", dtype=torch.bfloat16).config.to_dict())
-    shares = {name: p.bytes_per_token(spec) / spec.cache_bytes_per_token for name, p in PEERS.items()}
+    shares = {name: p.bytes_per_token(spec) / spec.cache_bytes_per_token for name, p in PEERS.items() if p.family != "fp4"}
     assert shares["hqq-4bit"] == shares["quanto-4bit"] == (4 + 32 / 64) / 16
     assert shares["hqq-2bit"] == shares["quanto-2bit"] == (2 + 32 / 64) / 16
     assert (shares["kivi-4bit"], shares["kivi-2bit"]) == ((4 + 32 / 32) / 16, (2 + 32 / 32) / 16)

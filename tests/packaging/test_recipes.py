@@ -16,7 +16,7 @@ DEMO = Path(str(files("kvcompress") / "assets" / "demo"))
 
 
 def test_the_recipes_are_there() -> None:
-    assert [r.stem for r in RECIPES] == ["default", "folded-half", "gpu", "mea-half", "palu"]
+    assert [r.stem for r in RECIPES] == ["default", "folded-half", "gpu", "kvtc", "mea-half", "palu"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
