@@ -128,7 +128,9 @@ def test_stated_bytes_are_those_of_the_storages(tiny_model: Any, peer: Peer, n_t
 
 def test_bytes_a_token_are_those_of_the_papers(tiny_model: Any) -> None:
     spec = read_model_spec(tiny_model("llama-bf16", dtype=torch.bfloat16).config.to_dict())
-    shares = {name: p.bytes_per_token(spec) / spec.cache_bytes_per_token for name, p in PEERS.items() if p.family != "fp4"}
+    shares = {
+        name: p.bytes_per_token(spec) / spec.cache_bytes_per_token for name, p in PEERS.items() if p.family != "fp4"
+    }
     assert shares["hqq-4bit"] == shares["quanto-4bit"] == (4 + 32 / 64) / 16
     assert shares["hqq-2bit"] == shares["quanto-2bit"] == (2 + 32 / 64) / 16
     assert (shares["kivi-4bit"], shares["kivi-2bit"]) == ((4 + 32 / 32) / 16, (2 + 32 / 32) / 16)
