@@ -11,7 +11,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.codec.packing import unpack_codes
+from kvcompress.errors import OptionError
 from kvcompress.kernels.paged import page_words
+from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.model.rope import Rotary
@@ -57,6 +59,29 @@ def test_blocks_are_encoded_from_pages_into_pages(part: Part, tiled: bool) -> No
     untouched = pool.clone()
     page_words(untouched[:, 1], page_blocks, row // 4, 16)[[3, 1, 1], [1, 0, 1]] = 0x4D4D4D4D
     assert (untouched == 77).all()  # nothing else was written
+
+
+def test_all_sites_encode_the_same_blocks_and_no_others() -> None:
+    torch.manual_seed(0)
+    heads, head_dim = 2, 32
+    sites, alone = [], []
+    for part in PARTS * 2:
+        codec = random_codec(part, {4: [20, 16]}, heads, head_dim, tiled=True, device=DEVICE)
+        source = torch.randn(6, 32, heads, head_dim).half().to(DEVICE)
+        row = codec.pack(torch.zeros(1, 32, heads * head_dim, device=DEVICE)).shape[2]
+        words = page_words(torch.full((4, 4 * row), 77, dtype=torch.uint8, device=DEVICE), 4, row // 4, 0)
+        sites.append(EncodedSite(SiteKernels(codec, heads), source, words, None))
+        alone.append(words.clone())
+    recorded = RecordedEncoding(sites, n_streams=3)
+    for lists in (([3, -1, 0], [9, -1, 2]), ([1, 5, 4], [3, 0, 1]), ([2], [15])):  # the second time, replayed
+        sources, destinations = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lists)
+        positions = torch.zeros(1, 32 * len(sources), dtype=torch.int32, device=DEVICE)
+        recorded.encode(sources, destinations, positions)
+        for site, words in zip(sites, alone, strict=True):
+            site.kernels.pack_pages(site.source, words, sources, destinations, None, positions)
+            assert torch.equal(site.words, words)
+    with pytest.raises(OptionError, match="Expected 1 and 32"):
+        recorded.encode(sources, sources[:0], positions)
 
 
 def closeness(x: torch.Tensor, y: torch.Tensor) -> float:
