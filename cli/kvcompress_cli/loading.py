@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
@@ -72,7 +72,7 @@ def load_compressed(
             tokenizer = load_tokenizer(directory if whole or path is None else path)
             original = None
             if needs_original:
-                original = AutoModelForCausalLM.from_pretrained(path, dtype=run_dtype).to(device).eval()
+                original = load_weights(path, dtype=run_dtype).to(device).eval()
     return Loaded(model, tokenizer, plan, original)
 
 
@@ -85,7 +85,7 @@ def opened_model(source: str, *, device: str, dtype: str) -> Iterator[tuple[Chec
         run_dtype = resolve_dtype(dtype, device, checkpoint.spec.dtype)
         with _explained(checkpoint.path):
             tokenizer = load_tokenizer(checkpoint.path)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=run_dtype).to(device).eval()
+            model = load_weights(checkpoint.path, dtype=run_dtype).to(device).eval()
         yield checkpoint, model, tokenizer
 
 

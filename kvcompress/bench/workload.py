@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvcompress.checkpoint.headers import read_config
 from kvcompress.checkpoint.map_budget import turn_group
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.checkpoint.reader import read_config
 from kvcompress.codec.codec import SiteCodec, layer_codecs
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels

@@ -16,9 +16,10 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
 from kvcompress.calibration.sampling import sample_windows
+from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.map_budget import moments_group
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.checkpoint.running import is_quantised, load_model
+from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import remove_stale
 from kvcompress.options import CompressOptions
@@ -145,4 +146,4 @@ def _calibration_windows(model: Any, tokenizer: Any, options: CompressOptions, r
 
 def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(checkpoint.path)
-    return load_model(checkpoint.path, dtype=dtype, device=device), tokenizer
+    return load_weights(checkpoint.path, dtype=dtype, device=device), tokenizer

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from kvcompress.checkpoint.headers import TensorEntry, check_widths, read_config, read_headers
 from kvcompress.checkpoint.running import spec_by_running
 from kvcompress.errors import CheckpointError
 from kvcompress.model.architectures import is_read, read_model_spec
@@ -19,25 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 #: On the hub, beside the weights that are loaded: Mistral's own format, and directories of other formats.
 _SECOND_COPIES = ["consolidated*", "*/*.safetensors"]
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-class TensorEntry(NamedTuple):
-    """Where a tensor lies, from the file's header alone."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        size = _DTYPE_BYTES.get(self.dtype, 1)
-        for n in self.shape:
-            size *= n
-        return size
 
 
 @dataclass(frozen=True)
@@ -132,24 +116,10 @@ def open_headers(source: str | Path) -> Iterator[Checkpoint]:
     yield _checked(Path(), str(source), config, tensors)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return the parsed config.json of a directory."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{directory} has no config.json: it is not a Hugging Face checkpoint directory.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}). Download or save the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object. Download or save the checkpoint again.")
-    return config
-
-
 def open_folded(directory: Path) -> Checkpoint:
     """Return a folded output as a Checkpoint: config.json describes the original, k_proj and v_proj are smaller."""
     config = read_config(directory)
-    spec, tensors = read_model_spec(config), _read_headers(directory)
+    spec, tensors = read_model_spec(config), read_headers(directory)
     for site in spec.sites:
         name = spec.attention(site).projection(site.part).weight
         if name not in tensors:
@@ -162,7 +132,9 @@ def _open_directory(path: Path, source: str) -> Checkpoint:
     config = read_config(path)
     if is_read(config):
         read_model_spec(config)  # an unsupported model is refused for that, before its files are looked at
-    return _checked(path, source, config, _read_headers(path))
+    tensors = read_headers(path)
+    check_widths(config, tensors)
+    return _checked(path, source, config, tensors)
 
 
 def _checked(path: Path, source: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Checkpoint:
@@ -197,57 +169,6 @@ def _download(source: str) -> Path:
 def _not_fetched(source: str, error: Exception) -> CheckpointError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(f"{source} is no local directory and could not be fetched from the hub: {reason}")
-
-
-def _read_headers(path: Path) -> dict[str, TensorEntry]:
-    tensors: dict[str, TensorEntry] = {}
-    for file, names in _weight_files(path).items():
-        found = _read_header(path, file)
-        missing = sorted(set(names) - set(found))
-        if missing:
-            raise CheckpointError(f"{file} lacks tensor {missing[0]}, which the index promises. Download it again.")
-        tensors.update(found)
-    return tensors
-
-
-def _weight_files(path: Path) -> dict[str, list[str]]:
-    """Return {file: tensor names that the index promises for it}; no names for a single file without index."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        if (path / "model.safetensors").is_file():
-            return {"model.safetensors": []}
-        if any(f.suffix in _PICKLES for f in path.iterdir()):
-            raise CheckpointError(
-                f"{path} holds only pickled weights, which can run code when opened. "
-                "Load it with transformers and save_pretrained(safe_serialization=True) first."
-            )
-        raise CheckpointError(f"{path} holds no model.safetensors and no model.safetensors.index.json.")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str):
-                raise TypeError(f"the file of {name} is no name")
-            files.setdefault(file, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a valid safetensors index ({error}). Download it again.") from error
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index.name} names '{file}', which lies outside the checkpoint. Refused.")
-        if not (path / file).is_file():
-            raise CheckpointError(f"{index.name} names {file}, which is missing from {path}. Download it again.")
-    return files
-
-
-def _read_header(path: Path, file: str) -> dict[str, TensorEntry]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path / file, framework="numpy") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-            return {n: TensorEntry(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}). Download or save it again.") from error
 
 
 def _check_projections(spec: ModelSpec, tensors: dict[str, TensorEntry]) -> None:

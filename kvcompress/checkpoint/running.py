@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from kvcompress.errors import CheckpointError, UnsupportedModelError
+from kvcompress.checkpoint.loading import load_weights
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.model.model_spec import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -39,30 +38,8 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     except UnsupportedModelError:
         raise
     except Exception:  # whatever a model does that needs real numbers
-        spec = probe(load_model(path), prove=False)
+        spec = probe(load_weights(path, dtype="auto"), prove=False)
     return replace(spec, dtype=_storage_dtype(config))
-
-
-def load_model(path: str | Path, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
-    """Return the transformers model of a directory or a hub id, ready to run. Raises CheckpointError with the reason.
-
-    Quantised weights stay as they are, on the device where their library can run them.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    given = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=given, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers would have made them up
-            raise CheckpointError(
-                f"the weights in {path} hold no {missing[0]}, nor {len(missing) - 1} others that "
-                f"{type(model).__name__} needs. Check config.json and the files."
-            )
-        return (model if model.device.type == torch.device(device).type else model.to(device)).eval()
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"transformers cannot load {path}: {_first_line(error)}") from error
 
 
 def is_quantised(config: dict[str, Any]) -> bool:

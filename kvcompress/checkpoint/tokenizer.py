@@ -19,5 +19,6 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"{directory} has no usable tokenizer: it holds none of {', '.join(_FILES)}.")
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises plain Exceptions for a stranger's file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{directory} has no usable tokenizer: {reason}") from error

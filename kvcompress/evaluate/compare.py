@@ -23,6 +23,7 @@ import transformers
 from kvcompress import __version__
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.moments import Moments
+from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
@@ -160,7 +161,7 @@ class _Bench:
         return self.model if own == self.dtype else self._load(own)
 
     def _load(self, dtype: str) -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint.path, dtype=getattr(torch, dtype))
+        model = load_weights(self.checkpoint.path, dtype=getattr(torch, dtype))
         return model.to(self.device).eval()
 
     @cached_property

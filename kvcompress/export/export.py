@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kvcompress.checkpoint.headers import read_config
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint, open_folded, read_config
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint, open_folded
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target
 from kvcompress.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
 from kvcompress.export.card import export_card

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcompress import compat
 from kvcompress.checkpoint.belonging import check_files
+from kvcompress.checkpoint.headers import check_sizes
+from kvcompress.checkpoint.loading import explained_loading, load_weights
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.compat import PreTrainedModel
@@ -219,10 +221,7 @@ def load(
             raise CheckpointError(
                 f"{directory} holds only maps, and their source {weights} is not here. Name the original with --base."
             )
-        try:
-            model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"transformers cannot load {weights}: {str(error).splitlines()[0]}") from error
+        model = load_weights(weights, dtype=dtype)
     return attach_plan(model.to(device).eval(), plan, maps)
 
 
@@ -230,11 +229,15 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
     """Return the model with its smaller k_proj and v_proj in place."""
     from safetensors.torch import load_file
 
-    config = AutoConfig.from_pretrained(directory)
+    check_sizes(directory)
+    with explained_loading(directory):
+        config = AutoConfig.from_pretrained(directory)
     name = plan.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, name) if isinstance(name, str) else name
-    model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    with explained_loading(directory):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     spec = read_model_spec(config.to_dict())
+    check_fit(spec, plan)
     for site in maps:
         projection = spec.layers[site.layer].projection(site.part)
         parent, _, name = projection.module.rpartition(".")
@@ -255,7 +258,8 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         raise CheckpointError(f"{directory}: tensor {name} does not fit the folded model. Compress again.")
     model.tie_weights()
     if (directory / "generation_config.json").is_file():
-        model.generation_config = compat.GenerationConfig.from_pretrained(directory)
+        with explained_loading(directory):
+            model.generation_config = compat.GenerationConfig.from_pretrained(directory)
     return model
 
 

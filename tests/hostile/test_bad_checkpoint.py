@@ -162,7 +162,7 @@ class TestConfig:
         """Transformers would make up what is missing, at random."""
         model = source("llama-gqa")
         edit_json(model / "config.json", model_type="bloom")
-        assert "hold no transformer." in refused(CheckpointError, model)
+        assert "of its weights, transformer." in refused(CheckpointError, model)
 
     def test_no_cache_that_grows(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")

@@ -132,7 +132,7 @@ def test_nothing_is_expanded_on_the_way(output: Path) -> None:
         "try: kvcompress.load(sys.argv[1])\n"
         "except kvcompress.errors.CheckpointError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, output], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, output], capture_output=True, text=True, timeout=500)
     assert "sites[2].bits[0][1]" in done.stdout, done.stderr
 
 

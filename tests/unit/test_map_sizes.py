@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import usable_partitions
+from kvcompress.checkpoint.headers import TensorEntry
 from kvcompress.checkpoint.map_budget import MAPS_SHARE, default_group, moments_group, turn_group
-from kvcompress.checkpoint.reader import Checkpoint, TensorEntry
+from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.choose.fitting import key_basis
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Projection
 from kvcompress.options import CompressOptions

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import CheckpointError, UnsupportedModelError
 from kvcompress.model.architectures import llama, mistral, phi3, qwen2, qwen3, smollm3
 from kvcompress.model.model_spec import ModelSpec
 
@@ -37,4 +37,9 @@ def read_model_spec(config: dict[str, Any]) -> ModelSpec:
             f"which weights make keys and values is not known of model type '{model_type}', or they are quantised: "
             f"this needs one of {', '.join(FAMILIES)} in 16 or 32 bits. The coded form (compress) does without."
         )
-    return FAMILIES[config["model_type"]](config)
+    try:
+        return FAMILIES[config["model_type"]](config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"config.json: a field is not what {config['model_type']} has ({error!r}). Check the file."
+        ) from error

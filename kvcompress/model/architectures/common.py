@@ -10,6 +10,8 @@ from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec, O
 #: RoPE kinds whose frequencies depend on the length seen so far: a cached key cannot be un-rotated later.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 
+_MOST_LAYERS, _MOST = 10_000, 1 << 24
+
 
 def positive_int(config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = config.get(field)
@@ -17,6 +19,8 @@ def positive_int(config: dict[str, Any], field: str, default: int | None = None)
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {field} must be a positive integer, found {value!r}. Check the file.")
+    if value > (_MOST_LAYERS if field == "num_hidden_layers" else _MOST):
+        raise CheckpointError(f"config.json: {field} is {value:,}, more than any model has. Check the file.")
     return value
 
 
