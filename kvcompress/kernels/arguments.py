@@ -24,6 +24,14 @@ class ExactTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedPages:
+    """Where packed rows lie in pages. rows: [batch] int32, each query's row of `table` [rows, most pages] int32."""
+
+    rows: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Angles:
     """RoPE of the packed tokens, where their keys have a mean. table: of `angle_table`; origin: [batch] int32, the
     packed token at position 0 of each sequence, so that token t has position t - origin."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from kvcompress.errors import OptionError
-from kvcompress.kernels.arguments import DEFAULT_TUNING, RANKS_TUNING, Angles, ExactTokens, Tuning
+from kvcompress.kernels.arguments import DEFAULT_TUNING, RANKS_TUNING, Angles, ExactTokens, PackedPages, Tuning
 from kvcompress.kernels.layout import BLOCK_TOKENS, LEVELS, PackedSite, offsets
 from kvcompress.kernels.output import output_kernel
 from kvcompress.kernels.prepare import prepare_kernel
@@ -41,23 +41,31 @@ def packed_attention(
     angles: Angles | None = None,
     n_splits: int | None = None,
     tuning: Tuning | None = None,
+    pages: PackedPages | None = None,
 ) -> Tensor:
     """Return attention over packed, sink and recent tokens: [batch, n_queries, heads, head_dim], in query's dtype.
 
     query: [batch, heads, n_queries, head_dim] after RoPE; `keys` must be of a basis that commutes with RoPE. first,
     last: [batch] int32, the packed tokens [first, last) that count for each sequence; n_blocks: packed blocks in use.
     angles: the positions, where keys have a mean. mask: [batch, >= n_blocks * 32] uint8, 0 where a packed token must
-    not be seen. A query that sees nothing gives 0. Raises OptionError if angles and a mean of keys do not go together.
+    not be seen. pages: where the words of both sites are pages, [pages, blocks of a page, n_words], of at least 4
+    blocks; n_blocks are then those of the longest sequence. A query that sees nothing gives 0. Raises OptionError if
+    angles and a mean of keys do not go together, or pages are too short.
     """
     if (keys.mean is None) != (angles is None):
         raise OptionError("keys with a mean need the angles of their positions, and others must not have them.")
     if tuning is None:
         tuning = RANKS_TUNING if values.counts.get(16) else DEFAULT_TUNING
+    page_blocks = 0 if pages is None else keys.words.shape[1]
+    if page_blocks % 4:
+        raise OptionError(f"pages of {page_blocks} blocks of 32 tokens. The kernels take 4, 8, 16, ...")
+    if page_blocks:
+        tuning = replace(tuning, tile_blocks=min(tuning.tile_blocks, page_blocks))
     query = query if query.stride(3) == 1 else query.contiguous()
-    step = _Step.of(query, exact, n_blocks, tuning)
+    step = _Step.of(query, exact, n_blocks, tuning, pages)
     prepared = _prepare(step, query, keys, exact, angles, scaling * math.log2(math.e))
     weights = _score(step, prepared, keys, values, first, last, mask, angles)
-    sums, n_splits = _sum_values(step, prepared, weights, values, n_splits)
+    sums, n_splits = _sum_values(step, prepared, weights, values, last, n_splits)
     return _output(step, prepared, weights, sums, n_splits, values, query)
 
 
@@ -76,15 +84,16 @@ class _Step:
     device: torch.device
     asm: bool
     tuning: Tuning
+    pages: PackedPages | None
 
     @classmethod
-    def of(cls, query: Tensor, exact: ExactTokens, n_blocks: int, tuning: Tuning) -> _Step:
+    def of(cls, query: Tensor, exact: ExactTokens, n_blocks: int, tuning: Tuning, pages: PackedPages | None) -> _Step:
         batch, n_heads, n_queries, head_dim = query.shape
         n_tiles = max(1, -(-n_blocks // tuning.tile_blocks))
         columns = 32 if n_heads * n_queries > 16 else 16
         return cls(
             batch, n_heads, exact.keys.shape[1], n_queries, head_dim, n_blocks, n_tiles, columns, query.device,
-            _uses_asm(query.device), tuning,
+            _uses_asm(query.device), tuning, pages,
         )  # fmt: skip
 
     @property
@@ -186,22 +195,24 @@ def _score(
     score_kernel[(n_tiles, n_columns // step.columns, batch)](
         prepared.absorbed, prepared.bias, keys.words, _shifts(step.device), first, last,
         unused if mask is None else mask, values.words, prepared.mean_query,
-        unused if angles is None else angles.table, unused if angles is None else angles.origin, result.weights,
+        unused if angles is None else angles.table, unused if angles is None else angles.origin,
+        *((unused, unused) if step.pages is None else (step.pages.rows, step.pages.table)), result.weights,
         result.tops, result.sums, result.weighted_sums, prepared.packed_tops,
         keys.words.stride(0), keys.words.stride(1) // unit, values.words.stride(0), values.words.stride(1),
         keys.gain_word, values.gain_word, 0 if angles is None else angles.table.shape[0], step.n_blocks, n_tiles,
-        n_columns, n_chunks, 0 if mask is None else mask.stride(0), *keys.class_counts,
+        n_columns, n_chunks, 0 if mask is None else mask.stride(0),
+        0 if step.pages is None else step.pages.table.stride(0), *keys.class_counts,
         ROW_UNIT=unit, CLASSES=_classes(keys), BLOCKS=tuning.tile_blocks, COLUMNS=step.columns,
         CHUNKS=max(16, triton.next_power_of_2(n_chunks)), WIDTH=tuning.score_width, STAGES=tuning.score_stages,
         HAS_MASK=mask is not None, KEY_GAIN=keys.has_gain, VALUE_GAIN=values.has_gain,
         MEAN_DIM=prepared.mean_query.shape[1], SMALL=not keys.counts.get(16), ASM=step.asm,
-        num_warps=tuning.score_warps,
+        PAGE_BLOCKS=0 if step.pages is None else keys.words.shape[1], num_warps=tuning.score_warps,
     )  # fmt: skip
     return result
 
 
 def _sum_values(
-    step: _Step, prepared: _Prepared, weights: _Weights, values: PackedSite, n_splits: int | None
+    step: _Step, prepared: _Prepared, weights: _Weights, values: PackedSite, last: Tensor, n_splits: int | None
 ) -> tuple[Tensor, int]:
     """Return the sums [batch, n_splits, n_columns, >= R] of weighted codes, and n_splits."""
     tuning, n_v = step.tuning, values.n_components
@@ -216,11 +227,14 @@ def _sum_values(
     unit = _row_unit(values)
     if n_v:
         value_kernel[(n_splits, step.batch * (step.n_columns // step.columns), chunks)](
-            values.words, _shifts(step.device), weights.weights, weights.tops, prepared.packed_tops, sums,
-            values.words.stride(0), values.words.stride(1) // unit, step.n_blocks, step.n_tiles, per_split,
-            step.n_columns, sums.shape[3], *values.class_counts,
+            values.words, _shifts(step.device), weights.weights, weights.tops, prepared.packed_tops, sums, last,
+            *((last, last) if step.pages is None else (step.pages.rows, step.pages.table)), values.words.stride(0),
+            values.words.stride(1) // unit, step.n_blocks, step.n_tiles, per_split,
+            step.n_columns, sums.shape[3], 0 if step.pages is None else step.pages.table.stride(0),
+            *values.class_counts,
             ROW_UNIT=unit, CLASSES=_classes(values), COLUMNS=step.columns, WIDTH=tuning.value_width,
             TILE=tuning.tile_blocks, BLOCKS=tuning.value_blocks, STAGES=tuning.value_stages, ASM=step.asm,
+            PAGE_BLOCKS=0 if step.pages is None else values.words.shape[1],
             num_warps=tuning.value_warps, **({"maxnreg": tuning.value_registers} if step.asm else {}),
         )  # fmt: skip
     return sums, n_splits

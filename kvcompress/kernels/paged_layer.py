@@ -8,6 +8,7 @@ from kvcompress.kernels.chunk import RebuiltLayer, RebuiltSite
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.kernels.paged import ExactPages, PagedLayer, applies, turn_angles
+from kvcompress.kernels.paged_rotated import RotatedLayer
 from kvcompress.kernels.rebuild import Rotation
 from kvcompress.kernels.site import kernels_apply, whole_rotation
 
@@ -45,6 +46,39 @@ def paged_layer(
         turn_angles(rotary, codecs.turn, n_tokens, device),
         scaling,
         most_exact,
+    )
+
+
+def rotated_layer(
+    codecs: LayerKernels,
+    key_words: Tensor,
+    value_words: Tensor,
+    exact: ExactPages,
+    *,
+    scaling: float,
+    n_tokens: int,
+    most_exact: int,
+) -> RotatedLayer | None:
+    """Return a layer for rotated_attention, or None where its keys are not encoded after RoPE; see paged_layer."""
+    keys, values = codecs.key_site, codecs.value_site
+    if keys is None or values is None or not (keys.packable and values.packable and kernels_apply(exact.keys.device)):
+        return None
+    if keys.codec.mean is not None or (codecs.rotary is not None and not codecs.cached_rotated):
+        return None
+    if keys.codec.tiles is not None or key_words.shape[1] % 4:
+        return None
+    mean = codecs.rotated_mean
+    if mean is not None and (codecs.rotary is None or not whole_rotation(codecs.rotary, codecs.head_dim)):
+        return None
+    n_sinks = exact.sink_keys.shape[1]
+    return RotatedLayer(
+        keys.site(key_words, mean=mean),
+        values.site(value_words, mean=values.codec.mean),
+        exact,
+        None if mean is None else codecs.rotary,
+        scaling,
+        n_tokens,
+        most_exact - n_sinks,
     )
 
 

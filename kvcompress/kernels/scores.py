@@ -172,13 +172,13 @@ def _finish(
     ]
 )  # fmt: skip
 def score_kernel(
-    query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin,
+    query, bias, words, shifts, first, last, mask, value_words, mean_query, table, origin, rows, pages,
     weights, tops, sums, weighted_sums, packed_tops,
     batch_words, row_units, value_batch_words, value_row_words, key_gain_word, value_gain_word, n_positions, n_blocks,
-    n_tiles, n_columns, n_chunks, mask_stride, n16, n8, n4, n2, n1,
+    n_tiles, n_columns, n_chunks, mask_stride, pages_row, n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr, STAGES: tl.constexpr, HAS_MASK: tl.constexpr, KEY_GAIN: tl.constexpr, VALUE_GAIN: tl.constexpr,
-    MEAN_DIM: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr,
+    MEAN_DIM: tl.constexpr, SMALL: tl.constexpr, ASM: tl.constexpr, PAGE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of BLOCKS blocks of one sequence, COLUMNS query columns (heads and query tokens).
 
@@ -188,7 +188,9 @@ def score_kernel(
     [batch, n_tiles, n_columns], a program's largest score, the sum of exp2 of all scores below it, and of its weights;
     packed_tops: [batch, n_columns], raised to the largest of all. mean_query: [batch, MEAN_DIM, n_columns]; table:
     [n_positions, MEAN_DIM], cosines and sines of each position; origin: [batch], the token at position 0. MEAN_DIM of
-    0: keys have no mean. CLASSES: the bits of the components there are, added up. SMALL: see unpack.codes.
+    0: keys have no mean. CLASSES: the bits of the components there are, added up. SMALL: see unpack.codes. PAGE_BLOCKS:
+    0, or the blocks of a page, a multiple of BLOCKS: then rows lie in pages, batch_words and value_batch_words apart;
+    rows: [batch], each entry's row of pages [rows, pages_row].
     """
     tile = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -197,8 +199,6 @@ def score_kernel(
     TOKENS: tl.constexpr = BLOCKS * 32
     LINES: tl.constexpr = BLOCKS * 4
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    words += batch * batch_words + tile.to(tl.int64) * BLOCKS * row_words
-    left = n_blocks - tile * BLOCKS
     total = n16 + n8 + n4 + n2 + n1
     query += batch * total * n_columns + tl.program_id(1) * COLUMNS
     chunk = tl.arange(0, CHUNKS)
@@ -208,6 +208,17 @@ def score_kernel(
     hi = tl.load(last + batch)
     # A tile without a token that counts costs no more than writing its zeros.
     live = ((tile * TOKENS < hi) & (tile * TOKENS + TOKENS > lo)).to(tl.int32)
+    if PAGE_BLOCKS:
+        entry = pages + tl.load(rows + batch).to(tl.int64) * pages_row + tile * BLOCKS // PAGE_BLOCKS
+        page = tl.load(entry, mask=live != 0, other=0).to(tl.int64)
+        inside = tile * BLOCKS % PAGE_BLOCKS
+        words += page * batch_words + inside * row_words
+        value_words += page * value_batch_words + inside * value_row_words
+        left = (hi + 31) // 32 - tile * BLOCKS
+    else:
+        words += batch * batch_words + tile.to(tl.int64) * BLOCKS * row_words
+        value_words += batch * value_batch_words + tile.to(tl.int64) * BLOCKS * value_row_words
+        left = n_blocks - tile * BLOCKS
     zero = tl.zeros([LINES, COLUMNS], tl.float32)
     acc = (zero, zero, zero, zero, zero, zero, zero, zero)
     word = 0
@@ -251,14 +262,13 @@ def score_kernel(
         acc = _add_mean(acc, mean_query, table, position, n_positions * live, n_columns, MEAN_DIM, COLUMNS, STAGES)
     value_gains = line
     if VALUE_GAIN:
-        rows = value_words + batch * value_batch_words + tile.to(tl.int64) * BLOCKS * value_row_words
-        value_gains = gain_words(rows, value_row_words, value_gain_word, line, left)
+        value_gains = gain_words(value_words, value_row_words, value_gain_word, line, left)
     row = (batch * n_tiles + tile) * (8 * LINES) + line
-    entry = batch * n_tiles + tile
+    own = batch * n_tiles + tile
     _finish(
         acc, token, lo, hi, mask + batch * mask_stride,
         weights + row[:, None] * n_columns + column[None, :], LINES * n_columns,
-        tops + entry * n_columns + column, sums + entry * n_columns + column,
-        weighted_sums + entry * n_columns + column, packed_tops + batch * n_columns + column, value_gains,
+        tops + own * n_columns + column, sums + own * n_columns + column,
+        weighted_sums + own * n_columns + column, packed_tops + batch * n_columns + column, value_gains,
         HAS_MASK, VALUE_GAIN,
     )  # fmt: skip

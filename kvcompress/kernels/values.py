@@ -11,9 +11,10 @@ from kvcompress.kernels.unpack import operand, raw_tile
 
 @triton.jit
 def _store_sums(
-    sums, sum_stride, words, shifts, weights, tops, top, row_words, first_word, component, n_components,
-    n_blocks, first_tile, last_tile, n_columns, column, BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    sums, sum_stride, words, pages, shifts, weights, tops, top, page_words, row_words, first_word, component,
+    n_components, n_blocks, first_tile, last_tile, n_columns, column,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PAGE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over tokens of weight times code, [WIDTH, COLUMNS], for WIDTH components of one class."""
     acc = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -23,7 +24,11 @@ def _store_sums(
     part_stride = row_words.to(tl.int64) * BLOCKS
     PARTS: tl.constexpr = TILE // BLOCKS
     for index in tl.range(first_tile * PARTS, last_tile * PARTS, num_stages=STAGES):
-        part_words = words + part_stride * index
+        if PAGE_BLOCKS:
+            page = tl.load(pages + index * BLOCKS // PAGE_BLOCKS).to(tl.int64)
+            part_words = words + page * page_words + index * BLOCKS % PAGE_BLOCKS * row_words
+        else:
+            part_words = words + part_stride * index
         left = n_blocks - index * BLOCKS
         raw = raw_tile(
             part_words, shifts, row_words, first_word, component, n_components, left, BITS, BLOCKS, WIDTH, False
@@ -50,29 +55,34 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "n_tiles", "tiles_per_split"])
 def value_kernel(
-    words, shifts, weights, tops, packed_tops, sums, batch_words, row_units, n_blocks, n_tiles, tiles_per_split,
-    n_columns, sum_stride, n16, n8, n4, n2, n1,
+    words, shifts, weights, tops, packed_tops, sums, last, rows, pages, batch_words, row_units, n_blocks, n_tiles,
+    tiles_per_split, n_columns, sum_stride, pages_row, n16, n8, n4, n2, n1,
     ROW_UNIT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PAGE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: WIDTH components of one class, one split of one sequence, COLUMNS query columns.
 
     Grid: (splits, batch * column groups, chunks of components): programs that run at the same time mostly unpack the
     same number of bits, and so run the same code. weights, tops, packed_tops: of score_kernel.
     sums: [batch, splits, n_columns, sum_stride] float32, sum_stride >= R, of weights
-    relative to the largest score of the sequence.
+    relative to the largest score of the sequence. last, rows, pages, PAGE_BLOCKS: see score_kernel.
     """
     groups = n_columns // COLUMNS
     batch = (tl.program_id(1) // groups).to(tl.int64)
     column = tl.program_id(1) % groups * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(0)
     row_words = row_units * ROW_UNIT
-    words += batch * batch_words
+    if not PAGE_BLOCKS:
+        words += batch * batch_words
     weights += batch * n_tiles * (TILE * 32) * n_columns
     tops += batch * n_tiles * n_columns
     sums += (batch * tl.num_programs(0) + split) * n_columns * sum_stride
     a = split * tiles_per_split
     z = tl.minimum(a + tiles_per_split, n_tiles)
+    if PAGE_BLOCKS:  # rows after the last might never have been written
+        n_blocks = (tl.load(last + batch) + 31) // 32
+        z = tl.minimum(z, (n_blocks + TILE - 1) // TILE)
+        pages += tl.load(rows + batch).to(tl.int64) * pages_row
     top = tl.load(packed_tops + batch * n_columns + column)
     top = tl.where(top == float("-inf"), 0.0, top)
 
@@ -98,18 +108,21 @@ def value_kernel(
             if (start >= 0) & (start < count):
                 if index < 2:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
-                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, 4, STAGES, ASM,
+                        sums + row, sum_stride, words, pages, shifts, weights, tops, top, batch_words, row_words, word,
+                        start, count, n_blocks, a, z, n_columns, column,
+                        16 >> index, WIDTH // 2, COLUMNS, TILE, 4, STAGES, ASM, PAGE_BLOCKS,
                     )  # fmt: skip
                 elif count - start > WIDTH // 2:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
-                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH, COLUMNS, TILE, BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, pages, shifts, weights, tops, top, batch_words, row_words, word,
+                        start, count, n_blocks, a, z, n_columns, column,
+                        16 >> index, WIDTH, COLUMNS, TILE, BLOCKS, STAGES, ASM, PAGE_BLOCKS,
                     )  # fmt: skip
                 else:
                     _store_sums(
-                        sums + row, sum_stride, words, shifts, weights, tops, top, row_words, word, start, count,
-                        n_blocks, a, z, n_columns, column, 16 >> index, WIDTH // 2, COLUMNS, TILE, BLOCKS, STAGES, ASM,
+                        sums + row, sum_stride, words, pages, shifts, weights, tops, top, batch_words, row_words, word,
+                        start, count, n_blocks, a, z, n_columns, column,
+                        16 >> index, WIDTH // 2, COLUMNS, TILE, BLOCKS, STAGES, ASM, PAGE_BLOCKS,
                     )  # fmt: skip
             chunk -= (count + per - 1) // per
             word += count * (16 >> index)
