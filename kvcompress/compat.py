@@ -47,6 +47,8 @@ OLDEST, NEWEST = "5.0", "5.24"
 CACHE_NAMES = ("cache", "past_key_values")
 #: Methods of a model that run transformers' own paged cache.
 PAGED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+#: Tokens that `generate` stops at where nothing says another number.
+_DEFAULT_LENGTH = 20
 #: Values of `cache_implementation` that ask for nothing which a compressed cache is not.
 _PLAIN_CACHES = (None, "dynamic", "hybrid")
 
@@ -213,6 +215,38 @@ def other_cache(kwargs: dict[str, Any], config: GenerationConfig) -> str | None:
         kwargs.pop("cache_implementation", None)
     asked: str | None = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
     return None if asked == "hybrid" else asked  # of old checkpoints' generation_config.json: transformers drops it
+
+
+#: What a call of `generate` may not ask for, if each of its steps is to be one token of each sequence and nothing else.
+_NOT_PLAIN = (
+    "assistant_model", "assistant_early_exit", "custom_generate", "dola_layers", "guidance_scale", "inputs_embeds",
+    "output_attentions", "output_hidden_states", "penalty_alpha", "position_ids", "prefill_chunk_size",
+    "prompt_lookup_num_tokens", "return_dict_in_generate", "synced_gpus",
+)  # fmt: skip
+
+
+def asks_for_plain_steps(kwargs: dict[str, Any], config: GenerationConfig) -> bool:
+    """Return whether a call of `generate` reads one token of each sequence at a time, of a batch that stays."""
+    asked = {name: kwargs.get(name, getattr(config, name, None)) for name in (*_NOT_PLAIN, "num_beams", "use_cache")}
+    plain = asked.pop("num_beams") in (None, 1) and asked.pop("use_cache") is not False
+    return plain and not any(value is not None and value is not False for value in asked.values())
+
+
+def n_new_tokens(kwargs: dict[str, Any], config: GenerationConfig, n_prompt: int) -> int:
+    """Return how many tokens a call of `generate` may add to a prompt."""
+    asked: dict[str, int | None] = {
+        name: kwargs.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length")
+    }
+    return asked["max_new_tokens"] or (asked["max_length"] or _DEFAULT_LENGTH) - n_prompt
+
+
+def hides_tokens(ids: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> bool:
+    """Return whether a call of `generate` pads prompts, by its mask or by what transformers makes one of."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return not bool((mask == 1).all())
+    padding = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+    return padding is not None and bool((ids == padding).any())
 
 
 def inner_model(model: Any) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from kvcompress.plan import Plan
 from kvcompress.runtime.attention import CODED, FOLDED_BY, compressed_attention
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.entrance import Entrance
+from kvcompress.runtime.recording import recorded_cache
 from kvcompress.runtime.simulation import Simulation, simulating
 from kvcompress.runtime.static import StaticCache
 
@@ -68,7 +69,7 @@ class Attachment:
         plan = self.plan
         if capacity is None:
             return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent)
-        self._check_capacity(capacity)
+        self.check_capacity(capacity)
         return StaticCache(self.codecs, sinks=plan.sinks, recent=plan.recent, capacity=capacity)
 
     @contextmanager
@@ -93,7 +94,8 @@ class Attachment:
             self.model.__dict__.pop(name, None)
         self.model.set_attn_implementation(self._implementation)
 
-    def _check_capacity(self, capacity: int) -> None:
+    def check_capacity(self, capacity: int) -> None:
+        """Raise OptionError where the model cannot have a cache at fixed addresses for `capacity` tokens."""
         if capacity < 1:
             raise OptionError(f"capacity is {capacity}, it must be at least 1 token.")
         if self.plan.form == "folded":
@@ -116,7 +118,9 @@ class Attachment:
         if use_cache is not False and other is not None:
             raise _refused(f'cache_implementation="{other}" asks for a cache of transformers\' own')
         if use_cache is not False and compat.given_cache(kwargs) is None:
-            kwargs |= compat.cache_argument(self.model, self.new_cache())
+            ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+            cache = recorded_cache(self, ids, kwargs, config) or self.new_cache()
+            kwargs |= compat.cache_argument(self.model, cache)
         return self._generate(*args, **kwargs)
 
 

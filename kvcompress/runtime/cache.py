@@ -11,6 +11,7 @@ from kvcompress import compat
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attended import AttendedCache
+from kvcompress.runtime.growing import Grown, append
 from kvcompress.runtime.tokens import TokenLine
 
 
@@ -25,11 +26,13 @@ class CompressedLayer(compat.CacheLayer):
     is_croppable = True
     is_compileable = False
 
+    keys, values = Grown(2), Grown(2)  # [batch, heads, n_tokens - n_encoded, head_dim]
+    packed_keys, packed_values = Grown(1), Grown(1)  # [batch, n_encoded / 32, size of a block]
+
     def __init__(self, codecs: LayerKernels, tokens: TokenLine) -> None:
         super().__init__()
         self.codecs, self.tokens = codecs, tokens
-        self.packed_keys: Tensor | None = None  # [batch, n_encoded / 32, size of a block]
-        self.packed_values: Tensor | None = None
+        self.packed_keys = self.packed_values = None
         self.sink_keys: Tensor | None = None  # [batch, heads, sinks, head_dim]
         self.sink_values: Tensor | None = None
 
@@ -47,8 +50,12 @@ class CompressedLayer(compat.CacheLayer):
         """Append new tokens exactly and return all exact ones; attention encodes the old ones when it is done."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
+        if self.codecs.exact and self.keys.shape[2]:  # grows for ever; the window of the others is short
+            append(self, CompressedLayer.keys, key_states, step=BLOCK_TOKENS)
+            append(self, CompressedLayer.values, value_states, step=BLOCK_TOKENS)
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
         return self.keys, self.values
 
     def evict(self) -> None:
@@ -59,12 +66,8 @@ class CompressedLayer(compat.CacheLayer):
         keys, values = self.keys[:, :, :n_leaving], self.values[:, :, :n_leaving]
         positions = self.key_positions(self.n_encoded, self.n_encoded + n_leaving)
         self._keep_sinks(keys, values)
-        new = self.codecs.pack_keys(keys, positions), self.codecs.pack_values(values)
-        if self.packed_keys is None or self.packed_values is None:
-            self.packed_keys, self.packed_values = new
-        else:
-            self.packed_keys = torch.cat([self.packed_keys, new[0]], 1)
-            self.packed_values = torch.cat([self.packed_values, new[1]], 1)
+        append(self, CompressedLayer.packed_keys, self.codecs.pack_keys(keys, positions))
+        append(self, CompressedLayer.packed_values, self.codecs.pack_values(values))
         # clone, so that the storage of the encoded tokens is freed
         self.keys, self.values = self.keys[:, :, n_leaving:].clone(), self.values[:, :, n_leaving:].clone()
 
@@ -133,7 +136,7 @@ class CompressedLayer(compat.CacheLayer):
 
     def reset(self) -> None:
         self.is_initialized = False
-        self.keys = self.values = None  # type: ignore[assignment]
+        self.keys = self.values = None
         self.packed_keys = self.packed_values = self.sink_keys = self.sink_values = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -154,8 +157,14 @@ class CompressedLayer(compat.CacheLayer):
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def nbytes(self) -> int:
-        """Bytes of the layer's storages, as allocated."""
+        """Bytes of the layer's storages, as allocated: with the room in which it grows."""
         return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
+
+    def room_bytes(self) -> int:
+        """Bytes among nbytes() that wait for tokens to come: at most an eighth of what grows."""
+        kind = type(self)
+        growing = [a.growing(self) for a in (kind.keys, kind.values, kind.packed_keys, kind.packed_values)]
+        return sum(g.room_bytes for g in growing if g is not None)
 
 
 class CompressedCache(AttendedCache):
@@ -170,8 +179,12 @@ class CompressedCache(AttendedCache):
         self.tokens.append(positions, batch)
 
     def nbytes(self) -> int:
-        """Bytes of all storages: packed codes, sinks, window, and the positions where keys are encoded."""
+        """Bytes of all storages: codes, sinks, window, room to grow, and positions where keys are encoded."""
         return sum(layer.nbytes() for layer in self.layers) + self.tokens.nbytes()
+
+    def room_bytes(self) -> int:
+        """Bytes among nbytes() in which the cache grows: none after a prompt, at most an eighth later on."""
+        return sum(layer.room_bytes() for layer in self.layers)
 
     def crop(self, *args: int, **kwargs: int) -> None:
         super().crop(*args, **kwargs)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kvcompress import compat
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -48,6 +50,14 @@ class Call:
     arriving: Arrival | None = None
     handed: Any = None
     n_attended: int = 0
+
+    def prove(self, expected: int, model: Any) -> None:
+        """Raise AttachmentError unless `expected` attentions of the model went through us."""
+        if self.n_attended != expected:
+            raise compat.unproven(
+                f"of the {expected} layers of {type(model).__name__} that a compressed cache is attached to, "
+                f"{self.n_attended} attended through it"
+            )
 
     def take(self) -> Any:
         """Return the layer that was handed over, once, or None."""

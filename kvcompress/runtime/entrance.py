@@ -12,10 +12,14 @@ from kvcompress import compat
 from kvcompress.errors import OptionError
 from kvcompress.runtime import calls
 from kvcompress.runtime.attended import AttendedCache
+from kvcompress.runtime.recording import RecordedCache
 from kvcompress.runtime.simulation import SimulatedCache, simulation_of
 
 if TYPE_CHECKING:
     from kvcompress.runtime.attach import Attachment
+
+#: What every step of `generate` gives a decoder, and a recorded step has from its cache.
+_KNOWN = {"attention_mask", "position_ids", "cache_position", "use_cache", *compat.CACHE_NAMES}
 
 
 class Entrance:
@@ -45,17 +49,17 @@ class Entrance:
         if not self._open:
             return self._forward(*args, **kwargs)
         cache = self._cache_for(args, kwargs)
+        if isinstance(cache, RecordedCache) and cache.get_seq_length():
+            step = self._step(args, kwargs)
+            if step is not None:
+                return cache.step(self._decoder, self._forward, *step, cache_name=self._arguments.cache)
         call, expected = calls.Call(cache), self._n_attending(cache)
         if cache is not None:
             args, kwargs = self._arguments.with_cache(args, kwargs, cache)
             call.arriving = self._arriving(cache, args, kwargs)
         with calls.running(call):
             output = self._forward(*args, **kwargs)
-        if call.n_attended != expected:
-            raise compat.unproven(
-                f"of the {expected} layers of {type(self._decoder).__name__} that a compressed cache is attached to, "
-                f"{call.n_attended} attended through it"
-            )
+        call.prove(expected, self._decoder)
         return output
 
     def _n_attending(self, cache: AttendedCache | None) -> int:
@@ -85,6 +89,18 @@ class Entrance:
         use_cache = self._arguments.get("use_cache", args, kwargs)
         use_cache = self._decoder.config.use_cache if use_cache is None else use_cache
         return self._attachment.new_cache() if use_cache and not self._decoder.training else None
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return the token of each sequence that a forward reads and what else it is asked for, or None.
+
+        None where it reads more, or is given tensors that a recorded step could not know.
+        """
+        given = dict(zip(self._arguments.names, args, strict=False)) | kwargs
+        token = given.pop("input_ids", None)
+        others = {name: value for name, value in given.items() if value is not None and name not in _KNOWN}
+        if token is None or token.shape[1] != 1 or any(isinstance(value, Tensor) for value in others.values()):
+            return None
+        return token, others
 
     def _arriving(self, cache: AttendedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> calls.Arrival:
         """Return what a forward brings to its cache."""

@@ -11,10 +11,8 @@ from kvcompress.compat import PreTrainedModel, cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attachment_of
+from kvcompress.runtime.recording import WARM_UP, record
 from kvcompress.runtime.static import StaticCache
-
-#: Steps before one is recorded: kernels are compiled and tables made in them. They are steps like any other.
-_WARM_UP = 2
 
 
 class GraphDecoder:
@@ -124,15 +122,7 @@ class GraphDecoder:
 
     def _recordable(self) -> bool:
         assert self._token is not None
-        return self._token.is_cuda and self._n_steps >= _WARM_UP and not self.cache.tokens.ran_reference
-
-
-def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Return what runs a step again, and its result, which every run writes. The step itself is not run."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        result = step()
-    return graph.replay, result
+        return self._token.is_cuda and self._n_steps >= WARM_UP and not self.cache.tokens.ran_reference
 
 
 def _ended(tokens: Tensor, ends: Tensor) -> Tensor:

@@ -46,6 +46,17 @@ class StaticLine(TokenLine):
         self.counters.length.fill_(self.n_tokens)
         self.counters.last.fill_(self.n_packed)
 
+    def enlarge(self, capacity: int) -> None:
+        """Make room for more tokens; the counters begin anew at the same numbers."""
+        self.capacity, self.n_blocks = capacity, n_encoded(capacity, self.recent) // BLOCK_TOKENS
+        self._n_seen = capacity if self._n_seen else 0
+        old = self.counters
+        if old is not None:
+            new = Counters.make(len(old.last), self.sinks, self.window, self._n_seen, old.last.device)
+            new.length.copy_(old.length)
+            new.last.copy_(old.last)
+            self.counters = new
+
     def count(self) -> None:
         """Count on the host a step that was replayed: the device has counted it itself."""
         self.n_tokens += 1
@@ -120,6 +131,16 @@ class StaticLayer(CompressedLayer):
         for buffer in (self.keys, self.values):
             rest = buffer[:, :, BLOCK_TOKENS:].clone()  # the two places overlap
             buffer[:, :, : rest.shape[2]] = rest
+
+    def enlarge(self) -> None:
+        """Take over what the buffers hold into those of the line's capacity, which has grown."""
+        if not self.is_initialized:
+            return
+        held, n_exact = CompressedLayer(self.codecs, self.tokens), self.get_seq_length() - self.n_encoded
+        held.keys, held.values = self.keys[:, :, :n_exact], self.values[:, :, :n_exact]
+        held.packed_keys, held.packed_values = self.packed_keys, self.packed_values
+        held.sink_keys, held.sink_values = self.sink_keys, self.sink_values
+        self.copy_from(held)
 
     def filled(self) -> CompressedLayer:
         """Return a view of what is filled, as a layer for the reference."""
@@ -229,6 +250,12 @@ class StaticCache(CompressedCache):
         assert tokens.counters is not None
         tokens.n_packed += BLOCK_TOKENS
         tokens.counters.last.add_(BLOCK_TOKENS)
+
+    def enlarge(self, capacity: int) -> None:
+        """Change the capacity to a larger one, at new addresses."""
+        self.tokens.enlarge(capacity)
+        for layer in self.layers:
+            layer.enlarge()
 
     def check_capacity(self, n_tokens: int) -> None:
         """Raise OptionError unless there is room for n_tokens of a sequence in all."""

@@ -44,7 +44,7 @@ def sdpa_bytes(cache: CompressedCache) -> int:
     """Count the cache's storages independently: every tensor that it or its layers reach, each storage once."""
     storages: dict[int, int] = {}
     for owner in [*cache.layers, cache.tokens]:
-        for value in vars(owner).values():
+        for value in (getattr(value, "filled", value) for value in vars(owner).values()):
             if isinstance(value, torch.Tensor) and value.ndim > 1:  # one-dimensional ones hold a number a sequence
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(storages.values())
@@ -85,6 +85,22 @@ def test_bytes_of_any_window(attached: Any, sinks: int, recent: int) -> None:
     model = attached("llama-gqa", sinks=sinks, recent=recent)
     cache, _ = fill(model, random_ids(1, 120), 80)
     assert cache.nbytes() == attachment_of(model).plan.cache_bytes(120, exact_number_bytes=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "middle", "layers": "1:2", "keep": 0.8}])
+def test_a_cache_that_grew_states_its_room(attached: Any, options: dict[str, Any]) -> None:
+    """What is claimed is what the tokens take; at most an eighth of it is room, none of it after a prompt."""
+    model, ids = attached("llama-gqa", **options), random_ids(1, 488)
+    plan, cache = attachment_of(model).plan, attachment_of(model).new_cache()
+    rooms = []
+    with torch.no_grad():
+        for n_tokens, part in zip(range(300, 500, 4), [ids[:, :300], *ids[:, 300:].split(4, 1)], strict=False):
+            model(part, past_key_values=cache)
+            claim = plan.cache_bytes(n_tokens, exact_number_bytes=4)
+            rooms.append(cache.room_bytes())
+            assert cache.nbytes() == claim + cache.room_bytes() == sdpa_bytes(cache)
+            assert cache.room_bytes() <= claim / 8
+    assert rooms[0] == 0 < max(rooms)
 
 
 def test_bytes_of_a_batch_are_those_of_its_sequences(attached: Any) -> None:

@@ -61,8 +61,8 @@ def static(decoder: GraphDecoder, ids: Tensor, n_prompt: int) -> Tensor:
 def tensors(cache: StaticCache) -> list[Tensor]:
     """Every tensor that the cache, its layers and its counters reach."""
     counters = cache.tokens.counters
-    owners = [*(vars(layer) for layer in cache.layers), {n: getattr(counters, n) for n in counters.__slots__}]
-    return [t for owner in owners for t in owner.values() if isinstance(t, Tensor)]
+    of_layers = [t for layer in cache.layers for t in layer._tensors().values()]
+    return [*of_layers, *(getattr(counters, name) for name in counters.__slots__)]
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
