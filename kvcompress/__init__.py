@@ -2,12 +2,14 @@
 
 `load(directory)` and `attach(model, directory)` run a compressed checkpoint in transformers; within a block of
 `uncompressed()` an attached model takes transformers' own caches, too;
-`compress(source, output, options)` makes one; `GraphDecoder(model, capacity=n)` decodes by replaying a CUDA graph.
+`compress(source, output, options)` makes one; `heal(directory, output, options)` trains one;
+`GraphDecoder(model, capacity=n)` decodes by replaying a CUDA graph.
 Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -19,10 +21,21 @@ if TYPE_CHECKING:
     from kvcompress.runtime.calls import uncompressed
     from kvcompress.runtime.graph import GraphDecoder
 
-__all__ = ["CompressOptions", "GraphDecoder", "attach", "compress", "detach", "load", "uncompressed"]
+__all__ = [
+    "CompressOptions",
+    "GraphDecoder",
+    "HealOptions",
+    "attach",
+    "compress",
+    "detach",
+    "heal",
+    "load",
+    "uncompressed",
+]
 
 _HOMES = {
     "CompressOptions": "kvcompress.options",
+    "HealOptions": "kvcompress.heal.options",
     "compress": "kvcompress.pipeline",
     "GraphDecoder": "kvcompress.runtime.graph",
     "attach": "kvcompress.runtime.attach",
@@ -33,8 +46,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "heal":  # a room that can be called
+        return import_module("kvcompress.heal")
     if name not in _HOMES:
         raise AttributeError(f"module 'kvcompress' has no attribute '{name}'")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)

@@ -19,9 +19,10 @@ from kvcompress.errors import KVCompressError, OptionError, OutputError
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.plan import PLAN_FILE, REPORT_FILE, Plan
 from kvcompress.report.card import CARD_FILE, MOST_CARD_BYTES, is_generated, model_card, with_measured
+from kvcompress.report.healing import HEALING_FILE, read_healing
 from kvcompress.report.source import hub_id, without_local_paths
 
-_OWN_FILES = (MAPS_FILE, PLAN_FILE, REPORT_FILE, EVALUATIONS_FILE, CARD_FILE)
+_OWN_FILES = (MAPS_FILE, PLAN_FILE, REPORT_FILE, EVALUATIONS_FILE, HEALING_FILE, CARD_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ def repository_contents(
     for name in (PLAN_FILE, REPORT_FILE):
         if name in contents:
             contents[name] = _public_json(output / name, public, sent=contents)
+    if HEALING_FILE in contents:
+        contents[HEALING_FILE] = _without_paths(output / HEALING_FILE)
     contents[CARD_FILE] = _public_card(output, public, repository)
     return contents
 
@@ -101,12 +104,19 @@ def _public_json(file: Path, public: Plan, *, sent: Container[str]) -> bytes:
     return (json.dumps(without_local_paths(document), indent=1) + "\n").encode()
 
 
+def _without_paths(file: Path) -> bytes:
+    try:
+        return (json.dumps(without_local_paths(read_json(file)), indent=1) + "\n").encode()
+    except (DocumentError, OSError) as error:
+        raise OutputError(f"{file} is damaged ({error}). Heal again.") from error
+
+
 def _public_card(output: Path, public: Plan, repository: str) -> bytes:
     """Return the card for the repository; one that was rewritten by hand is sent as it is."""
     file = output / CARD_FILE
     if file.is_file() and not is_generated(text := _card_text(file)):
         return text.encode()
-    card = model_card(public, file, repository=repository)
+    card = model_card(public, file, repository=repository, healing=without_local_paths(read_healing(output)))
     return with_measured(card, read_evaluations(output)).encode()
 
 

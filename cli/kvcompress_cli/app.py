@@ -17,6 +17,7 @@ from kvcompress_cli.eval import evaluate
 from kvcompress_cli.export import export
 from kvcompress_cli.failures import OneLineFailures
 from kvcompress_cli.generate import generate
+from kvcompress_cli.heal import heal
 from kvcompress_cli.inspect import inspect
 from kvcompress_cli.push import push
 from kvcompress_cli.report import report
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
 app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.25 --calibration notes.txt")(compress)
+app.command(epilog="Example: kvcompress heal ./small --text notes.txt --tokens 4000000 -o ./healed")(heal)
 app.command(epilog="Example: kvcompress report ./small --html report.html")(report)
 app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
 app.command(epilog="Example: kvcompress compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")(compare)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from kvcompress.heal.trainer import HealProgress
 
 #: Stages of compress() in words, and what they count.
 _STAGES = {
@@ -63,5 +68,34 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
                 label, unit = _STAGES[stage]
                 drawn[stage] = progress.add_task(label, total=total, unit=unit)
             progress.update(drawn[stage], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[HealProgress], None]]:
+    """Yield a callback that draws a training: tokens seen and a second, its loss and that on held-out text."""
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[pace]}", style="dim"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    )
+    with progress:
+        task = progress.add_task("training", total=None, pace="reading the model and the text")
+
+        def report(now: HealProgress) -> None:
+            pace = f"{now.tokens:,} of {now.tokens_in_all:,} tokens, {now.tokens_per_second:,.0f} tokens/s"
+            progress.update(task, completed=now.tokens, total=now.tokens_in_all, pace=pace)
+            if now.loss is not None:
+                progress.console.print(f"{now.tokens:>13,} tokens  loss {now.loss:.5f}", style="dim")
+            if now.held_out is not None:
+                kinds = ", ".join(f"{Path(k).name} {v:.5f}" for k, v in now.held_out.items())
+                progress.console.print(f"{now.tokens:>13,} tokens  held-out KL, nats: {kinds}")
 
         yield report

@@ -52,7 +52,7 @@ def best_gain(z: Tensor, half: Tensor) -> Tensor:
         g = gain(torch.tensor(code)).item()
         error = (dequantise(quantise(z / g, half), half) * g - z).square().sum(-1)
         better = error < least
-        best[better] = code
+        best = torch.where(better, code, best)  # an index of booleans would wait for the GPU
         least = torch.minimum(least, error)
     return best
 

@@ -23,6 +23,7 @@ from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
 from kvcompress.plan import PLAN_FILE, Plan, SitePlan
 from kvcompress.runtime.attach import read_output
+from kvcompress.runtime.head_norm import HEAD_NORM
 
 TARGETS = ("hf", "gguf", "vllm-decilm")
 RECORD_FILE = "kvcompress_export.json"
@@ -102,6 +103,7 @@ def export(
             maps: dict[Site, SiteMaps] = {}
     else:
         (plan, maps), checkpoint = read_output(directory), open_folded(directory)
+    _check_no_head_norm(directory, checkpoint)
     dtype = export_dtype(to, dtype, plan)
     if to == "gguf":
         import_gguf()
@@ -247,6 +249,16 @@ def _check_source(directory: Path) -> bool:
             f"{directory} is in the {form} form, which only kvcompress runs. Compress with --folded to export it."
         )
     return False
+
+
+def _check_no_head_norm(directory: Path, checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError for a model healed with a norm of head outputs."""
+    if any(f".{HEAD_NORM}." in name for name in checkpoint.tensors):
+        raise UnsupportedModelError(
+            f"{directory} was healed with a norm of every head's output before o_proj (head_norm). It divides by a "
+            "number that depends on the token, which no weight of a stock engine can take up; only its learned "
+            "weights could be folded into o_proj. Heal without --head-norm to export, or run it with kvcompress.load."
+        )
 
 
 def _check_target(output: Path, directory: Path, to: str, *, force: bool) -> None:

@@ -10,6 +10,7 @@ from kvcompress.documents import DocumentError, read_text
 from kvcompress.errors import OutputError
 from kvcompress.plan import Plan
 from kvcompress.report.document import CONTEXTS
+from kvcompress.report.healing import healing_section
 from kvcompress.report.measured import measured_table
 from kvcompress.report.source import display_name, hub_id
 from kvcompress.report.usage import loading_note, python_usage
@@ -23,11 +24,17 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 _BEGIN, _END = "<!-- measured: written by kvcompress eval -->", "<!-- end of measured -->"
 
 
-def model_card(plan: Plan, source_card: Path | None = None, *, repository: str | None = None) -> str:
+def model_card(
+    plan: Plan,
+    source_card: Path | None = None,
+    *,
+    repository: str | None = None,
+    healing: list[dict[str, Any]] | None = None,
+) -> str:
     """Return the card: metadata, what was kept, how it was made, what was measured and how to run it.
 
     source_card: the source's README.md, whose licence and language hold here too.
-    repository: where the output lies on the hub, if it does.
+    repository: where the output lies on the hub, if it does. healing: its stages of training, see `read_healing`.
     """
     name = display_name(plan.source)
     choices: dict[str, Any] = {"form": plan.form, "maps_only": bool(plan.options.get("maps_only"))}
@@ -49,7 +56,7 @@ The KV cache of {name}, compressed with kvcompress ({plan.form} form): {plan.com
 
 {measured_section([])}
 
-## Use
+{healing_section(healing or [])}## Use
 
 `pip install kvcompress`, then:
 

@@ -28,6 +28,7 @@ from kvcompress.plan import Plan
 from kvcompress.runtime.attention import CODED, FOLDED_BY, compressed_attention
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.entrance import Entrance
+from kvcompress.runtime.head_norm import HEAD_NORM, add_head_norm
 from kvcompress.runtime.recording import recorded_cache
 from kvcompress.runtime.simulation import Simulation, simulating
 from kvcompress.runtime.static import StaticCache
@@ -253,6 +254,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
     try:
         for file in sorted(directory.glob("model*.safetensors")):
             state.update(load_file(file))
+        _add_head_norms(model, spec, state)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: the folded weights are damaged ({str(error).splitlines()[0]}).") from error
@@ -265,6 +267,14 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
         with explained_loading(directory):
             model.generation_config = compat.GenerationConfig.from_pretrained(directory)
     return model
+
+
+def _add_head_norms(model: PreTrainedModel, spec: ModelSpec, state: dict[str, Any]) -> None:
+    """Add the norms of head outputs that a healed checkpoint has weights of."""
+    for attention in spec.layers:
+        path = attention.value.module.rpartition(".")[0]
+        if f"{path}.{HEAD_NORM}.weight" in state:
+            add_head_norm(model.get_submodule(path), n_heads=attention.n_heads, head_dim=attention.head_dim)
 
 
 def _empty_linear(n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:

@@ -1,0 +1,141 @@
+"""Distillation: KL from the uncompressed model's next-token distribution to that with the compressed cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from kvcompress.heal.attention import Switch
+from kvcompress.heal.layers import TrainableLayer
+from kvcompress.heal.options import HealOptions
+from kvcompress.runtime.head_norm import HeadNorm
+
+#: Rows of logits alive at once, in both models: [1024, 150k] float32 is 600 MB.
+_LOGIT_ROWS = 1024
+#: Columns of what `Distillation` returns outside of training.
+FIGURES = ("nll_original", "nll_healed", "kl", "agreement")
+
+
+class Distillation(nn.Module):
+    """A student with trainable maps (and weights) beside its teacher; what the Trainer trains.
+
+    The teacher, and a student whose weights stay as they are, are no submodules: they are neither saved nor
+    synchronised. Where both are one model, the switch tells which of them runs.
+    """
+
+    _keys_to_ignore_on_save: list[str] | None = None  # the Trainer asks its model for it
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        layers: list[TrainableLayer],
+        switch: Switch,
+        options: HealOptions,
+        *,
+        trained: list[str],
+        new_norms: list[HeadNorm],
+    ) -> None:
+        """trained: names of the student's parameters that are trained beside the layers' maps; new_norms: those among
+        its modules that the compressed model did not have."""
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._models = (student, teacher)
+        self.switch, self.options = switch, options
+        self._new_norms = new_norms
+        for model in {id(m): m for m in self._models}.values():
+            model.requires_grad_(False)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0  # the teacher has none, and what is distilled is not a matter of chance
+        if trained:
+            self.student = student
+            wanted = set(trained)
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(name in wanted)
+        self.register_state_dict_post_hook(_only_trained)
+
+    @property
+    def student_model(self) -> Any:
+        return self._models[0]
+
+    @contextmanager
+    def without_new_norms(self) -> Iterator[None]:
+        """Within the block the student is what it was before anything was added."""
+        for norm in self._new_norms:
+            norm.passes_through = True
+        try:
+            yield
+        finally:
+            for norm in self._new_norms:
+                norm.passes_through = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the student's layers in the backward pass; called by the Trainer."""
+        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self.student_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """input_ids: [batch, seq_len] -> {"loss"}: the mean over predicted tokens, in nats; in training.
+
+        Otherwise {"figures"}: float64 [4], sums over the predicted tokens, named by FIGURES.
+        """
+        student, teacher = self._models
+        with torch.no_grad(), self.switch.off():
+            goal = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        student.train(self.training)
+        states = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        goal, states = goal[:, :-1].flatten(0, 1), states[:, :-1].flatten(0, 1)
+        labels = input_ids[:, 1:].flatten()
+        if not self.training:
+            return {"figures": self._figures(states, goal, labels)}
+        loss = torch.zeros((), device=states.device)
+        for rows, wanted, label in zip(*(t.split(_LOGIT_ROWS) for t in (states, goal, labels)), strict=True):
+            loss = loss + checkpoint(self._loss_of_rows, rows, wanted, label, use_reentrant=False)
+        loss = loss / len(labels)
+        if self.options.hidden_loss:
+            scale = goal.float().square().mean().clamp_min(1e-12)
+            loss = loss + self.options.hidden_loss * (states.float() - goal.float()).square().mean() / scale
+        return {"loss": loss}
+
+    def _loss_of_rows(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over rows of KL(teacher || student) and of the text's own loss, by their weights."""
+        student, teacher = self._models
+        q = student.lm_head(states).float().log_softmax(-1)
+        loss = q.new_zeros(())
+        if self.options.kl_loss:
+            with torch.no_grad():
+                p = teacher.lm_head(goal).float().log_softmax(-1)
+            loss = loss + self.options.kl_loss * functional.kl_div(q, p, log_target=True, reduction="sum")
+        if self.options.text_loss:
+            loss = loss + self.options.text_loss * functional.nll_loss(q, labels, reduction="sum")
+        return loss
+
+    def _figures(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
+        student, teacher = self._models
+        sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=states.device)
+        for rows, wanted, label in zip(*(t.split(_LOGIT_ROWS) for t in (states, goal, labels)), strict=True):
+            p = teacher.lm_head(wanted).float().log_softmax(-1)
+            q = student.lm_head(rows).float().log_softmax(-1)
+            sums += torch.stack(
+                [
+                    functional.nll_loss(p, label, reduction="sum").double(),
+                    functional.nll_loss(q, label, reduction="sum").double(),
+                    functional.kl_div(q, p, log_target=True, reduction="sum").double(),
+                    (p.argmax(-1) == q.argmax(-1)).sum().double(),
+                ]
+            )
+        return sums
+
+
+def _only_trained(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave only trained parameters in a state dict: the rest is as it was, and tied weights would be there twice."""
+    trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in [n for n in state if n.startswith(prefix) and n not in trained]:
+        del state[name]

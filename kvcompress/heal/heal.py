@@ -1,0 +1,187 @@
+"""heal(): an output and text -> the same output, trained to do what the uncompressed model does.
+
+Output -> model and teacher -> texts -> trainable layers -> Trainer -> maps and weights -> writer -> measured again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.checkpoint.writer import atomic_directory, check_target
+from kvcompress.errors import CheckpointError, OptionError, OutputError
+from kvcompress.heal.options import HealOptions
+from kvcompress.heal.student import Student
+from kvcompress.heal.texts import HealTexts, heal_texts
+from kvcompress.heal.write import write_record, write_trained
+from kvcompress.plan import Plan
+
+if TYPE_CHECKING:
+    from kvcompress.heal.trainer import HealProgress
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What heal() made: `stage` is what healing.json says of it; `kept` whether the trained weights were better."""
+
+    output: Path
+    plan: Plan
+    stage: dict[str, Any]
+
+    @property
+    def kept(self) -> bool:
+        return bool(self.stage["kept"])
+
+
+def heal(
+    directory: str | Path,
+    output: str | Path,
+    options: HealOptions | None = None,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[HealProgress], None] | None = None,
+    texts: HealTexts | None = None,
+) -> HealResult:
+    """Train the output `directory` of compress() and write the result to `output`, atomically; same format and bytes.
+
+    The best weights by held-out loss are kept; where none are better on every text, the output is written as it was,
+    and the result says so. base: the original checkpoint, for a folded or maps-only output. resume: continue a
+    training that was killed; on one device the result is that of an unbroken one, bit for bit. texts: windows
+    instead of those that `options.text` gives. Under torchrun every process calls this, and the first one writes.
+    Raises a KVCompressError with one clear message.
+    """
+    options, directory, output = options or HealOptions(), Path(directory), Path(output)
+    plan = Plan.load(directory)
+    _check(plan, options, directory, output, force=force)
+    trainers = _import_trainer()
+    scratch = output.parent / f".{output.name}.training"
+    arguments = trainers.training_arguments(options, scratch, device=device)
+    if not resume and is_main_process():
+        shutil.rmtree(scratch, ignore_errors=True)
+    started = time.monotonic()
+    with _original(directory, plan, base) as source:
+        texts = texts or heal_texts(
+            load_tokenizer(source),
+            options.text,
+            tokens=options.tokens,
+            seq_len=options.seq_len,
+            held_out=options.held_out,
+        )
+        dtype = torch.float32 if arguments.device.type == "cpu" or not arguments.bf16 else torch.bfloat16
+        student = Student.of(directory, plan, source, device=arguments.device, dtype=dtype)
+        before, protocol = student.figures(texts.held_out) if is_main_process() else ({}, {})
+        model = student.distillation(options, texts.training)
+        trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
+        trainer.train(resume_from_checkpoint=trainers.last_checkpoint(scratch) if resume else None)
+        stage: dict[str, Any] = {
+            "train": options.train,
+            "kept": bool(trainer.state.best_metric is not None and trainer.state.best_metric < 1),
+            "tokens": trainer.state.global_step * options.batch * options.seq_len,
+            "parameters": trainers.parameters_trained(model),
+            "device": trainers.device_name(arguments),
+            "text_sha256": texts.sha256,
+            "options": options.to_json(),
+            "protocol": protocol,
+            "seconds": time.monotonic() - started,
+        }
+        if is_main_process():
+            _write(directory, plan, student, source, before, stage, texts, output, force=force)
+            shutil.rmtree(scratch, ignore_errors=True)
+    return HealResult(output, plan, stage)
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes the output: the only one, or the first of several."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _write(
+    directory: Path,
+    plan: Plan,
+    student: Student,
+    source: Path,
+    before: dict[str, Any],
+    stage: dict[str, Any],
+    texts: HealTexts,
+    output: Path,
+    *,
+    force: bool,
+) -> None:
+    """Write what was trained, measure it as it was written, and take it back if it is worse anywhere."""
+    with atomic_directory(output, force=force) as target:
+        after = before
+        if stage["kept"]:
+            write_trained(directory, plan, student.trained_maps(), student.trained_weights(), target)
+            student.reload(target, source)
+            after, _ = student.figures(texts.held_out)
+            stage["kept"] = all(after[text]["kl_nats"] <= before[text]["kl_nats"] for text in before)
+        if not stage["kept"]:
+            shutil.rmtree(target)
+            target.mkdir()
+            write_trained(directory, plan, None, {}, target)
+            after = before
+        stage["texts"] = {text: {"before": before[text], "after": after[text]} for text in before}
+        write_record(directory, plan, stage, target)
+
+
+def _check(plan: Plan, options: HealOptions, directory: Path, output: Path, *, force: bool) -> None:
+    """Raise an OptionError or OutputError for what cannot be healed so."""
+    if output.resolve().is_relative_to(directory.resolve()) or directory.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} overlaps {directory}, which is never written to. Choose another.")
+    check_target(output, force=force)
+    if plan.form == "coded" and options.train != "maps":
+        raise OptionError(
+            f"{directory} is in the coded form, whose weights stay those of the original. Use --train maps, or "
+            "compress with --folded to train weights."
+        )
+    if plan.form == "coded" and options.head_norm:
+        raise OptionError("a norm of head outputs changes the model, so it is for folded outputs. Leave it out.")
+    if options.seq_len <= plan.sinks + plan.recent + 1:
+        raise OptionError(
+            f"seq_len {options.seq_len} is no longer than the exact tokens ({plan.sinks} sinks, {plan.recent} recent), "
+            "so no query would see a compressed one. Raise --seq-len."
+        )
+
+
+def _import_trainer() -> Any:
+    """Return the module that needs accelerate. Raises OptionError where it is missing."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise OptionError(
+            "healing trains with accelerate, which is not installed: pip install 'kvcompress[heal]'."
+        ) from error
+    from kvcompress.heal import trainer
+
+    return trainer
+
+
+@contextmanager
+def _original(directory: Path, plan: Plan, base: str | None) -> Iterator[Path]:
+    """Yield where the uncompressed model lies: the output itself, if it is coded and whole, or its source."""
+    if plan.form == "coded" and (directory / "config.json").is_file():
+        yield directory
+        return
+    source = base or plan.source
+    if not base and Path(source).is_absolute() and not Path(source).exists():
+        raise CheckpointError(f"{directory} needs its original, and {source} is not here. Name it with --base.")
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.fingerprint() != plan.source_fingerprint:
+            raise CheckpointError(
+                f"{source} is not the checkpoint that {directory} was made from (its fingerprint differs). "
+                "Name that one with --base."
+            )
+        yield checkpoint.path

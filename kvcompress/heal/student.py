@@ -1,0 +1,120 @@
+"""The model to be trained and its teacher: loaded as the run time loads them, then given trainable layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.heal.attention import Switch, use_healing_attention, use_own_attention
+from kvcompress.heal.distil import Distillation
+from kvcompress.heal.head_norm import fit_head_norms
+from kvcompress.heal.layers import TrainableLayer
+from kvcompress.heal.options import HealOptions
+from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.model_spec import PARTS, Site
+from kvcompress.plan import Plan
+from kvcompress.runtime.attach import attach_plan, attachment_of, detach, load, read_output
+from kvcompress.runtime.head_norm import HEAD_NORM, HeadNorm, add_head_norm
+
+#: Windows on which the weights of head norms are set before they are trained.
+_NORM_WINDOWS = 4
+
+
+@dataclass
+class Student:
+    """A compressed model with its run time attached, and the uncompressed one; of a coded output they are the same."""
+
+    model: Any
+    teacher: Any
+    plan: Plan
+    maps: dict[Site, SiteMaps]
+    layers: list[TrainableLayer] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, directory: Path, plan: Plan, source: Path, *, device: torch.device, dtype: torch.dtype) -> Student:
+        """Return the model of an output, attached; dtype: of a coded one, where no weight is trained."""
+        folded = plan.form == "folded"
+        # weights that are trained are kept in float32: bfloat16 would round small steps away; autocast computes in it
+        model = load(directory, base=source, dtype=torch.float32 if folded else dtype, device=str(device))
+        teacher = model
+        if folded:
+            teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+        return cls(model, teacher, plan, read_output(directory)[1])
+
+    def figures(self, held_out: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return ({text: its figures}, their protocol), measured as `kvcompress eval` does, with the run time."""
+        texts, protocol = {}, {}
+        for text, ids in held_out.items():
+            original = Original(self.teacher, Windows(ids, text, ""))
+            result = evaluate_attached(self.model, original)
+            texts[text] = {"ratio": result.perplexity["ratio"], "kl_nats": result.kl_nats}
+            protocol = {k: v for k, v in result.protocol.items() if not k.startswith("text")}
+        return texts, protocol
+
+    def distillation(self, options: HealOptions, windows: Tensor) -> Distillation:
+        """Return what the Trainer trains; the run time is detached. windows: text to set new head norms by."""
+        spec = read_model_spec(self.model.config.to_dict())
+        codecs = attachment_of(self.model).codecs
+        paths = [a.value.module.rpartition(".")[0] for a in spec.layers]
+        modules = [self.model.get_submodule(path) for path in paths]
+        planned = {site.site: site for site in self.plan.sites}
+        self.layers = []
+        for attention, codec in zip(spec.layers, codecs, strict=True):
+            plans = {part: planned[Site(attention.layer, part)] for part in PARTS}
+            maps = {part: None if p.exact else self.maps[p.site] for part, p in plans.items()}
+            self.layers.append(TrainableLayer(codec, plans, maps).to(self.model.device))
+        detach(self.model)
+        switch = Switch(self.plan.sinks, self.plan.recent, self.plan.form == "folded")
+        norms: list[HeadNorm] = []
+        if options.head_norm and not hasattr(modules[0], HEAD_NORM):
+            sizes = zip(modules, spec.layers, strict=True)
+            norms = [add_head_norm(module, n_heads=a.n_heads, head_dim=a.head_dim) for module, a in sizes]
+        use_healing_attention(self.model, modules, self.layers, switch)
+        fit_head_norms(norms, self.model, windows[:_NORM_WINDOWS].to(self.model.device))
+        trained = trained_parameters(self.model, paths, options.train) if switch.folded else []
+        return Distillation(self.model, self.teacher, self.layers, switch, options, trained=trained, new_norms=norms)
+
+    def trained_maps(self) -> dict[Site, SiteMaps]:
+        """Return the maps as they are now."""
+        found: dict[Site, SiteMaps] = {}
+        for index, layer in enumerate(self.layers):
+            for part in PARTS:
+                if (site := getattr(layer, part)) is not None:
+                    found[Site(index, part)] = site.trained_maps()
+        return found
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return the trained weights of the model by their names in a checkpoint; none of a coded output."""
+        return {n: p.detach().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def reload(self, directory: Path, source: Path) -> None:
+        """Put what was written to a directory in the place of the trained model, with the run time attached."""
+        if self.plan.form == "folded":
+            device, dtype = self.model.device, self.model.dtype
+            self.model.to("cpu")
+            self.model = load(directory, base=source, dtype=dtype, device=str(device))
+        else:
+            use_own_attention(self.model)
+            attach_plan(self.model.eval(), *read_output(directory))
+
+
+def trained_parameters(model: Any, attentions: list[str], train: str) -> list[str]:
+    """Return the names of a folded model's parameters that are trained beside its maps.
+
+    maps: norms of head outputs alone. attention: the projections of the attention and all norms. all: everything.
+    """
+
+    def wanted(name: str) -> bool:
+        if train == "all" or f".{HEAD_NORM}." in name:
+            return True
+        is_norm = "norm" in name.rsplit(".", 2)[-2]
+        return train == "attention" and (is_norm or name.rsplit(".", 2)[0] in attentions)
+
+    return [name for name, _ in model.named_parameters() if wanted(name)]

@@ -1,0 +1,83 @@
+"""Text sources -> windows to train on, and windows of every source that are kept out of the training."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcompress.calibration.text import documents
+from kvcompress.errors import CalibrationError
+
+#: Characters read per token wanted; more than any text's tokens take.
+_CHARS_PER_TOKEN = 8
+#: Windows from one held-out window to the next, where a source has as many: a later training on more of the same text
+#: then keeps the same ones out.
+_SPACING = 61
+
+
+class HealTexts(NamedTuple):
+    """training: [n_windows, seq_len]; held_out: {source: [n, seq_len]}; sha256: of all ids, which names the text."""
+
+    training: Tensor
+    held_out: dict[str, Tensor]
+    sha256: str
+
+
+def heal_texts(tokenizer: Any, sources: tuple[str, ...], *, tokens: int, seq_len: int, held_out: int) -> HealTexts:
+    """Return windows of several sources, in equal shares as far as their text reaches.
+
+    Each source's held-out windows lie apart, from its beginning on. Together the sources may have fewer
+    than `tokens` tokens: then the training passes over them more than once. Raises CalibrationError for a source
+    that has no more text than its held-out windows.
+    """
+    wanted = -(-tokens // seq_len)
+    found = {s: _windows(tokenizer, s, wanted + held_out, seq_len) for s in sources}
+    training, kept = {}, {}
+    for source, windows in found.items():
+        if len(windows) <= held_out:
+            raise CalibrationError(
+                f"too little text: {source} has {len(windows)} windows of {seq_len} tokens, {held_out} of them are "
+                "kept out of the training. Give more text, or lower --held-out or --seq-len."
+            )
+        out = torch.zeros(len(windows), dtype=torch.bool)
+        spacing = min(_SPACING, len(windows) // held_out)
+        out[torch.arange(held_out) * spacing + spacing // 2] = True
+        training[source], kept[source] = windows[~out], windows[out]
+    shares = _shares([len(w) for w in training.values()], wanted)
+    chosen = [
+        w[torch.linspace(0, len(w) - 1, n).round().long()] for w, n in zip(training.values(), shares, strict=True) if n
+    ]
+    ids = torch.cat(chosen)
+    digest = hashlib.sha256(ids.numpy().tobytes())
+    for windows in kept.values():
+        digest.update(windows.numpy().tobytes())
+    return HealTexts(ids, kept, digest.hexdigest())
+
+
+def _windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tensor:
+    """Return up to n_windows windows from the start of a source, documents joined by the end token."""
+    left, ids = n_windows * seq_len * _CHARS_PER_TOKEN, []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in documents(source):
+        ids.extend(tokenizer(text[:left], add_special_tokens=False, verbose=False)["input_ids"] + separator)
+        left -= len(text)
+        if left <= 0 or len(ids) >= n_windows * seq_len:
+            break
+    n_windows = min(n_windows, len(ids) // seq_len)
+    return torch.tensor(ids[: n_windows * seq_len], dtype=torch.long).reshape(n_windows, seq_len)
+
+
+def _shares(available: list[int], wanted: int) -> list[int]:
+    """Return how many windows each source gives: equal shares, and what one lacks the others give."""
+    shares = [0] * len(available)
+    while (left := wanted - sum(shares)) > 0:
+        open_ = [i for i, n in enumerate(available) if shares[i] < n]
+        if not open_:
+            break
+        for k, i in enumerate(open_):
+            fair = left // len(open_) + (k < left % len(open_))
+            shares[i] = min(available[i], shares[i] + fair)
+    return shares

@@ -1,0 +1,84 @@
+"""healing.json: how an output was trained after its compression, and what that gave; and the same for people.
+
+    {"format_version": 1, "stages": [{"train": ..., "tokens": ..., "protocol": {...}, "texts": {...}}]}
+
+Each stage is one `kvcompress heal`; an output that was healed again keeps the earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvcompress.documents import DocumentError, read_json
+from kvcompress.errors import CheckpointError
+
+HEALING_FILE = "healing.json"
+_FORMAT_VERSION = 1
+_TRAINED = {
+    "maps": "the maps (means, encoders, decoders, steps); the model's weights are as they were",
+    "attention": "the attention's projections, the head mixing and the norms",
+    "all": "all weights and the head mixing",
+}
+
+
+def read_healing(directory: Path) -> list[dict[str, Any]]:
+    """Return the stages of training of an output, first one first; none where it was never healed.
+
+    Raises CheckpointError if the file is damaged or of a later format.
+    """
+    file = directory / HEALING_FILE
+    if not file.exists():
+        return []
+    try:
+        document = read_json(file)
+        version, stages = document["format_version"], list(document["stages"])
+        if version == _FORMAT_VERSION:
+            for stage in stages:
+                healing_words(stage), healing_rows(stage)
+    except (DocumentError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}). Heal again.") from error
+    if version != _FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {version}; this kvcompress reads {_FORMAT_VERSION}.")
+    return stages
+
+
+def write_healing(directory: Path, stages: list[dict[str, Any]]) -> None:
+    document = {"format_version": _FORMAT_VERSION, "stages": stages}
+    (directory / HEALING_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def healing_words(stage: dict[str, Any]) -> str:
+    """Return what was trained, on how much, and whether it was kept, in one sentence."""
+    norm = ", with a norm of every head's output" if stage["options"]["head_norm"] else ""
+    done = f"Trained: {_TRAINED[stage['train']]}{norm}, on {stage['tokens']:,} tokens in {stage['seconds']:,.0f} s."
+    return done if stage["kept"] else f"{done} Nothing was better on every held-out text, so nothing was changed."
+
+
+def healing_rows(stage: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return (text, perplexity ratio before and after, KL before and after) of every held-out text."""
+    return [
+        (
+            Path(text).name,
+            *(f"{found[when]['ratio']:.4f}" for when in ("before", "after")),
+            *(f"{found[when]['kl_nats']:.5f}" for when in ("before", "after")),
+        )
+        for text, found in stage["texts"].items()
+    ]
+
+
+def healing_section(stages: list[dict[str, Any]]) -> str:
+    """Return the model card's section on training, Markdown; empty where there was none."""
+    parts = []
+    for stage in stages:
+        head = "| held-out text | perplexity ratio before | after | KL before, nats | after |\n|---|---|---|---|---|"
+        rows = "\n".join(f"| {' | '.join(row)} |" for row in healing_rows(stage))
+        p = stage["protocol"]
+        how = (
+            f"Distilled from the uncompressed model; {p['windows']} held-out windows of {p['seq_len']:,} tokens of "
+            f"each text, {p['sinks']} sinks and {p['recent']} recent tokens exact, {p['dtype']}, "
+            "none of them trained on."
+        )
+        parts.append(f"{healing_words(stage)}\n\n{head}\n{rows}\n\n{how}")
+    return "## Training after compression\n\n" + "\n\n".join(parts) + "\n\n" if parts else ""
