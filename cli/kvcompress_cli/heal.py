@@ -134,12 +134,8 @@ def run(directory: Path, output: Path, options: HealOptions, **settings: Any) ->
 
 
 def _print(result: HealResult) -> None:
-    from kvcompress.report.healing import healing_rows, healing_words
+    from kvcompress_cli.report import print_healing
 
-    typer.echo(f"wrote {result.output}. {healing_words(result.stage)}\n")
-    table = terminal.table("held-out text", ">ratio before", ">after", ">KL before, nats", ">after")
-    for row in healing_rows(result.stage):
-        table.add_row(*row)
-    terminal.stdout().print(table)
-    out = shlex.quote(str(result.output))
-    typer.echo(f"\nkvcompress eval {out} --text FILE")
+    typer.echo(f"wrote {result.output}")
+    print_healing(terminal.stdout(), [result.stage])
+    typer.echo(f"\nkvcompress eval {shlex.quote(str(result.output))} --text FILE")

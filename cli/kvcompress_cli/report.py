@@ -12,6 +12,7 @@ from rich.markup import escape
 from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 _PARTS = ("key", "value")
@@ -64,8 +65,21 @@ def print_report(document: dict[str, Any]) -> None:
     console = terminal.stdout()
     console.print(layer_table(document, ascii_only=console.options.ascii_only))
     console.print(totals(document))
+    print_healing(console, document.get("healing", []))
     if "search" in document:
         console.print(search_table(document["search"]))
+
+
+def print_healing(console: Console, stages: list[dict[str, Any]]) -> None:
+    """Print what was trained after the compression, and what that gave."""
+    from kvcompress.report.healing import healing_rows, healing_words
+
+    for stage in stages:
+        console.print(f"\n{healing_words(stage)}", soft_wrap=True)
+        table = terminal.table("held-out text", ">ratio before", ">after", ">KL before, nats", ">after")
+        for row in healing_rows(stage):
+            table.add_row(*row)
+        console.print(table)
 
 
 def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvcompress import compat
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.heal.layers import TrainableLayer
 
@@ -97,11 +95,11 @@ def healing_attention(
     kwargs["dropout"] = 0.0
     layer, switch = module.__dict__["kvcompress_heal"]
     if not switch.on:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
     if switch.folded:
         with torch.autocast(query.device.type, enabled=False):
             key, value = layer.expanded(key, value)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     return decode_faithful(layer, switch, query, key, value, attention_mask, scaling), None
 
@@ -143,10 +141,7 @@ def decode_faithful(
 
 def use_healing_attention(model: Any, modules: list[Any], layers: list[TrainableLayer], switch: Switch) -> None:
     """Make the attention modules of a model see their cache through `layers`, which become no part of the model."""
-    AttentionInterface.register(ATTENTION_NAME, healing_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    model.__dict__["kvcompress_heal_before"] = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
+    model.__dict__["kvcompress_heal_before"] = compat.use_attention(model, ATTENTION_NAME, healing_attention)
     for module, layer in zip(modules, layers, strict=True):
         module.__dict__["kvcompress_heal"] = (layer, switch)
 

@@ -35,7 +35,7 @@ class HealOptions:
     #: Peak learning rate of the weights; None: 5e-4.
     learning_rate: float | None = None
     #: Peak learning rate of maps, in units of the error that the codec makes there anyway (heal/site.py).
-    maps_rate: float = 1e-2
+    maps_rate: float = 2e-2
     #: The share of the steps in which the rate rises; then it falls as a cosine.
     warmup: float = 0.05
     weight_decay: float = 0.0

@@ -62,7 +62,7 @@ class Student:
         """Return what the Trainer trains; the run time is detached. windows: text to set new head norms by."""
         spec = read_model_spec(self.model.config.to_dict())
         codecs = attachment_of(self.model).codecs
-        paths = [a.value.module.rpartition(".")[0] for a in spec.layers]
+        paths = [a.projection("value").module.rpartition(".")[0] for a in spec.layers]
         modules = [self.model.get_submodule(path) for path in paths]
         planned = {site.site: site for site in self.plan.sites}
         self.layers = []

@@ -33,7 +33,8 @@ def write_trained(
     weight has no place in the checkpoint.
     """
     files = {f.name for f in directory.glob("model*.safetensors")} if weights else set()
-    copy_checkpoint(directory, target, skip=frozenset({EVALUATIONS_FILE, *files}))
+    kept = {f.name for f in directory.glob("*.safetensors")} - files - ({MAPS_FILE} if maps is not None else set())
+    copy_checkpoint(directory, target, weights=frozenset(kept), skip=frozenset({EVALUATIONS_FILE}))
     if maps is not None:
         save_maps(maps, target / MAPS_FILE)
     if weights:

@@ -272,7 +272,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
 def _add_head_norms(model: PreTrainedModel, spec: ModelSpec, state: dict[str, Any]) -> None:
     """Add the norms of head outputs that a healed checkpoint has weights of."""
     for attention in spec.layers:
-        path = attention.value.module.rpartition(".")[0]
+        path = attention.projection("value").module.rpartition(".")[0]
         if f"{path}.{HEAD_NORM}.weight" in state:
             add_head_norm(model.get_submodule(path), n_heads=attention.n_heads, head_dim=attention.head_dim)
 

@@ -13,7 +13,7 @@ import kvcompress as library
 from kvcompress import pipeline
 from kvcompress_cli.app import app
 
-COMMANDS = ("inspect", "compress", "report", "eval", "compare", "generate", "push", "export", "bench", "demo")
+COMMANDS = ("inspect", "compress", "heal", "report", "eval", "compare", "generate", "push", "export", "bench", "demo")
 #: Runs the app as the installed script does, then says on stderr which heavy libraries were imported.
 PROBE = """
 import atexit, sys
