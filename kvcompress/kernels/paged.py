@@ -78,12 +78,12 @@ def page_words(pages: Tensor, n_blocks: int, n_words: int, offset: int) -> Tenso
     """Return the rows of one site in pages, a view [pages, n_blocks, n_words] int32, as GroupedSite.words.
 
     pages: uint8 [pages, bytes of a page], any stride between pages; offset: bytes before the first row. Raises
-    OptionError where rows would not begin at multiples of 16 bytes.
+    OptionError where first rows would not begin at multiples of 16 bytes.
     """
-    if pages.stride(1) != 1 or pages.stride(0) % 16 or (pages.data_ptr() + offset) % 16 or n_words % 4:
+    if pages.stride(1) != 1 or pages.stride(0) % 16 or (pages.data_ptr() + offset) % 16:
         raise OptionError(
-            f"rows of {n_words} words at byte {offset} of pages {pages.stride(0)} bytes apart do not begin at "
-            "multiples of 16 bytes. Expected pages whose stride, address and parts are such multiples."
+            f"rows at byte {offset} of pages {pages.stride(0)} bytes apart do not begin at multiples of 16 bytes. "
+            "Expected pages whose stride, address and parts are such multiples."
         )
     words = pages[:, offset : offset + 4 * n_blocks * n_words].view(torch.int32)
     return words.unflatten(1, (n_blocks, n_words))
@@ -112,6 +112,13 @@ class PagedLayer:
     angles: Tensor
     scaling: float
     most_exact: int
+
+    def __post_init__(self) -> None:
+        for site in (self.keys, self.values):
+            if any(stride % 4 for stride in site.words.stride()[:2]):
+                raise OptionError(
+                    f"rows {site.words.stride(1)} words apart are not in the tile layout of docs/format.md."
+                )
 
     @property
     def sizes(self) -> tuple[int, int, int]:

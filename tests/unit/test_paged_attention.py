@@ -223,6 +223,13 @@ def test_applies_where_units_of_tokens_lie_in_one_page_and_turn() -> None:
 def test_pages_that_are_not_aligned_are_refused() -> None:
     with pytest.raises(OptionError, match="multiples of 16 bytes"):
         page_words(torch.zeros(3, 1000, dtype=torch.uint8), 4, 8, 0)
+    with pytest.raises(OptionError, match="multiples of 16 bytes"):
+        page_words(torch.zeros(3, 1024, dtype=torch.uint8), 4, 8, 8)
+    words = page_words(torch.zeros(3, 1024, dtype=torch.uint8), 4, 7, 16)
+    site = replace(random_site("key", 1, 1, {4: [32] * 4}, 8, 128, True)[0], words=words)
+    y = torch.zeros(3, 32, 2, 64).half()
+    with pytest.raises(OptionError, match="tile layout"):
+        PagedLayer(site, site, ExactPages(y, y, y, y), 8, 128, y, 1.0, 9)
     x = torch.zeros(3, 32, 2, 68, dtype=torch.half)[..., :64]
     with pytest.raises(OptionError, match="exact keys"):
         ExactPages(x, x, x, x)
