@@ -12,6 +12,7 @@ from kvcompress_cli import flags, terminal
 if TYPE_CHECKING:
     from kvcompress.bench.attention import AttentionTiming
     from kvcompress.bench.decode import DecodeTiming
+    from kvcompress.bench.pages import ChunkTiming, PagedTiming
 
 
 def bench(
@@ -35,6 +36,9 @@ def bench(
         int | None,
         typer.Option(min=1, help="With --decode: sequences, instead of the most that fit.", show_default=False),
     ] = None,
+    pages: Annotated[
+        bool, typer.Option("--pages", help="Also time the same tokens in pages, as an engine keeps them (GPU).")
+    ] = False,
     device: flags.Device = "auto",
     json: flags.Json = False,
 ) -> None:
@@ -48,7 +52,7 @@ def bench(
     document = run_bench(
         output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), ranks_only=ranks_only,
         contexts=_numbers(context, int, "--context"), batches=_numbers(batch, int, "--batch"),
-        turn=turn, memory_gb=memory, device=device, decode=decode, decode_batch=decode_batch,
+        turn=turn, memory_gb=memory, device=device, decode=decode, decode_batch=decode_batch, pages=pages,
     )  # fmt: skip
     if json:
         terminal.print_json(document.to_json())
@@ -56,6 +60,8 @@ def bench(
         print_attention(document.attention)
         if decode:
             print_decode(document.decode)
+        if pages:
+            print_pages(document.pages, document.chunks)
         _print_rest(document)
 
 
@@ -91,6 +97,30 @@ def print_decode(rows: list[DecodeTiming]) -> None:
             f"{row.milliseconds:.1f}",
             f"{row.tokens_per_second:.0f}",
             "-" if row.speedup is None else f"[bold]{row.speedup:.2f}x[/bold]",
+        )
+    terminal.stdout().print(table)
+
+
+def print_pages(rows: list[PagedTiming], chunks: list[ChunkTiming]) -> None:
+    table = terminal.table(">keep", ">context", ">batch", ">pages, us", ">one tensor", ">schedule, once a step")
+    for row in rows:
+        table.add_row(
+            f"{row.keep:.3g}",
+            terminal.tokens(row.context),
+            str(row.batch),
+            f"{row.microseconds:.1f}",
+            f"{row.contiguous_microseconds:.1f}",
+            f"{row.schedule_microseconds:.0f}",
+        )
+    terminal.stdout().print(table)
+    table = terminal.table(">keep", ">cached", ">new", ">ours, ms", ">uncompressed", ">rebuilding")
+    for row in chunks:
+        times = row.microseconds, row.exact_microseconds, row.rebuild_microseconds
+        table.add_row(
+            f"{row.keep:.3g}",
+            terminal.tokens(row.context),
+            terminal.tokens(row.n_new),
+            *(f"{t / 1e3:.2f}" for t in times),
         )
     terminal.stdout().print(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class Pool:
     layers: list[PagedLayer]
     tokens: QueryTokens
     contiguous: list[CompressedLayer]
+
+
+def blocks_of_page(keep: float) -> int:
+    """Return how many packed blocks of 32 tokens take about as many bytes as 32 exact tokens: a power of two."""
+    return max(4, 1 << round(math.log2(1 / keep)))
 
 
 def time_pages(
@@ -154,14 +160,20 @@ def _exact_pages(layer: CompressedLayer, table: Tensor, n_pages: int, n_blocks: 
 class ChunkTiming:
     """Microseconds of one layer: a chunk of n_new tokens after `context` cached ones, over pages and uncompressed."""
 
+    keep: float
     context: int
     n_new: int
     microseconds: float
     exact_microseconds: float
     rebuild_microseconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-def time_chunk(pool: Pool, *, n_new: int, tile: int, attend: Any = attend_with_torch) -> ChunkTiming:
+
+def time_chunk(
+    pool: Pool, *, keep: float, n_new: int, tile: int = 1 << 14, attend: Any = attend_with_torch
+) -> ChunkTiming:
     """Time the first sequence's chunk; uncompressed: the same attention over exact keys that lie in one tensor."""
     layer, tokens = pool.contiguous[0], pool.tokens
     paged, device = pool.layers[0], tokens.rows.device
@@ -192,7 +204,7 @@ def time_chunk(pool: Pool, *, n_new: int, tile: int, attend: Any = attend_with_t
     rebuilding = median_seconds(
         lambda: chunk_attention(rebuilt, query, key, value, context=cached, tiles=tiles, attend=nothing), device
     )
-    return ChunkTiming(context, n_new, ours * 1e6, exact * 1e6, rebuilding * 1e6)
+    return ChunkTiming(keep, context, n_new, ours * 1e6, exact * 1e6, rebuilding * 1e6)
 
 
 def time_encoding(pool: Pool, n_blocks: int, *, n_layers: int = 1, n_streams: int = 8) -> float:

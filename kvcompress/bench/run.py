@@ -11,11 +11,12 @@ import torch
 
 from kvcompress.bench.attention import AttentionTiming, time_attention
 from kvcompress.bench.decode import DecodeTiming, time_decode
+from kvcompress.bench.pages import ChunkTiming, PagedTiming, blocks_of_page, random_pool, time_chunk, time_pages
 from kvcompress.bench.prefill import PrefillTiming, sequences_that_fit, time_prefill
 from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_second
 from kvcompress.bench.workload import SHAPES, Shape, components_at_a_time, shape_of_output, typical_counts
 from kvcompress.errors import OptionError
-from kvcompress.options import GAIN_BITS
+from kvcompress.options import GAIN_BITS, TILE_TOKENS
 from kvcompress.plan import BLOCK_TOKENS
 
 
@@ -34,9 +35,12 @@ class BenchReport:
     prefill: list[PrefillTiming]
     fits: list[dict[str, Any]]
     decode: list[DecodeTiming]
+    pages: list[PagedTiming]
+    chunks: list[ChunkTiming]
 
     def to_json(self) -> dict[str, Any]:
-        rows = {name: [row.to_json() for row in getattr(self, name)] for name in ("attention", "prefill", "decode")}
+        tables = "attention", "prefill", "decode", "pages", "chunks"
+        rows = {name: [row.to_json() for row in getattr(self, name)] for name in tables}
         names = (
             "device",
             "torch_version",
@@ -52,12 +56,14 @@ class BenchReport:
 def run_bench(
     *, output: Path | None, shape: str, keeps: Sequence[float], ranks_only: bool, contexts: Sequence[int],
     batches: Sequence[int], turn: int, memory_gb: float, device: str, decode: bool = False,
-    decode_batch: int | None = None,
+    decode_batch: int | None = None, pages: bool = False,
 ) -> BenchReport:  # fmt: skip
     """Return the timings of every keep, context and batch; combinations too large for the device are left out.
 
-    decode: also time a whole model, at decode_batch sequences or the most that fit in memory_gb.
-    Raises OptionError for an unknown shape, a device that is not there, or a model to decode with that does not fit.
+    decode: also time a whole model, at decode_batch sequences or the most that fit in memory_gb. pages: also time the
+    same tokens in pages, as an engine keeps them, and a chunk of a prompt after the longest context of up to 32k.
+    Raises OptionError for an unknown shape, a device that is not there, a model to decode with that does not fit, or
+    pages without the kernels that read them.
     """
     if min(contexts) < BLOCK_TOKENS:
         raise OptionError(f"--context {min(contexts)}: nothing is packed below {BLOCK_TOKENS} tokens. Ask for more.")
@@ -65,6 +71,7 @@ def run_bench(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     sizes, counts = _workloads(output, shape, keeps, ranks_only, turn)
     attention, prefill, fits, decoded = [], [], [], []
+    paged, chunks = _time_pages(sizes, counts, contexts, batches, turn, where, dtype) if pages else ([], [])
     if decode:
         decoded = time_decode(
             sizes,
@@ -109,8 +116,34 @@ def run_bench(
     return BenchReport(
         sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),
         matrix_flops_per_second(where), {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
-        decoded,
+        decoded, paged, chunks,
     )  # fmt: skip
+
+
+def _time_pages(
+    shape: Shape, counts: dict[float, dict[str, dict[int, int]]], contexts: Sequence[int], batches: Sequence[int],
+    turn: int, device: torch.device, dtype: torch.dtype,
+) -> tuple[list[PagedTiming], list[ChunkTiming]]:  # fmt: skip
+    if device.type != "cuda" or turn % TILE_TOKENS:
+        raise OptionError(f"--pages times kernels of a GPU, over keys in turns of a multiple of {TILE_TOKENS} tokens.")
+    paged, chunks = [], []
+    for keep, parts in counts.items():
+        blocks, site = blocks_of_page(keep), (parts["key"], parts["value"])
+        for context in contexts:
+            for batch in batches:
+                if _fits(shape, context, batch, device, dtype):
+                    paged.append(
+                        time_pages(
+                            shape, *site, keep=keep, context=context, batch=batch, turn=turn, page_blocks=blocks,
+                            device=device, dtype=dtype,
+                        )
+                    )  # fmt: skip
+        pool = random_pool(
+            shape, *site, context=min(max(contexts), 32768), batch=1, turn=turn, page_blocks=blocks, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        chunks.append(time_chunk(pool, keep=keep, n_new=2048))
+    return paged, chunks
 
 
 def _workloads(

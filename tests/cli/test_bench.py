@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from kvcompress.bench.pages import ChunkTiming, PagedTiming
 from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, typical_counts
 from kvcompress.codec.tiles import is_tileable
 
@@ -107,3 +108,18 @@ def test_typical_counts_of_turns_are_quads_of_every_group(name, keep, ranks_only
 def test_counts_of_an_output_are_dealt_out_in_quads():
     maps = random_maps(SHAPES["llama-3-8b"], "key", {8: 36, 4: 284, 2: 232, 1: 160}, turn=128)
     assert is_tileable(maps.bits, maps.block)
+
+
+def test_pages_need_the_kernels_that_read_them(kvcompress):
+    outcome = kvcompress("bench", *SMALL, "--pages")
+    assert outcome.code != 0 and "--pages times kernels of a GPU" in outcome.stderr
+
+
+def test_the_table_of_pages(kvcompress, monkeypatch):
+    pages = PagedTiming(0.125, 32768, 8, 68.6, 67.6, 35.0, 0.0)
+    chunk = ChunkTiming(0.125, 32768, 2048, 4000.0, 3300.0, 500.0)
+    monkeypatch.setattr("kvcompress.bench.run._time_pages", lambda *sizes: ([pages], [chunk]))
+    outcome = kvcompress("bench", *SMALL, "--pages")
+    assert outcome.code == 0
+    words = outcome.stdout.split()
+    assert {"68.6", "67.6", "4.00", "3.30", "0.50"} <= set(words)
