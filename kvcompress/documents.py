@@ -61,6 +61,11 @@ Count = Annotated[int, Within(0, 1 << 60)]
 Finite = Annotated[float, Within(-1e300, 1e300)]
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a name that was read is that of a file in a directory: no way out of it, and none too long."""
+    return Path(name).name == name and "\0" not in name and len(os.fsencode(name)) <= 255
+
+
 def read_text(file: Path, *, most: int = MAX_BYTES) -> str:
     """Return the text of a regular file of at most `most` bytes. Raises DocumentError or OSError."""
     with open(file, "rb", opener=_opened_at_once) as handle:

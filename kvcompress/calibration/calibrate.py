@@ -22,6 +22,7 @@ from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import remove_stale
+from kvcompress.errors import CalibrationError
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
@@ -51,13 +52,13 @@ def obtain_moments(
     if file.is_file() or not resume:
         partial.unlink(missing_ok=True)
     if file.is_file():
-        return Moments.load(file)
+        return _loaded(file, checkpoint)
     model, tokenizer = _load_model(checkpoint, protocol["device"], protocol["dtype"])
     windows = _calibration_windows(model, tokenizer, options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     if partial.is_file():
-        moments = Moments.load(partial)
-        if moments.protocol != protocol:
+        moments = _loaded(partial, checkpoint)
+        if moments.protocol != protocol or not 0 <= moments.n_windows <= len(windows.ids):
             moments = _no_moments(checkpoint, protocol)
         moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
     else:
@@ -76,6 +77,14 @@ def obtain_moments(
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)
+    return moments
+
+
+def _loaded(file: Path, checkpoint: Checkpoint) -> Moments:
+    """Return saved moments. Raises CalibrationError where they are not of this model."""
+    moments, spec = Moments.load(file), checkpoint.spec
+    if {s: m.total.numel() for s, m in moments.sites.items()} != {s: spec.width(s) for s in spec.sites}:
+        raise CalibrationError(f"{file} holds moments of another model. Remove it to calibrate again.")
     return moments
 
 

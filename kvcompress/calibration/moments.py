@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.writer import atomic_file
-from kvcompress.documents import shaped
+from kvcompress.documents import parse_json, shaped
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.model import blocks
-from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Part, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 
@@ -101,6 +101,24 @@ class SiteMoments:
             "Choose a smaller group or band, or remove the saved moments to calibrate again."
         )
 
+    def check(self, site: Site) -> None:
+        """Raise ValueError where sums that were read from a file do not fit together."""
+        n = self.total.numel()
+        if self.total.shape != (n,) or self.samples.dim() != 2 or self.samples.shape[1] != n or self.n_tokens < 1:
+            raise ValueError(f"the sums of {site} are of {n} numbers and {self.n_tokens} tokens, its samples not")
+        if not self.partitions or self.samples.dtype != torch.float32:
+            raise ValueError(f"{site} has no blocks, or its samples are no float32")
+        for partition, outer, fisher in zip(self.partitions, self.outer, self.fisher, strict=True):
+            if partition.dim() != 2 or not torch.equal(partition.flatten().sort()[0], torch.arange(n)):
+                raise ValueError(f"the blocks of {site} are no partition")
+            shape = (*partition.shape, partition.shape[1])
+            if outer.shape != shape or fisher.shape != shape:
+                raise ValueError(f"the sums of {site} have shape {list(outer.shape)}, its blocks {list(shape)}")
+        sums = (self.total, *self.outer, *self.fisher)
+        finite = all(bool(t.isfinite().all()) for t in (*sums, self.samples))
+        if not finite or any(t.dtype != torch.float64 for t in sums):
+            raise ValueError(f"the sums of {site} are no finite float64 numbers")
+
     def to(self, device: str) -> SiteMoments:
         move = lambda tensors: [t.to(device) for t in tensors]  # noqa: E731
         return SiteMoments(
@@ -159,7 +177,7 @@ class Moments:
             for name in tensors:
                 if name.endswith(".total"):
                     _, layer, part, _ = name.split(".")
-                    site = Site(int(layer), part)
+                    site = Site(int(layer), _part(part))
                     count = sum(n.startswith(f"{site}.outer.") for n in tensors)
                     sites[site] = SiteMoments(
                         [tensors[f"{site}.partition.{i}"].long() for i in range(count)],
@@ -169,14 +187,23 @@ class Moments:
                         tensors[f"{site}.samples"],
                         int(header["n_tokens"]),
                     )
-            turned = {name: shaped(r, Rotation) for name, r in json.loads(header["rotations"]).items()}
+                    sites[site].check(site)
+            turned = {name: shaped(r, Rotation) for name, r in shaped(parse_json(header["rotations"]), dict).items()}
             rotations = {site: turned[str(site)] for site in sites if str(site) in turned}
-            protocol, n_windows = json.loads(header["protocol"]), int(header["n_windows"])
+            if not sites:
+                raise ValueError("it holds no site")
+            protocol, n_windows = shaped(parse_json(header["protocol"]), dict), int(header["n_windows"])
             return cls(dict(sorted(sites.items())), protocol, n_windows, rotations)
-        except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
             raise CalibrationError(
                 f"{file} holds no usable moments ({error}). Remove it to calibrate again."
             ) from error
+
+
+def _part(name: str) -> Part:
+    if name not in PARTS:
+        raise ValueError(f"'{name[:20]}' is neither key nor value")
+    return "key" if name == "key" else "value"
 
 
 def usable_partitions(attention: AttentionSpec, group: int, band: int) -> list[Tensor]:

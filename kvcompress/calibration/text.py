@@ -19,7 +19,7 @@ from kvcompress.errors import CalibrationError
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 #: Characters read per token wanted: enough to spread windows over a long text, little enough to stay quick.
-_CHARS_PER_TOKEN = 64
+CHARS_PER_TOKEN = 64
 
 #: Texts that need no download; `self` is text that the model samples from itself (see `sampling`).
 PROSE, CODE, SELF = "builtin:prose", "builtin:code", "self"
@@ -76,7 +76,7 @@ def all_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Te
     wanted = n_windows * seq_len
     ids: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    n_chars = wanted * _CHARS_PER_TOKEN
+    n_chars = wanted * CHARS_PER_TOKEN
     for text in _limited(documents(source, tokenizer, n_chars=n_chars), n_chars):
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator)
     available = len(ids) // seq_len

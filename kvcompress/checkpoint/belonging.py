@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from kvcompress.documents import is_file_name
 from kvcompress.errors import CheckpointError
 
 MAPS_FILE = "kv_maps.safetensors"
@@ -34,7 +35,7 @@ def fingerprints(directory: Path) -> dict[str, str]:
 def check_files(directory: Path, files: dict[str, str]) -> None:
     """Raise CheckpointError where a file that fingerprints were taken of is missing or another one."""
     for name, expected in files.items():
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise CheckpointError(f"{directory}: its plan names a file '{name[:60]}' outside of it. Refused.")
         if not (directory / name).is_file():
             raise CheckpointError(

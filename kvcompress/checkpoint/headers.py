@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from kvcompress.documents import DocumentError, read_json
+from kvcompress.documents import DocumentError, is_file_name, read_json
 from kvcompress.errors import CheckpointError
 
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -109,7 +109,7 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     except (DocumentError, OSError) as error:
         raise CheckpointError(f"{index} is not a valid safetensors index ({error}). Download it again.") from error
     for file in files:
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise CheckpointError(f"{index.name} names '{file}', which lies outside the checkpoint. Refused.")
         if not (path / file).is_file():
             raise CheckpointError(f"{index.name} names {file}, which is missing from {path}. Download it again.")

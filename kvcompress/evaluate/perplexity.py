@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.text import documents
+from kvcompress.calibration.text import CHARS_PER_TOKEN, documents
 from kvcompress.codec.distance import Distance, distance_of, watched
 from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.model.head import logits_of
@@ -225,11 +225,12 @@ def compare_states(
 
 
 def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> tuple[Tensor, str]:
-    """Return (the first max_windows windows [n, seq_len] of a text, SHA-256 of the text)."""
+    """Return (the first max_windows windows [n, seq_len] of a text, SHA-256 of the text that was read)."""
     ids: list[int] = []
     digest = hashlib.sha256()
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for k, document in enumerate(documents(text, tokenizer)):
+    n_chars = max_windows * seq_len * CHARS_PER_TOKEN if max_windows else None
+    for k, document in enumerate(documents(text, tokenizer, n_chars=n_chars)):
         digest.update(document.encode())
         ids.extend((separator if k else []) + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if max_windows and len(ids) >= max_windows * seq_len:

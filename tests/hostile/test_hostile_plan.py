@@ -99,6 +99,8 @@ NUMBERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a dtype as a list": lambda d: d.update(dtype=[]),
     "a form that is none": lambda d: d.update(form="solid"),
     "a file elsewhere": lambda d: d["files"].update({"../x.safetensors": "0"}),
+    "a file of a name too long": lambda d: d["files"].update({"x" * 300: "0"}),
+    "a file of no name": lambda d: d["files"].update({"": "0"}),
     "a file that is missing": lambda d: d["files"].update({"x.safetensors": "0"}),
 }
 

@@ -1,0 +1,161 @@
+"""Damages every file that kvcompress reads, for as long as it is told: each case succeeds or is refused in one line.
+
+    python -m tests.hostile.fuzz --cases 100000 --seed 1
+    python -m tests.hostile.fuzz --minutes 30
+    python -m tests.hostile.fuzz --replay plan:1:4711
+
+A case is named KIND:SEED:NUMBER and can be repeated alone. It fails if it raises anything but a KVCompressError, says
+more than a line, takes more than 10 seconds or 2 GB, or takes the process down. Cases run in forked processes, in
+batches; one that hangs is killed by its parent. The exit code is 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+SECONDS, BYTES = 10, 2 << 30
+_BATCH = 100
+#: Slack for a machine that does other things: a case's own time is that of its process.
+_WALL_SECONDS = 120
+
+
+def one_case(name: str, scratch: Path) -> str:
+    """Run a case and return success, refused, or what went wrong."""
+    from kvcompress.errors import KVCompressError
+    from tests.hostile.fuzz_cases import KINDS
+
+    kind, _, _ = name.split(":")
+    directory = scratch / "case"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    started = time.process_time()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            KINDS[kind](random.Random(name), directory)
+        outcome = "success"
+    except KVCompressError as error:
+        outcome = "refused" if "\n" not in str(error) else f"more than a line: {error!r}"
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        outcome = f"{type(error).__name__}: {str(error)[:200]!r} in {place.filename}:{place.lineno}"
+    seconds = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if seconds > SECONDS:
+        return f"{seconds:.1f} seconds"
+    return outcome if peak < BYTES else f"{peak / 1e9:.1f} GB"
+
+
+def _child(names: list[str], scratch: Path, pipe: int) -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 4 * BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    for name in names:
+        os.write(pipe, f"{name}\t\n".encode())
+        outcome = one_case(name, scratch).replace("\n", " ").replace("\t", " ")
+        os.write(pipe, f"{name}\t{outcome}\n".encode("utf-8", "replace"))
+        if outcome not in ("success", "refused"):
+            return  # the peak of its memory would be that of all that follow
+
+
+def run_batch(names: list[str], scratch: Path) -> Iterator[tuple[str, str]]:
+    """Yield (case, outcome) of cases run in processes of their own; a dead or hanging one costs its case only."""
+    while names:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.close(reader)
+                _child(names, scratch, writer)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(writer)
+        current, done = None, 0
+        with os.fdopen(reader, "rb", buffering=0) as lines:
+            buffer = b""
+            while select.select([lines], [], [], _WALL_SECONDS)[0]:
+                data = lines.read(1 << 16)
+                if not data:
+                    break
+                *whole, buffer = (buffer + data).split(b"\n")
+                for line in whole:
+                    current, _, outcome = line.decode("utf-8", "replace").partition("\t")
+                    if outcome:
+                        yield current, outcome
+                        current, done = None, done + 1
+            else:
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if current is not None or status:
+            yield names[done], "hangs" if status == signal.SIGKILL else f"the process ended: {status}"
+            done += 1
+        names = names[done:]
+
+
+def run(*, seed: int, cases: int | None, minutes: float | None, kinds: list[str], report: float = 30) -> list[str]:
+    """Return the failures, 'case: what', of so many cases or minutes; every kind has its share."""
+    from tests.hostile.fuzz_cases import prepare
+
+    outcomes: Counter[str] = Counter()
+    failures: list[str] = []
+    started = last = time.monotonic()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+        prepare(Path(scratch) / "pristine")
+        number = 0
+        while (cases is None or number < cases) and (minutes is None or time.monotonic() < started + 60 * minutes):
+            n = _BATCH if cases is None else min(_BATCH, cases - number)
+            names = [f"{kinds[i % len(kinds)]}:{seed}:{i}" for i in range(number, number + n)]
+            number += n
+            for name, outcome in run_batch(names, Path(scratch)):
+                outcomes[outcome if outcome in ("success", "refused") else "failed"] += 1
+                if outcome not in ("success", "refused"):
+                    failures.append(f"{name}: {outcome}")
+                    print(f"FAILED {failures[-1]}", flush=True)
+            if time.monotonic() > last + report:
+                last = time.monotonic()
+                print(f"{number} cases, {dict(outcomes)}, {last - started:.0f} s", flush=True)
+    print(f"{sum(outcomes.values())} cases, {dict(outcomes)}, {time.monotonic() - started:.0f} s", flush=True)
+    return failures
+
+
+def main() -> int:
+    from tests.hostile.fuzz_cases import KINDS, prepare
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=sorted(KINDS), action="append")
+    parser.add_argument("--replay", metavar="KIND:SEED:NUMBER")
+    args = parser.parse_args()
+    if args.replay:
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare(Path(scratch) / "pristine")
+            directory = Path(scratch) / "case"
+            directory.mkdir()
+            KINDS[args.replay.split(":")[0]](random.Random(args.replay), directory)
+        return 0
+    cases = 1000 if args.cases is None and args.minutes is None else args.cases
+    kinds = args.kind or list(KINDS)
+    return 1 if run(seed=args.seed, cases=cases, minutes=args.minutes, kinds=kinds) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
