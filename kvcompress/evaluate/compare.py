@@ -93,7 +93,7 @@ def compare(
     cells = request.cells()
     with open_checkpoint(source) as checkpoint:
         for cell in cells:
-            if cell.peer:
+            if cell.peer and not cell.peer.form:  # a format that cannot store such heads is a row that says so
                 cell.peer.check(checkpoint.spec, request.seq_len)
                 cell.peer.new_cache(1, torch.float32)  # raises where its package is missing
         _check_window(request)
@@ -185,7 +185,7 @@ class _Bench:
         row: dict[str, Any] = {"method": cell.method, "kind": cell.kind, "keep_asked": cell.keep}
         try:
             figures = self._peer(cell, progress) if cell.peer else self._planned(cell, progress)
-        except BudgetError as error:
+        except (BudgetError, OptionError) as error:
             return row | {"impossible": str(error)}
         return row | figures | {"seconds": time.monotonic() - started}
 

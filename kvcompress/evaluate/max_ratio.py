@@ -23,6 +23,7 @@ from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.text import SELF
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.running import is_quantised, load_model
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import check_target
 from kvcompress.errors import BudgetError, CalibrationError, OptionError
@@ -172,17 +173,14 @@ class _Bench:
         arithmetic: tuple[str, str],
         report: Progress,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint, self.moments, self.options, self.report = checkpoint, moments, options, report
         device, dtype = arithmetic
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = "float32" if device == "cpu" else checkpoint.spec.dtype
+            dtype = "float32" if device == "cpu" and not is_quantised(checkpoint.config) else checkpoint.spec.dtype
         tokenizer = load_tokenizer(checkpoint.path)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype))
-        self.model: Any = model.to(device).eval()
+        self.model: Any = load_model(checkpoint.path, dtype=dtype, device=device)
         kinds = self._windows(tokenizer, texts)
         self.originals = {kind: Original(self.model, windows, remember=True) for kind, windows in kinds.items()}
 

@@ -57,6 +57,14 @@ def row(document: dict[str, Any], name: str) -> dict[str, Any]:
     return next(c for c in document["cells"] if name_of(c) == name)
 
 
+def test_a_format_that_cannot_store_such_heads_is_a_row_that_says_so(
+    tiny_checkpoint: Any, request_of: Any, tmp_path: Path
+) -> None:
+    document = compare(tiny_checkpoint(MODEL), tmp_path / "out", request_of("fp4", "turboquant-4bit_nc"))
+    assert "head_dim" in row(document, "nvfp4")["impossible"] and document["complete"]
+    assert row(document, "turboquant-4bit_nc")["ratio"] > 0
+
+
 def test_figures_are_those_of_single_runs(
     comparison: dict[str, Any], tiny_checkpoint: Any, request_of: Any, text_file: Path, tmp_path: Path
 ) -> None:
