@@ -23,7 +23,8 @@ from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.text import SELF
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
-from kvcompress.checkpoint.running import is_quantised, load_model
+from kvcompress.checkpoint.loading import load_weights
+from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import check_target
 from kvcompress.errors import BudgetError, CalibrationError, OptionError
@@ -180,7 +181,7 @@ class _Bench:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" and not is_quantised(checkpoint.config) else checkpoint.spec.dtype
         tokenizer = load_tokenizer(checkpoint.path)
-        self.model: Any = load_model(checkpoint.path, dtype=dtype, device=device)
+        self.model: Any = load_weights(checkpoint.path, dtype=dtype, device=device)
         kinds = self._windows(tokenizer, texts)
         self.originals = {kind: Original(self.model, windows, remember=True) for kind, windows in kinds.items()}
 
