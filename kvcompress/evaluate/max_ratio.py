@@ -22,8 +22,8 @@ from kvcompress.calibration.mixture import held_out_windows, window_shares
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.text import SELF
-from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.loading import load_weights
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import check_target
