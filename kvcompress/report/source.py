@@ -26,7 +26,7 @@ def display_name(source: str) -> str:
 def without_local_paths(document: Any) -> Any:
     """Return a JSON document in which every absolute path is only a name, fit to be given to others."""
     if isinstance(document, dict):
-        return {key: without_local_paths(value) for key, value in document.items()}
+        return {without_local_paths(key): without_local_paths(value) for key, value in document.items()}
     if isinstance(document, list):
         return [without_local_paths(value) for value in document]
     if isinstance(document, str) and document.startswith("/"):
