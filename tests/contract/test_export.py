@@ -182,7 +182,7 @@ class TestRefusals:
     def test_latent_attention(self, tmp_path: Path) -> None:
         (tmp_path / "mla").mkdir()
         (tmp_path / "mla" / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
-        with pytest.raises(UnsupportedModelError, match="not known of model type 'deepseek_v3'.*coded form"):
+        with pytest.raises(UnsupportedModelError, match=r"not known of model type 'deepseek_v3'.*coded form"):
             export(tmp_path / "mla", tmp_path / "out")
 
     def test_a_model_and_a_coded_output(self, tiny_checkpoint: Any, folded_output: Any, tmp_path: Path) -> None:
