@@ -49,6 +49,10 @@ CACHE_NAMES = ("cache", "past_key_values")
 PAGED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 #: Tokens that `generate` stops at where nothing says another number.
 _DEFAULT_LENGTH = 20
+#: Where a configuration keeps the name of its attention; its setter would reach the configurations inside, too.
+_IMPLEMENTATION = "_attn_implementation_internal"
+#: Attributes of a cache layer that hold states of linear attention.
+_STATES = ("conv_states", "recurrent_states")
 #: Values of `cache_implementation` that ask for nothing which a compressed cache is not.
 _PLAIN_CACHES = (None, "dynamic", "hybrid")
 
@@ -114,12 +118,31 @@ def cache_of(output: Any) -> Any:
     return next((getattr(output, name) for name in CACHE_NAMES if name in output), None)
 
 
-def use_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> str:
-    """Let a model attend with `function`, registered under `name`, given sdpa's masks; return what it used before."""
+class Implementations:
+    """Which attention the parts of a model used before; own: the text decoder's."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        self._before = [(c, c._attn_implementation_internal) for c in configs if hasattr(c, _IMPLEMENTATION)]
+        self.own: str = text_config(model)._attn_implementation
+
+    def restore(self) -> None:
+        for config, own in self._before:
+            config._attn_implementation_internal = own
+
+
+def use_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Implementations:
+    """Let a model's text decoder attend with `function`, registered under `name`, given sdpa's masks.
+
+    It changes nothing for models whose attention does not go through the interface, and in a vision tower.
+    """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
-    before: str = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    before = Implementations(model)
+    if uses_interface(model):
+        for config in {id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "config")}.values():
+            if hasattr(config, _IMPLEMENTATION):
+                config._attn_implementation_internal = name
     return before
 
 
@@ -134,6 +157,49 @@ def own_cache(model: Any) -> Cache:
     return DynamicCache(config=text_config(model))
 
 
+def layer_tensors(layer: Any, *, states_only: bool = False) -> list[Tensor]:
+    """Return what one of transformers' own cache layers holds: keys, values, indexer keys, states of linear layers."""
+    tokens = () if states_only else ("keys", "values", "indexer_keys")
+    found = [getattr(layer, name, None) for name in (*tokens, *_STATES)]
+    flat = [t for held in found for t in (held.values() if isinstance(held, dict) else [held])]
+    return [t for t in flat if isinstance(t, Tensor)]
+
+
+def state_bytes(layer: Any) -> int:
+    """Return the bytes of a cache layer's states, which do not grow with the text."""
+    return sum(t.numel() * t.element_size() for t in layer_tensors(layer, states_only=True))
+
+
+def with_state_of(own: Any, layer: Any) -> Any:
+    """Return `layer`, a compressed one, with what `own` keeps beside keys and values (states of a hybrid layer)."""
+    if not hasattr(own, "conv_states"):
+        return layer
+    kinds: tuple[Any, Any] = type(layer), type(own)
+    kind = _with_state(*kinds)
+    joined = kind.__new__(kind)
+    joined.__dict__ |= own.__dict__ | layer.__dict__
+    return joined
+
+
+@lru_cache(maxsize=64)
+def _with_state(compressed: Any, own: Any) -> Any:
+    """Return a class whose keys and values are those of a compressed layer, and whose states are those of `own`."""
+
+    def lazy_initialization(self: Any, *args: Any, **kwargs: Any) -> None:
+        (own if kwargs else compressed).lazy_initialization(self, *args, **kwargs)
+
+    def both(name: str) -> Callable[..., None]:
+        def method(self: Any, *args: Any) -> None:
+            getattr(transformers.cache_utils.LinearAttentionLayer, name)(self, *args)
+            getattr(compressed, name)(self, *args)
+
+        return method
+
+    methods: dict[str, Any] = {name: both(name) for name in ("reset", "reorder_cache", "crop")}
+    methods["lazy_initialization"] = lazy_initialization
+    return type(f"{compressed.__name__}WithState", (compressed, own), methods)
+
+
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's text decoder."""
     return model.config.get_text_config(decoder=True)
@@ -146,6 +212,25 @@ def own_attention(module: Any, implementation: str) -> Callable[..., Any]:
     return function
 
 
+def exact_attention(
+    module: Any, own: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Return attention as a module computed it before, given sdpa's mask: [batch, n_queries, heads, width of values].
+
+    own: the implementation's name. All but "eager" give what sdpa gives.
+    """
+    if own != "eager":
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        return output
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if mask is None and n_queries > 1:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    output = own_attention(module, own)(module, query, key, value, mask, **kwargs)[0]
+    return output
+
+
 @contextmanager
 def attention_replaced(model: Any, name: str, attend: Callable[..., Any]) -> Iterator[None]:
     """Within the block, attend(module, own, query, key, value, mask, **others) stands for the attention function.
@@ -153,23 +238,18 @@ def attention_replaced(model: Any, name: str, attend: Callable[..., Any]) -> Ite
     own: the name of the implementation that it stands for, whose masks it gets; see own_attention. It changes nothing
     for models whose attention does not go through the interface.
     """
-    before: str = text_config(model)._attn_implementation
+    own: str = text_config(model)._attn_implementation
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        return attend(module, before, query, key, value, attention_mask, **kwargs)
+        return attend(module, own, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[before])
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    owns = [(c, c._attn_implementation_internal) for c in configs if hasattr(c, "_attn_implementation_internal")]
-    if uses_interface(model):
-        for config, _ in owns:
-            config._attn_implementation_internal = name
+    masks = AttentionMaskInterface()[own]
+    implementations = use_attention(model, name, attention)
+    AttentionMaskInterface.register(name, masks)
     try:
         yield
     finally:
-        for config, own in owns:
-            config._attn_implementation_internal = own
+        implementations.restore()
 
 
 def uses_interface(model: Any) -> bool:

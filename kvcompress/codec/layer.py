@@ -18,7 +18,9 @@ class LayerCodecs:
 
     `rotary` is None where nothing is rotated: a layer without RoPE, or keys that are stored exactly. `cached_rotated`
     says that keys are encoded after RoPE (a basis that commutes with it); `rotated_mean` [n] is then their mean
-    before RoPE, which turns with the position. `turn`: tokens whose keys are un-rotated by one position.
+    before RoPE, which turns with the position. `turn`: tokens whose keys are un-rotated by one position. `value_heads`,
+    `value_dim`: of values, where they are not those of keys; `value_rotary`: of values that turn (the part of latent
+    attention that does).
 
     Positions are those that keys are rotated by: of the first token of the turn.
     """
@@ -31,6 +33,9 @@ class LayerCodecs:
     cached_rotated: bool = False
     rotated_mean: Tensor | None = None
     turn: int = 1
+    value_heads: int | None = None
+    value_dim: int | None = None
+    value_rotary: Rotary | None = None
 
     @property
     def exact(self) -> bool:
@@ -40,8 +45,9 @@ class LayerCodecs:
         """keys: [batch, heads, n_blocks * 32, head_dim] after RoPE -> [batch, n_blocks, size of a block]."""
         return self.pack(self.key, self.centred_keys(keys, positions))
 
-    def pack_values(self, values: Tensor) -> Tensor:
-        return self.pack(self.value, self.centred_values(values))
+    def pack_values(self, values: Tensor, positions: Tensor | None = None) -> Tensor:
+        """positions: as of pack_keys, needed where values turn."""
+        return self.pack(self.value, self.centred_values(values, positions))
 
     def pack(self, codec: SiteCodec | None, x: Tensor) -> Tensor:
         """x: [batch, n_blocks * 32, n] -> [batch, n_blocks, size of a block]; an exact part keeps its dtype.
@@ -73,11 +79,15 @@ class LayerCodecs:
             return self.rotary.rotate(keys, positions)
         return keys + self.mean_keys(positions)
 
-    def decode_values(self, latents: Tensor) -> Tensor:
+    def decode_values(self, latents: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.value is None:
-            return self._heads(latents)
+            return self._value_heads(latents)
         values = self.value.decode(latents)
-        return self._heads(values if self.value.mean is None else values + self.value.mean)
+        values = self._value_heads(values if self.value.mean is None else values + self.value.mean)
+        if self.value_rotary is None:
+            return values
+        assert positions is not None
+        return self.value_rotary.rotate(values, positions)
 
     def roundtrip_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Return what attention sees of keys once they are encoded: [batch, heads, n_tokens, head_dim], float32."""
@@ -105,13 +115,24 @@ class LayerCodecs:
         flat = keys.transpose(1, 2).flatten(2)
         return flat if self.key is None or self.key.mean is None else flat.float() - self.key.mean
 
-    def centred_values(self, values: Tensor) -> Tensor:
-        """Return what the value codec encodes: without the mean, [batch, n_tokens, n]."""
+    def centred_values(self, values: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return what the value codec encodes: un-rotated where it turns, without the mean, [batch, n_tokens, n]."""
+        if self.value is not None and self.value_rotary is not None:
+            assert positions is not None
+            values = self.value_rotary.unrotate(values, positions)
         flat = values.transpose(1, 2).flatten(2)
         return flat if self.value is None or self.value.mean is None else flat.float() - self.value.mean
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_kv_heads, self.head_dim)).transpose(1, 2)
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        """(KV heads, numbers of each) of values."""
+        return self.value_heads or self.n_kv_heads, self.value_dim or self.head_dim
+
+    def _value_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, self.value_shape).transpose(1, 2)
 
 
 def _unpack(codec: SiteCodec | None, packed: Tensor) -> Tensor:

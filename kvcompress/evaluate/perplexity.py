@@ -19,6 +19,7 @@ from torch import Tensor
 from kvcompress.calibration.text import CHARS_PER_TOKEN, documents
 from kvcompress.codec.distance import Distance, distance_of, watched
 from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.evaluate.states import decoded_states
 from kvcompress.model.head import logits_of
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
@@ -169,9 +170,7 @@ def evaluate_attached(
     recent = plan.recent if recent is None else recent
 
     def coded(ids: Tensor) -> Tensor:
-        with attachment.simulated(sinks=sinks, recent=recent):
-            states: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return states
+        return decoded_states(model, attachment, ids, sinks=sinks, recent=recent)
 
     protocol = {"sinks": sinks, "recent": recent}
     sites = [site for layer in attachment.codecs for site in (layer.key, layer.value)] if plan.form == "coded" else []

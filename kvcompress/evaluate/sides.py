@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcompress.compat import Cache, DynamicCache
 from kvcompress.errors import OptionError
+from kvcompress.evaluate.states import decoded_states
 from kvcompress.runtime.attach import Attachment, attachment_of
 from kvcompress.runtime.calls import uncompressed
 
@@ -51,8 +52,12 @@ class Side:
         Decode-faithful: each token attends to the compressed form of all tokens older than the window. No mask is
         needed, since a causal model's padding on the right is seen by padding alone.
         """
-        with torch.no_grad(), self._simulated():
-            return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            if self.attachment is None or self.attachment.plan.form == "folded":
+                states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+                return states
+            exact = {"sinks": self.sinks, "recent": self.recent}
+            return decoded_states(self.model, self.attachment, ids, block=self.block, **exact)
 
     def new_cache(self) -> Cache:
         """Return an empty cache: the real compressed one, or the model's ordinary one."""
@@ -71,14 +76,6 @@ class Side:
         """Within the block the side's model takes the side's own cache, though that may be an uncompressed one."""
         with uncompressed() if self.attachment is None else nullcontext():
             yield
-
-    @contextmanager
-    def _simulated(self) -> Iterator[None]:
-        if self.attachment is None:
-            yield
-        else:
-            with self.attachment.simulated(sinks=self.sinks, recent=self.recent, block=self.block):
-                yield
 
 
 def both_sides(

@@ -148,6 +148,6 @@ def use_healing_attention(model: Any, modules: list[Any], layers: list[Trainable
 
 def use_own_attention(model: Any) -> None:
     """Undo `use_healing_attention`."""
-    model.set_attn_implementation(model.__dict__.pop("kvcompress_heal_before"))
+    model.__dict__.pop("kvcompress_heal_before").restore()
     for module in model.modules():
         module.__dict__.pop("kvcompress_heal", None)

@@ -22,7 +22,7 @@ class LayerKernels(LayerCodecs):
 
     @cached_property
     def value_site(self) -> SiteKernels | None:
-        return None if self.value is None else SiteKernels(self.value, self.n_kv_heads)
+        return None if self.value is None else SiteKernels(self.value, self.value_shape[0])
 
     def pack_keys(self, keys: Tensor, positions: Tensor) -> Tensor:
         packed = None
@@ -30,9 +30,11 @@ class LayerKernels(LayerCodecs):
             packed = self.key_site.pack_heads(keys, self.rotary, positions)
         return super().pack_keys(keys, positions) if packed is None else packed
 
-    def pack_values(self, values: Tensor) -> Tensor:
-        packed = None if self.value_site is None else self.value_site.pack_heads(values, None, None)
-        return super().pack_values(values) if packed is None else packed
+    def pack_values(self, values: Tensor, positions: Tensor | None = None) -> Tensor:
+        packed = None
+        if self.value_site is not None:
+            packed = self.value_site.pack_heads(values, self.value_rotary, positions)
+        return super().pack_values(values, positions) if packed is None else packed
 
     def pack(self, codec: SiteCodec | None, x: Tensor) -> Tensor:
         site = self.key_site if codec is self.key else self.value_site

@@ -149,5 +149,5 @@ class SiteKernels:
 
 
 def whole_rotation(rotary: Rotary | None, head_dim: int) -> bool:
-    """Return whether RoPE turns every channel of a head."""
-    return rotary is not None and 2 * len(rotary.inv_freq) == head_dim
+    """Return whether RoPE turns every channel of a head, in the half-split pairs that the kernels know."""
+    return rotary is not None and rotary.turns_all(head_dim)

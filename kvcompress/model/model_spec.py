@@ -125,7 +125,7 @@ class ModelSpec:
     """A decoder model as kvcompress sees it.
 
     layers: those whose keys and values are compressed; own_layers: the others. probed: read off the running model
-    instead of its config.json.
+    instead of its config.json; only then, attending: the modules that call the attention interface.
     """
 
     architecture: str
@@ -136,6 +136,7 @@ class ModelSpec:
     tied_embeddings: bool = False
     own_layers: tuple[OwnLayer, ...] = ()
     probed: bool = False
+    attending: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

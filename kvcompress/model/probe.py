@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvcompress import compat
 from kvcompress.errors import AttachmentError, UnsupportedModelError
-from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer
-from kvcompress.model.proof import FrequencyTable, Keys, prove_rotation
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer, Site
+from kvcompress.model.proof import FrequencyTable, Keys, is_turned_by, prove_rotation
 from kvcompress.model.recording import Recorded, recorded
 
 #: Texts of one token each that the rotation is proven on.
@@ -68,6 +68,7 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         own_layers=tuple(own),
         probed=True,
+        attending=tuple(run.attending),
     )
     return proven(model, spec) if prove else spec
 
@@ -81,6 +82,15 @@ def proven(model: Any, spec: ModelSpec) -> ModelSpec:
     keys, tables = keys_at_positions(model), frequency_tables(model)
     found = {site: prove_rotation(keys, site.layer, site.part, candidates=tables) for site in spec.sites}
     return spec.turned({site: rotation for site, rotation in found.items() if rotation is not None})
+
+
+def turned_otherwise(model: Any, spec: ModelSpec) -> Site | None:
+    """Return a site whose numbers a loaded model does not turn as the spec says, seen at one position, or None."""
+    if not takes_positions(model):
+        return next(iter(spec.rotations), None)
+    ids, position = _tokens(model, (4, 1)), _positions(model)[-2]
+    keys = Keys(_forward(model, ids, position=0).updates, {position: _forward(model, ids, position=position).updates})
+    return next((s for s in spec.sites if not is_turned_by(keys, s, spec.attention(s).rotation)), None)
 
 
 def matched(found: ModelSpec, expected: ModelSpec) -> ModelSpec:

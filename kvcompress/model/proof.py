@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.model.model_spec import Site
 from kvcompress.model.rotation import Rotation, channel_pairs
 
 #: Relative error within which two tensors are equal, for float32 and for 16-bit models.
@@ -60,6 +61,16 @@ def prove_rotation(keys: Keys, layer: int, part: str, *, candidates: list[Freque
         f"layer {layer}: {part}s change with the position of their token and no rotation explains it, so cached ones "
         "cannot be un-rotated. RoPE that changes with the length of the text (dynamic, longrope) is not supported."
     )
+
+
+def is_turned_by(keys: Keys, site: Site, rotation: Rotation | None) -> bool:
+    """Return whether a rotation explains what was seen of a site; None: its numbers do not turn."""
+    base = _rows(keys.base[site.layer], site.part)
+    moved = {p: _rows(updates[site.layer], site.part) for p, updates in keys.at.items()}
+    tolerance = 4 * _TOLERANCE.get(getattr(keys.base[site.layer], site.part).dtype, 4e-2)
+    if rotation is None:
+        return all(_error(base, x) <= tolerance for x in moved.values()) or _norms_change(base, moved, tolerance / 4)
+    return _explains(base, moved, torch.tensor(rotation.pairs()), torch.tensor(rotation.frequencies), tolerance)
 
 
 def _rows(update: Any, part: str) -> Tensor:

@@ -63,6 +63,7 @@ class Recorded:
     updates: dict[int, Update] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
     cache_layers: list[CacheLayer] = field(default_factory=list)
+    attending: dict[str, None] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +81,7 @@ def recorded(model: Any) -> Iterator[Recorded]:
 
     def attend(module: Any, own: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         result = compat.own_attention(module, own)(module, query, key, value, mask, **kwargs)
+        run.attending[names[id(module)]] = None
         if id(key) in returned:
             found = returned[id(key)]
             as_it_came = key is found.key and value is found.value
@@ -166,11 +168,9 @@ def _record_updates(layer: Any, index: int, run: Recorded, returned: dict[int, _
 def _cache_layer(layer: Any) -> CacheLayer:
     """Return what a cache layer is, after a forward."""
     window = getattr(layer, "sliding_window", None)
-    states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
-    tensors = [t for s in states for t in (s.values() if isinstance(s, dict) else [s]) if isinstance(t, Tensor)]
     return CacheLayer(
         kind=type(layer).__name__,
         window=window,
         grows=window is None and getattr(layer, "keys", None) is not None and not hasattr(layer, "indexer_keys"),
-        state_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        state_bytes=compat.state_bytes(layer),
     )

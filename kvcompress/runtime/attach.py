@@ -19,16 +19,18 @@ from kvcompress.checkpoint.loading import explained_loading, load_weights
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
 from kvcompress.codec.codec import layer_codecs
 from kvcompress.compat import PreTrainedModel
-from kvcompress.errors import CheckpointError, OptionError, UnsupportedModelError
+from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Site
+from kvcompress.model.probe import probe, proven, turned_otherwise
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan
-from kvcompress.runtime.attention import CODED, FOLDED_BY, compressed_attention
+from kvcompress.runtime.attention import CODED, FOLDED_BY, OWN, compressed_attention
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.entrance import Entrance
 from kvcompress.runtime.head_norm import HEAD_NORM, add_head_norm
+from kvcompress.runtime.places import Places
 from kvcompress.runtime.recording import recorded_cache
 from kvcompress.runtime.simulation import Simulation, simulating
 from kvcompress.runtime.static import StaticCache
@@ -40,17 +42,19 @@ class Attachment:
     """A compressed cache attached to a model; `detach` gives the model back as it was."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> None:
-        spec = read_model_spec(model.config.to_dict())
+        spec = read_model_spec(model.config.to_dict()) if plan.form == "folded" else probe(model, prove=False)
         check_fit(spec, plan)
         self.model, self.plan = model, plan
         self.codecs = _layer_codecs(model, spec, plan, maps)
-        self._implementation = compat.use_attention(model, ATTENTION_NAME, compressed_attention)
+        self.places = _places(model, spec)
+        self._implementations = compat.use_attention(model, ATTENTION_NAME, compressed_attention)
+        for name in spec.attending:
+            setattr(model.get_submodule(name), OWN, self._implementations.own)
         for attention, codecs in zip(spec.layers, self.codecs, strict=True):
-            module: Any = _attention_module(model, attention)
             if plan.form == "folded":
-                setattr(module, FOLDED_BY, codecs)
-            else:
-                setattr(module, CODED, True)
+                setattr(_attention_module(model, attention), FOLDED_BY, codecs)
+            for reader in attention.readers:
+                setattr(model.get_submodule(reader), CODED, attention.layer)
         self._entrance = Entrance(self, model.get_decoder())
         model.get_decoder().forward = self._entrance
         if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
@@ -60,18 +64,22 @@ class Attachment:
                 if hasattr(model, name):
                     setattr(model, name, _Refused(name))
 
-    def new_cache(self, capacity: int | None = None) -> CompressedCache:
+    def new_cache(
+        self, capacity: int | None = None, *, sinks: int | None = None, recent: int | None = None
+    ) -> CompressedCache:
         """Return an empty compressed cache for this model, to be passed as past_key_values.
 
+        sinks, recent: tokens that stay exact, the plan's by default.
         capacity: tokens of a sequence for which everything is allocated at once, at the first prompt; then addresses
         never change. Such a cache takes a prompt without padding, then a token at a time. Raises OptionError where the
         model cannot have one.
         """
-        plan = self.plan
+        sinks = self.plan.sinks if sinks is None else sinks
+        recent = self.plan.recent if recent is None else recent
         if capacity is None:
-            return CompressedCache(self.codecs, sinks=plan.sinks, recent=plan.recent)
+            return CompressedCache(self.codecs, sinks=sinks, recent=recent, places=self.places)
         self.check_capacity(capacity)
-        return StaticCache(self.codecs, sinks=plan.sinks, recent=plan.recent, capacity=capacity)
+        return StaticCache(self.codecs, sinks=sinks, recent=recent, capacity=capacity)
 
     @contextmanager
     def simulated(self, *, sinks: int, recent: int, block: int = 1) -> Iterator[None]:
@@ -89,11 +97,11 @@ class Attachment:
     def detach(self) -> None:
         self._entrance.close()
         for module in self.model.modules():
-            for name in (CODED, FOLDED_BY):
+            for name in (CODED, FOLDED_BY, OWN):
                 module.__dict__.pop(name, None)
         for name in ("generate", *compat.PAGED_METHODS):
             self.model.__dict__.pop(name, None)
-        self.model.set_attn_implementation(self._implementation)
+        self._implementations.restore()
 
     def check_capacity(self, capacity: int) -> None:
         """Raise OptionError where the model cannot have a cache at fixed addresses for `capacity` tokens."""
@@ -101,6 +109,13 @@ class Attachment:
             raise OptionError(f"capacity is {capacity}, it must be at least 1 token.")
         if self.plan.form == "folded":
             raise OptionError("a folded checkpoint keeps its cache in a DynamicCache: it has no fixed capacity.")
+        if self.places.own is not None or not self.places.are_all_read or self.places.n_attending != len(self.codecs):
+            raise OptionError(
+                "a cache of a fixed capacity needs a model whose every layer is compressed and read by its own "
+                "attention. Use new_cache() without a capacity."
+            )
+        if any(c.value_shape != (c.n_kv_heads, c.head_dim) for c in self.codecs):
+            raise OptionError("a cache of a fixed capacity needs values as wide as keys. Use new_cache() without one.")
         window = getattr(self.model.config, "sliding_window", None)
         if window is not None and capacity >= window:
             raise OptionError(
@@ -291,16 +306,17 @@ def _layer_codecs(
     model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
 ) -> list[LayerKernels]:
     plans = {s.site: s for s in plan.sites}
-    rotated = Rotary.of(model) if any(a.rotary_dim for a in spec.layers) else None  # one, and one table of its angles
+    rotaries = _rotaries(model, spec, plan)
     layers = []
     for attention in spec.layers:
-        device = compat.device_of(_attention_module(model, attention))
+        named = attention.readers or ((attention.key.module,) if attention.key is not None else ())
+        device = compat.device_of(model.get_submodule(named[0]) if named else model)
         sites = {part: Site(attention.layer, part) for part in PARTS}
         coded = {part: None if plans[site].exact else maps[site] for part, site in sites.items()}
         planned = plans[sites["key"]]
         key, value = layer_codecs(coded["key"], coded["value"], device, turn=planned.turn)
-        rotary = rotated if key is not None and attention.rotary_dim else None
-        rotated_mean = None
+        rotary = rotaries.get(sites["key"]) if key is not None else None
+        rotated_mean, values = None, attention.of("value")
         if key is not None and planned.rotated and rotary is not None:
             rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
         layers.append(
@@ -313,9 +329,40 @@ def _layer_codecs(
                 cached_rotated=planned.rotated,
                 rotated_mean=rotated_mean,
                 turn=planned.turn,
+                value_heads=values.n_kv_heads,
+                value_dim=values.head_dim,
+                value_rotary=rotaries.get(sites["value"]) if value is not None else None,
             )
         )
     return layers
+
+
+def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site, Rotary]:
+    """Return how sites turn: as the plan says, and the model is seen to do; of an earlier output, as the model does.
+
+    Raises CheckpointError where the model turns its keys in another way. Sites of one rotation share a Rotary.
+    """
+    if plan.form == "folded":  # its maps are applied to heads that RoPE has turned
+        return {}
+    planned = {s.site: rotation for s in plan.sites if (rotation := plan.rotation_of(s)) is not None}
+    if not plan.rotations:
+        planned = proven(model, spec).rotations
+    elif (wrong := turned_otherwise(model, spec.turned(planned))) is not None:
+        raise CheckpointError(
+            f"the model turns {wrong} with the position in another way than the model that the maps were made for "
+            "(other RoPE settings in config.json?). Attach them to their own model."
+        )
+    by = {rotation: Rotary.by(rotation, compat.device_of(model.get_decoder())) for rotation in set(planned.values())}
+    return {site: by[rotation] for site, rotation in planned.items()}
+
+
+def _places(model: PreTrainedModel, spec: ModelSpec) -> Places:
+    places = tuple(a.layer for a in spec.layers)
+    readers = tuple(len(a.readers) for a in spec.layers)
+    is_whole = not spec.own_layers and places == tuple(range(len(places)))
+    hybrid = any(hasattr(layer, "conv_states") for layer in compat.own_cache(model).layers)
+    own = None if is_whole and not hybrid else lambda: list(compat.own_cache(model).layers)
+    return Places(places, readers, own)
 
 
 def _attention_module(model: PreTrainedModel, attention: AttentionSpec) -> nn.Module:
@@ -324,8 +371,6 @@ def _attention_module(model: PreTrainedModel, attention: AttentionSpec) -> nn.Mo
 
 def check_fit(spec: ModelSpec, plan: Plan) -> None:
     """Raise CheckpointError unless a plan was made for such a model."""
-    if spec.own_layers:
-        raise UnsupportedModelError(f"{len(spec.own_layers)} layers of the model keep a window: not run yet.")
     widths = {site: spec.width(site) for site in spec.sites}
     planned = {s.site: s.width for s in plan.sites}
     if spec.architecture != plan.architecture or widths != planned:

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from kvcompress import compat
 from kvcompress.runtime import calls
+from kvcompress.runtime.places import Places, trimmed
 
 
 class AttendedCache(compat.Cache):
     """A transformers Cache that learns what a forward brings, and whose layers hand themselves to attention."""
 
+    places: Places
+
     @property
     def n_attending(self) -> int:
         """How many attentions of one forward go through a layer of this cache."""
-        return len(self.layers)
+        return self.places.n_attending
 
     def begin(self, positions: Tensor, batch: int, mask: Any) -> None:
         """Note the tokens that a forward brings, before any layer sees them; positions: [batch or 1, n_new]."""
@@ -32,6 +35,10 @@ class AttendedCache(compat.Cache):
             if call.arriving is not None:
                 arriving, call.arriving = call.arriving, None
                 self.begin(arriving.positions, arriving.batch, arriving.mask)
-            call.handed = self.layers[layer_idx]
+            if layer_idx in self.places.layers:
+                n_readers = self.places.readers[self.places.layers.index(layer_idx)]
+                call.hand(self.layers[layer_idx], layer_idx, n_readers)
         result: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx not in self.places.layers:
+            trimmed(self.layers[layer_idx])
         return result

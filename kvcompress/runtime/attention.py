@@ -16,14 +16,17 @@ from torch.nn import functional
 from kvcompress import compat
 from kvcompress.codec.layer import LayerCodecs
 from kvcompress.compat import sdpa_attention_forward
+from kvcompress.errors import OptionError
+from kvcompress.model.recording import capped, extras_of
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import calls, fast
 from kvcompress.runtime.cache import CompressedLayer
-from kvcompress.runtime.simulation import SimulatedLayer, additive_mask, simulated_attention
+from kvcompress.runtime.simulation import SimulatedLayer, additive_mask, by_row, simulated_attention
 from kvcompress.runtime.static import StaticLayer
 
-#: Attributes that `attach` puts on attention modules: True on a coded model's; the codecs on a folded one's.
-CODED, FOLDED_BY = "kvcompress_coded", "kvcompress_folded_by"
+#: Attributes that `attach` puts on attention modules: which layer of the cache one of a coded model reads; the codecs
+#: of a folded one; the implementation that the model used before.
+CODED, FOLDED_BY, OWN = "kvcompress_coded", "kvcompress_folded_by", "kvcompress_own"
 
 #: Blocks of packed tokens decoded at once; at 8 KV heads of 128 a tile of float32 keys is 8 MB.
 TILE_BLOCKS = 64
@@ -46,39 +49,47 @@ def compressed_attention(
     the name "kvcompress".
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = _layer_of_call(module)
+    layer, is_last = _layer_of_call(module)
+    extras = extras_of(kwargs)
+    if extras and isinstance(layer, StaticLayer):
+        raise OptionError(
+            "the model caps its scores or has attention sinks as parameters, which a cache of a fixed capacity does "
+            "not. Use new_cache() without a capacity."
+        )
     if isinstance(layer, SimulatedLayer):
-        return simulated_attention(layer, query, key, value, attention_mask, scaling), None
+        return simulated_attention(layer, query, key, value, attention_mask, scaling, **extras), None
     virtual_heads: LayerCodecs | None = getattr(module, FOLDED_BY, None)
     if virtual_heads is not None:
         key, value = expand_virtual_heads(virtual_heads, key, value)
         calls.count_attention()
     if isinstance(layer, StaticLayer) and not layer.tokens.in_prefill:
         output = _static_attention(module, layer, query, scaling)
-    elif isinstance(layer, StaticLayer | None) or layer.n_encoded == 0:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    elif layer is None or isinstance(layer, StaticLayer) or layer.n_encoded == 0:
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        output = compat.exact_attention(
+            module, getattr(module, OWN, "sdpa"), query, key, value, attention_mask, **kwargs
         )
     else:
-        fused = fast.attention(layer, query, attention_mask, scaling)
-        output = tiled_attention(layer, query, attention_mask, scaling) if fused is None else fused
-    if layer is not None:
+        fused = None if extras else fast.attention(layer, query, attention_mask, scaling)
+        output = tiled_attention(layer, query, attention_mask, scaling, **extras) if fused is None else fused
+    if layer is not None and is_last:
         layer.evict()
     return output, None
 
 
-def _layer_of_call(module: nn.Module) -> Any:
+def _layer_of_call(module: nn.Module) -> tuple[Any, bool]:
     """Return the cache layer that this attention is over, or None where the forward leaves everything exact.
 
-    Raises AttachmentError where it should be over one and is not: the model has passed the cache by.
+    And whether it is the last attention that reads it in this forward. Raises AttachmentError where it should be over
+    one and is not: the model has passed the cache by.
     """
-    call = calls.current()
-    layer = None if call is None else call.take()
-    if layer is None and (call is None or call.cache is not None) and getattr(module, CODED, False):
+    call, place = calls.current(), getattr(module, CODED, None)
+    layer, is_last = (None, True) if call is None else call.take(place)
+    if layer is None and (call is None or call.cache is not None) and place is not None:
         raise compat.unproven(
             f"{type(module).__name__} attended without the compressed cache that is attached to its model"
         )
-    return layer
+    return layer, is_last
 
 
 def _static_attention(module: nn.Module, layer: StaticLayer, query: Tensor, scaling: float) -> Tensor:
@@ -135,12 +146,27 @@ class OnlineSoftmax:
         self.total = self.total * shrink + weights.sum(-1)
         self.top = top
 
+    def add_aside(self, scores: Tensor) -> None:
+        """Add a score that takes weight from the others and brings no value: [batch, kv heads, groups, n_queries]."""
+        scores = scores.flatten(2)
+        top = torch.maximum(self.top, scores)
+        self.total = self.total * (self.top - top).exp() + (scores - top).exp()
+        self.top = top
 
-def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return attention over latents, sinks and recent tokens: [batch, n_queries, heads, head_dim].
 
-    query: [batch, heads, n_queries, head_dim]; mask: [batch, 1, n_queries, n_tokens], bool or additive, or None
-    where every query sees every token.
+def tiled_attention(
+    layer: CompressedLayer,
+    query: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Return attention over latents, sinks and recent tokens: [batch, n_queries, heads, width of values].
+
+    query: [batch, heads, n_queries, head_dim]; mask: [batch, 1 or heads, n_queries, n_tokens], bool or additive, or
+    None where every query sees every token. softcap, s_aux: see model.recording.plain_attention.
     """
     batch, n_heads, n_queries, head_dim = query.shape
     codecs, n_encoded, n_tokens = layer.codecs, layer.n_encoded, layer.get_seq_length()
@@ -148,9 +174,12 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     rows = query.float().reshape(batch, codecs.n_kv_heads, groups * n_queries, head_dim) * scaling
     bias = additive_mask(mask, batch, n_queries, n_tokens, query.device)
     softmax = OnlineSoftmax(rows)
+    if s_aux is not None:
+        softmax.add_aside(s_aux.float().view(1, codecs.n_kv_heads, groups, 1).expand(batch, -1, -1, n_queries))
 
     def exact_scores(keys: Tensor, part: Tensor) -> Tensor:
-        return rows @ keys.float().transpose(-1, -2) + part.repeat(1, 1, groups, 1)
+        scores = capped(rows @ keys.float().transpose(-1, -2), softcap)
+        return scores + by_row(part, codecs.n_kv_heads, groups)
 
     # Decoding a tile costs n_tokens * n * R, working in the latent heads * n_queries * R: take the cheaper.
     few_queries = n_heads * n_queries <= codecs.n_kv_heads * head_dim
@@ -160,7 +189,7 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
     assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
     sink_slots = layer.tokens.sink_slots()
     old_bias = bias[..., :n_encoded].clone()
-    in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, 1, n_queries, -1)
+    in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, old_bias.shape[1], n_queries, -1)
     is_encoded = (sink_slots < n_encoded)[:, None, None]
     if sink_slots.numel():
         sink_bias = old_bias.gather(-1, in_cache).masked_fill(~is_encoded, float("-inf"))
@@ -179,17 +208,17 @@ def tiled_attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, 
             scores = _turn_scores(codecs, rows, key_latents, positions)
         else:
             scores = rows @ codecs.decode_keys(key_latents, positions).transpose(-1, -2)
-        scores = scores + old_bias[..., tokens].repeat(1, 1, groups, 1)
+        scores = capped(scores, softcap) + by_row(old_bias[..., tokens], codecs.n_kv_heads, groups)
         latents = codecs.unpack_values(layer.packed_values[:, tile])
         values = latents.unsqueeze(1) if in_latent else codecs.decode_values(latents)
         softmax.add(scores, values, "latent" if in_latent else "exact")
     if layer.keys.shape[2]:
         softmax.add(exact_scores(layer.keys, bias[..., n_encoded:]), layer.values.float(), "exact")
-    output = softmax.sums.get("exact", torch.zeros_like(rows))
+    output = softmax.sums.get("exact", rows.new_zeros(*rows.shape[:3], codecs.value_shape[1]))
     if in_latent:
         output = output + _decode_sums(codecs, softmax.sums["latent"], softmax.weights["latent"])
     output = output / softmax.total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return output.reshape(batch, n_heads, n_queries, head_dim).transpose(1, 2).to(query.dtype)
+    return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2).to(query.dtype)
 
 
 def _absorbed(codecs: LayerCodecs, rows: Tensor) -> Tensor | None:
@@ -235,7 +264,7 @@ def _decode_sums(codecs: LayerCodecs, sums: Tensor, weights: Tensor) -> Tensor:
     if codecs.value.mean is not None:
         decoded = decoded + weights.unsqueeze(-1) * codecs.value.mean
     # [batch, kv heads, rows, kv heads, head_dim]: of each head's rows only its own head is wanted
-    per_head = decoded.unflatten(-1, (codecs.n_kv_heads, codecs.head_dim))
+    per_head = decoded.unflatten(-1, codecs.value_shape)
     return per_head.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 

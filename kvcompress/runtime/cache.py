@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kvcompress.kernels.layer import LayerKernels
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.growing import Grown, append
+from kvcompress.runtime.places import Places, own_nbytes
 from kvcompress.runtime.tokens import TokenLine
 
 
@@ -67,7 +69,7 @@ class CompressedLayer(compat.CacheLayer):
         positions = self.key_positions(self.n_encoded, self.n_encoded + n_leaving)
         self._keep_sinks(keys, values)
         append(self, CompressedLayer.packed_keys, self.codecs.pack_keys(keys, positions))
-        append(self, CompressedLayer.packed_values, self.codecs.pack_values(values))
+        append(self, CompressedLayer.packed_values, self.codecs.pack_values(values, positions))
         # clone, so that the storage of the encoded tokens is freed
         self.keys, self.values = self.keys[:, :, n_leaving:].clone(), self.values[:, :, n_leaving:].clone()
 
@@ -79,14 +81,14 @@ class CompressedLayer(compat.CacheLayer):
         """Copy the sinks among the leaving tokens; slots are counted from the first token of the cache."""
         slots = self.tokens.sink_slots()  # [batch, sinks]
         if self.sink_keys is None or self.sink_values is None:
-            shape = (keys.shape[0], keys.shape[1], slots.shape[1])
-            self.sink_keys = keys.new_zeros(*shape, keys.shape[3])
-            self.sink_values = values.new_zeros(*shape, values.shape[3])
+            self.sink_keys, self.sink_values = (
+                x.new_zeros(x.shape[0], x.shape[1], slots.shape[1], x.shape[3]) for x in (keys, values)
+            )
         place = slots - self.n_encoded
         leaving = ((place >= 0) & (place < keys.shape[2]))[:, None, :, None]
-        place = place.clamp(0, keys.shape[2] - 1)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        self.sink_keys = torch.where(leaving, keys.gather(2, place), self.sink_keys)
-        self.sink_values = torch.where(leaving, values.gather(2, place), self.sink_values)
+        place = place.clamp(0, keys.shape[2] - 1)
+        self.sink_keys = torch.where(leaving, _gathered(keys, place), self.sink_keys)
+        self.sink_values = torch.where(leaving, _gathered(values, place), self.sink_values)
 
     def get_seq_length(self) -> int:
         return self.n_encoded + self.keys.shape[-2] if self.is_initialized else 0
@@ -108,30 +110,30 @@ class CompressedLayer(compat.CacheLayer):
             self.values = self.values[:, :, : keep - self.n_encoded].clone()
         elif self.packed_keys is not None and self.packed_values is not None:
             whole = keep // BLOCK_TOKENS
-            self.keys, self.values = self._decoded(whole, keep - whole * BLOCK_TOKENS)
+            self.keys, self.values = self.rebuilt(whole, keep - whole * BLOCK_TOKENS)
             self.packed_keys = self.packed_keys[:, :whole].clone()
             self.packed_values = self.packed_values[:, :whole].clone()
 
-    def _decoded(self, block: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a packed block's first tokens, sinks exact: [batch, heads, n_tokens, head_dim].
+    def rebuilt(self, block: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of n_tokens from a packed block on, sinks exact: [batch, heads, n_tokens, head_dim].
 
         Encoding them again gives the same codes, up to rounding.
         """
         assert self.packed_keys is not None and self.packed_values is not None
-        first = block * BLOCK_TOKENS
+        first, blocks = block * BLOCK_TOKENS, slice(block, block + -(-n_tokens // BLOCK_TOKENS))
         positions = self.key_positions(first, first + n_tokens)
-        latents = self.codecs.unpack_keys(self.packed_keys[:, block : block + 1])[:, :n_tokens]
+        latents = self.codecs.unpack_keys(self.packed_keys[:, blocks])[:, :n_tokens]
         keys = self.codecs.decode_keys(latents, positions).to(self.dtype)
-        latents = self.codecs.unpack_values(self.packed_values[:, block : block + 1])[:, :n_tokens]
-        values = self.codecs.decode_values(latents).to(self.dtype)
+        latents = self.codecs.unpack_values(self.packed_values[:, blocks])[:, :n_tokens]
+        values = self.codecs.decode_values(latents, positions).to(self.dtype)
         if self.sink_keys is not None and self.sink_values is not None and n_tokens:
             place = torch.arange(first, first + n_tokens, device=keys.device)
             sink = self.tokens.sink_slots().to(keys.device)[:, None, :] == place[None, :, None]  # [batch, token, sink]
             exact = sink.any(-1)[:, None, :, None]
-            choose = sink.int().argmax(-1)[:, None, :, None].expand_as(keys) if sink.shape[-1] else None
-            if choose is not None:
-                keys = torch.where(exact, self.sink_keys.gather(2, choose), keys)
-                values = torch.where(exact, self.sink_values.gather(2, choose), values)
+            if sink.shape[-1]:
+                choose = sink.int().argmax(-1)
+                keys = torch.where(exact, _gathered(self.sink_keys, choose), keys)
+                values = torch.where(exact, _gathered(self.sink_values, choose), values)
         return keys.contiguous(), values.contiguous()
 
     def reset(self) -> None:
@@ -167,24 +169,50 @@ class CompressedLayer(compat.CacheLayer):
         return sum(g.room_bytes for g in growing if g is not None)
 
 
+class RebuiltLayer(CompressedLayer):
+    """A layer whose model works on what the cache returns before it attends: it gets all tokens, the old ones rebuilt.
+
+    Only the codes stay; what is rebuilt lives as long as the layer's attention.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if self.n_encoded:
+            old_keys, old_values = self.rebuilt(0, self.n_encoded)
+            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+        self.evict()
+        return keys, values
+
+
+def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
+    """x: [batch, heads, n_tokens, width]; tokens: [batch, n] -> those tokens, [batch, heads, n, width]."""
+    return x.gather(2, tokens.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 class CompressedCache(AttendedCache):
     """A transformers Cache whose layers store packed codes. Made by `attach`; `generate` uses it by itself."""
 
-    def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int) -> None:
+    def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int, places: Places | None = None) -> None:
+        """places: where the codecs' layers stand among the model's own, by default everywhere."""
+        self.places = places or Places.all_of(len(codecs))
         needs_positions = any(c.key is not None for c in codecs)
-        self.tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
-        super().__init__(layers=[CompressedLayer(c, self.tokens) for c in codecs])
+        self.tokens = tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
+        kinds = [CompressedLayer if n else RebuiltLayer for n in self.places.readers]
+        make = [partial(kind, c, tokens) for kind, c in zip(kinds, codecs, strict=True)]
+        super().__init__(layers=self.places.filled(make))
 
     def begin(self, positions: Tensor, batch: int, mask: Any) -> None:
         self.tokens.append(positions, batch)
 
     def nbytes(self) -> int:
-        """Bytes of all storages: codes, sinks, window, room to grow, and positions where keys are encoded."""
-        return sum(layer.nbytes() for layer in self.layers) + self.tokens.nbytes()
+        """Bytes of all storages: codes, sinks, window, room to grow, positions where keys are encoded, own layers."""
+        compressed = sum(x.nbytes() for x in self.layers if isinstance(x, CompressedLayer))
+        return compressed + sum(own_nbytes(x) for x in self.layers) + self.tokens.nbytes()
 
     def room_bytes(self) -> int:
         """Bytes among nbytes() in which the cache grows: none after a prompt, at most an eighth later on."""
-        return sum(layer.room_bytes() for layer in self.layers)
+        layers = [x for x in self.layers if isinstance(x, CompressedLayer)]
+        return sum(x.room_bytes() for x in layers)
 
     def crop(self, *args: int, **kwargs: int) -> None:
         super().crop(*args, **kwargs)

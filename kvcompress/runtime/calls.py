@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -43,13 +43,15 @@ class Call:
 
     cache: the one of ours that it goes through, a simulated one included, or None: everything stays exact. arriving:
     what it brings, until the cache has noted it. handed: the cache layer whose `update` ran and whose attention is to
-    come. n_attended: attentions that went through our function and a layer of ours.
+    come. n_attended: attentions that went through our function and a layer of ours. shared: by place in the cache,
+    layers that several attentions read, and how many are still to come.
     """
 
     cache: Any
     arriving: Arrival | None = None
     handed: Any = None
     n_attended: int = 0
+    shared: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
     def prove(self, expected: int, model: Any) -> None:
         """Raise AttachmentError unless `expected` attentions of the model went through us."""
@@ -59,11 +61,24 @@ class Call:
                 f"{self.n_attended} attended through it"
             )
 
-    def take(self) -> Any:
-        """Return the layer that was handed over, once, or None."""
+    def hand(self, layer: Any, place: int, n_readers: int) -> None:
+        """Hand a layer to the attentions that read it: the next one, and later ones of modules that share it."""
+        self.handed = layer if n_readers else None
+        if n_readers > 1:
+            self.shared[place] = layer, n_readers
+
+    def take(self, place: int | None) -> tuple[Any, bool]:
+        """Return (the layer that was handed over, once, or that a module at `place` shares, or None; whether this is
+        its last reader)."""
         layer, self.handed = self.handed, None
-        self.n_attended += layer is not None
-        return layer
+        if place not in self.shared:
+            self.n_attended += layer is not None
+            return layer, True
+        layer, left = self.shared.pop(place)
+        self.n_attended += 1
+        if left > 1:
+            self.shared[place] = layer, left - 1
+        return layer, left == 1
 
 
 _current: ContextVar[Call | None] = ContextVar("kvcompress_call", default=None)
@@ -83,7 +98,8 @@ def running(call: Call) -> Iterator[Call]:
         yield call
     finally:
         _current.reset(token)
-        call.handed = None  # an attention that was left half-way must not keep a cache alive
+        call.handed = None
+        call.shared.clear()  # an attention that was left half-way must not keep a cache alive
 
 
 def count_attention() -> None:

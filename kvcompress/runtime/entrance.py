@@ -85,7 +85,7 @@ class Entrance:
             )
         simulation = simulation_of(self._attachment)
         if simulation is not None:
-            return SimulatedCache(self._attachment.codecs, simulation)
+            return SimulatedCache(self._attachment.codecs, simulation, self._attachment.places)
         use_cache = self._arguments.get("use_cache", args, kwargs)
         use_cache = self._decoder.config.use_cache if use_cache is None else use_cache
         return self._attachment.new_cache() if use_cache and not self._decoder.training else None

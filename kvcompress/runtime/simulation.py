@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 from kvcompress import compat
 from kvcompress.codec.layer import LayerCodecs
 from kvcompress.errors import OptionError
+from kvcompress.model.recording import capped
 from kvcompress.runtime.attended import AttendedCache
+from kvcompress.runtime.places import Places, not_simulated
 from kvcompress.runtime.tokens import TokenLine
 
 #: Queries scored at once.
@@ -84,9 +87,13 @@ class SimulatedLayer(compat.CacheLayer):
 class SimulatedCache(AttendedCache):
     """What a simulated forward is given as its cache; it serves one."""
 
-    def __init__(self, codecs: Sequence[LayerCodecs], simulation: Simulation) -> None:
+    def __init__(self, codecs: Sequence[LayerCodecs], simulation: Simulation, places: Places | None = None) -> None:
         self.tokens = TokenLine(simulation.sinks, simulation.recent, counts_bytes=False)
-        super().__init__(layers=[SimulatedLayer(c, self.tokens, simulation) for c in codecs])
+        self.places = places or Places.all_of(len(codecs))
+        if not self.places.are_all_read:
+            raise not_simulated()
+        make = [partial(SimulatedLayer, c, self.tokens, simulation) for c in codecs]
+        super().__init__(layers=self.places.filled(make))
         self._used = False
 
     def begin(self, positions: Tensor, batch: int, mask: Tensor | None) -> None:
@@ -97,9 +104,17 @@ class SimulatedCache(AttendedCache):
 
 
 def simulated_attention(
-    layer: SimulatedLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    layer: SimulatedLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, head_dim].
+    """Return what decoding token by token would give, for a whole text at once: [batch, n_tokens, heads, width].
 
     Query t sees key s exactly if s is a sink or not yet encoded (with blocks of 1: t - s <= recent), decoded otherwise.
     """
@@ -110,6 +125,7 @@ def simulated_attention(
     coded_value = codecs.roundtrip_values(value)
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
     by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
+    groups = by_group.shape[2]
     place = torch.arange(n_tokens, device=query.device)
     encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
     outputs = []
@@ -119,23 +135,34 @@ def simulated_attention(
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
         near = torch.cat([place[:stop][:sinks], place[max(sinks, int(encoded[start])) : stop]])
         exact = (near < sinks) | (near >= encoded[start:stop, None])
-        exact = exact.repeat(by_group.shape[2], 1)  # [groups * n_queries, n_near]
+        exact = exact.repeat(groups, 1)  # [groups * n_queries, n_near]
         scores = rows @ coded_key[..., :stop]
         scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])
         visible = (place[start:stop, None] >= place[:stop])[None, None] if mask is None else mask[:, :, start:stop]
-        visible = additive_mask(visible, batch, stop - start, stop, query.device)
-        weights = (scores + visible.repeat(1, 1, by_group.shape[2], 1)).softmax(-1)
+        visible = by_row(additive_mask(visible, batch, stop - start, stop, query.device), n_kv_heads, groups)
+        scores = capped(scores, softcap) + visible
+        if s_aux is not None:
+            aside = s_aux.float().view(1, n_kv_heads, groups, 1).expand(batch, -1, -1, stop - start)
+            scores = torch.cat([scores, aside.flatten(2).unsqueeze(-1)], -1)
+        weights = scores.softmax(-1)[..., :stop]
         chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
         outputs.append(chunk.unflatten(2, (-1, stop - start)))
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype)
 
 
 def additive_mask(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:
-    """Return a float32 mask [batch, 1, n_queries, n_tokens]: 0 where a query may look, -inf where not."""
+    """Return a float32 mask [batch, 1 or heads, n_queries, n_tokens]: 0 where a query may look, -inf where not."""
     if mask is None:
         return torch.zeros(batch, 1, n_queries, n_tokens, device=device)
-    mask = mask[..., :n_tokens].expand(batch, 1, n_queries, n_tokens)
+    mask = mask[..., :n_tokens].expand(batch, -1, n_queries, n_tokens)
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
     mask = mask.float()
     return mask.masked_fill(mask <= torch.finfo(torch.float16).min, float("-inf"))
+
+
+def by_row(mask: Tensor, n_kv_heads: int, groups: int) -> Tensor:
+    """mask: [batch, 1 or heads, n_queries, n] -> [batch, 1 or kv heads, groups * n_queries, n], as queries are."""
+    if mask.shape[1] == 1:
+        return mask.repeat(1, 1, groups, 1)
+    return mask.unflatten(1, (n_kv_heads, groups)).flatten(2, 3)

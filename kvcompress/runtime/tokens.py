@@ -31,6 +31,7 @@ class Visible:
 class _TurnAngles:
     """table: cos and sin at the first position of each turn, [1 or batch, turns, rotary_dim / 2, 2]; and of what."""
 
+    rotary: Rotary
     origin: Tensor
     turn: int
     table: Tensor
@@ -47,8 +48,8 @@ class TokenLine:
         self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
         self._origin = torch.zeros(1, dtype=torch.int32)  # [batch], the position of slot 0, counted back from there
         self._visible: Visible | None = None  # of the latest step
-        self._turn_angles: _TurnAngles | None = None
-        self._angles: Tensor | None = None
+        self._turn_angles: dict[int, _TurnAngles] = {}  # by the id of the rotary, which they keep
+        self._angles: dict[int, tuple[Rotary, Tensor]] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -148,7 +149,7 @@ class TokenLine:
 
         Kept for all layers and steps of a cache.
         """
-        known = self._turn_angles
+        known = self._turn_angles.get(id(rotary))
         if known is None or known.origin is not self.origin or known.turn != turn or known.table.shape[1] < n_turns:
             n_turns = max(64, 1 << (n_turns - 1).bit_length())
             origin = self.origin.to(device)
@@ -157,13 +158,15 @@ class TokenLine:
             angles = (origin[:1] if same else origin)[:, None, None] + turns[:, None]
             angles = angles.float() * rotary.inv_freq.to(device)
             table = torch.stack([angles.cos(), angles.sin()], -1) * rotary.scale
-            known = self._turn_angles = _TurnAngles(self.origin, turn, table)
+            known = self._turn_angles[id(rotary)] = _TurnAngles(rotary, self.origin, turn, table)
         return known.table
 
     def angles(self, rotary: Rotary, n_tokens: int, batch: int, device: torch.device) -> Angles:
         """Return the angles of at least the first n_tokens positions, kept for all layers and steps of a cache."""
-        if self._angles is None or self._angles.shape[0] < n_tokens or self._angles.device != device:
+        _, table = self._angles.get(id(rotary), (rotary, None))
+        if table is None or table.shape[0] < n_tokens or table.device != device:
             n_positions = max(4096, 1 << (n_tokens - 1).bit_length())
-            self._angles = angle_table(rotary.inv_freq.to(device), n_positions, scale=rotary.scale)
+            table = angle_table(rotary.inv_freq.to(device), n_positions, scale=rotary.scale)
+            self._angles[id(rotary)] = rotary, table
         origin = self.start.to(device, torch.int32).expand(batch).contiguous()
-        return Angles(self._angles, origin)
+        return Angles(table, origin)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, ModelSpec, Site
@@ -54,6 +55,8 @@ class CompressedModel:
         hf_config, plan = config.model_config.hf_config, source.plan
         spec = read_model_spec(hf_config.to_dict())
         check_fit(spec, plan)
+        if spec.own_layers:
+            raise OptionError("layers of the model keep a sliding window, which the pages of the plugin do not.")
         rank, n_ranks = tensor_parallel_place()
         sites: dict[Site, tuple[SitePlan, SiteMaps | None]] = {}
         rows: dict[Site, int] = {}
