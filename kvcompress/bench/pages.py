@@ -207,7 +207,7 @@ def time_chunk(
     return ChunkTiming(keep, context, n_new, ours * 1e6, exact * 1e6, rebuilding * 1e6)
 
 
-def time_encoding(pool: Pool, n_blocks: int, *, n_layers: int = 1, n_streams: int = 8) -> float:
+def time_encoding(pool: Pool, n_blocks: int, *, n_layers: int = 1, n_streams: int = 16) -> float:
     """Return the seconds that encoding so many blocks of 32 tokens takes, the keys and values of n_layers."""
     layer, device = pool.contiguous[0], pool.tokens.rows.device
     codecs = layer.codecs

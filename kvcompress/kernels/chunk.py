@@ -90,18 +90,35 @@ def chunk_attention(
     output, total = attend(query, key, value, True, layer.scaling)
     if context.n_tokens == 0:
         return output
-    merged = output.float()
+    outputs, totals = [output], [total]
     for first in range(0, context.n_tokens, len(tiles.keys)):
         stop = min(first + len(tiles.keys), context.n_tokens)
         keys, values = (x[: stop - first] for x in (tiles.keys, tiles.values))
         _gather(layer.keys, layer.exact.keys, layer.exact.sink_keys, context, first, keys)
         _gather(layer.values, layer.exact.values, layer.exact.sink_values, context, first, values)
-        output, own = attend(query, keys, values, False, layer.scaling)
-        both = torch.logaddexp(total, own)
-        merged *= (total - both).exp().T.unsqueeze(2)
-        merged += output * (own - both).exp().T.unsqueeze(2)
-        total = both
-    return merged.to(query.dtype)
+        output, total = attend(query, keys, values, False, layer.scaling)
+        outputs.append(output)
+        totals.append(total)
+    return join(torch.stack(outputs), torch.stack(totals))
+
+
+def join(outputs: Tensor, totals: Tensor) -> Tensor:
+    """Return attention over all keys from that over parts of them: [n, heads, head_dim].
+
+    outputs: [parts, n, heads, head_dim]; totals: [parts, heads, n], the log-sum-exp of each part's scores.
+    """
+    if not outputs.is_cuda:
+        weights = totals.softmax(0).transpose(1, 2).unsqueeze(3)
+        return (outputs * weights).sum(0).to(outputs.dtype)
+    from kvcompress.kernels.rebuilding import join_kernel
+
+    n_parts, n, n_heads, head_dim = outputs.shape
+    out = torch.empty_like(outputs[0])
+    join_kernel[(n, n_heads)](
+        outputs, totals, out, n_parts, outputs.stride(0), totals.stride(1), DIM=head_dim,
+        WIDTH=1 << (head_dim - 1).bit_length(), num_warps=1,
+    )  # fmt: skip
+    return out
 
 
 def _gather(site: RebuiltSite, exact: Tensor, sinks: Tensor, context: Context, first: int, out: Tensor) -> None:

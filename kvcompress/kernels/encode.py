@@ -19,6 +19,8 @@ from kvcompress.model.rope import Rotary
 
 _WIDTH = 64
 _CENTRED_TOKENS = 16
+#: Of a program that searches gains: few where there are few, so that all multiprocessors have some.
+_GAIN_TOKENS, _FEW_TOKENS = 8, 4096
 
 
 def centred(x: Tensor, mean: Tensor | None, rotary: Rotary | None, positions: Tensor | None) -> Tensor:
@@ -103,9 +105,10 @@ def pack_latents(
     gains = torch.empty(batch * n_tokens if site.has_gain else 0, dtype=torch.uint8, device=latents.device)
     counts = site.class_counts
     if site.has_gain and n_tokens:
-        gain_kernel[(batch * n_tokens // 8,)](
+        tokens = 2 if batch * n_tokens <= _FEW_TOKENS else _GAIN_TOKENS
+        gain_kernel[(batch * n_tokens // tokens,)](
             latents, _halves(tuple(sorted(site.counts.items())), latents.device), gains, n_components, counts[0],
-            n_components, WIDTH=32, TOKENS=8,
+            n_components, WIDTH=32, TOKENS=tokens,
         )  # fmt: skip
     chunks = sum(-(-count // _WIDTH) for count in counts)
     if n_blocks and chunks:

@@ -88,3 +88,26 @@ def heads_kernel(
     to = out + token[:, None] * out_token + head * out_head + pair[None, :]
     tl.store(to, re.to(out.dtype.element_ty), mask=here)
     tl.store(to + HEAD_DIM // 2, im.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def join_kernel(outputs, totals, out, n_parts, part_numbers, head_totals, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Attention over several parts of the keys, joined by their log-sum-exp.
+
+    outputs: [n_parts, n, heads, DIM], part_numbers apart; totals: float32 [n_parts, heads, n], natural logarithms,
+    head_totals from head to head; out: [n, heads, DIM]. WIDTH: a power of two of at least DIM. Grid: (n, heads).
+    """
+    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dim = tl.arange(0, WIDTH)
+    place = (query * tl.num_programs(1) + head) * DIM + dim
+    total = totals + head * head_totals + query
+    high = tl.load(total)  # of the queries' own tokens, and so finite
+    for part in range(1, n_parts):
+        high = tl.maximum(high, tl.load(total + part * tl.num_programs(1) * head_totals))
+    weights = high * 0.0
+    acc = tl.zeros([WIDTH], tl.float32)
+    for part in range(n_parts):
+        weight = tl.exp2((tl.load(total + part * tl.num_programs(1) * head_totals) - high) * 1.4426950408889634)
+        weights += weight
+        acc += weight * tl.load(outputs + part * part_numbers + place, mask=dim < DIM, other=0.0).to(tl.float32)
+    tl.store(out + place, (acc / weights).to(out.dtype.element_ty), mask=dim < DIM)

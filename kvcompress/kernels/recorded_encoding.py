@@ -18,7 +18,7 @@ from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.rope import Rotary
 
 #: Branches of the graph.
-_STREAMS = 8
+_STREAMS = 16
 
 
 @dataclass(frozen=True, slots=True)

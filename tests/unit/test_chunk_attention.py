@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.codec.layer import LayerCodecs
 from kvcompress.errors import OptionError
-from kvcompress.kernels.chunk import Context, RebuiltLayer, RebuiltSite, Tiles, chunk_attention
+from kvcompress.kernels.chunk import Context, RebuiltLayer, RebuiltSite, Tiles, chunk_attention, join
 from kvcompress.kernels.paged import ExactPages, page_words
 from kvcompress.kernels.rebuild import Rotation
+from kvcompress.kernels.rebuilding import join_kernel
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.rope import Rotary
 from tests.codec_cases import random_codec
@@ -90,3 +91,27 @@ def test_tiles_hold_whole_blocks() -> None:
     x = torch.zeros(1, 32, 2, 64).half()
     with pytest.raises(OptionError, match="whole blocks"):
         Tiles.of(ExactPages(x, x, x, x), 100)
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_parts_are_joined_as_one_softmax(n_parts: int) -> None:
+    torch.manual_seed(0)
+    scores, values = torch.randn(n_parts, 5, HEADS, 7) * 3, torch.randn(n_parts, 7, HEADS, HEAD_DIM)
+    outputs = torch.einsum("pqhk,pkhd->pqhd", scores.softmax(-1), values)
+    expected = torch.einsum(
+        "pqhk,pkhd->qhd",
+        scores.permute(1, 2, 0, 3).flatten(2).softmax(-1).unflatten(2, (n_parts, 7)).permute(2, 0, 1, 3),
+        values,
+    )
+    totals = scores.logsumexp(-1).transpose(1, 2).contiguous()
+    joined = join(outputs.to(DEVICE), totals.to(DEVICE)).cpu()
+    torch.testing.assert_close(joined, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernel_joins_as_torch_does() -> None:
+    torch.manual_seed(0)
+    outputs, totals = (x.to(DEVICE) for x in (torch.randn(3, 5, HEADS, 48), torch.randn(3, HEADS, 5) * 4))
+    out = torch.empty_like(outputs[0])
+    join_kernel[(5, HEADS)](outputs, totals, out, 3, outputs.stride(0), totals.stride(1), DIM=48, WIDTH=64)
+    expected = (outputs * totals.softmax(0).transpose(1, 2).unsqueeze(3)).sum(0)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
