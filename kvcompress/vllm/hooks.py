@@ -4,8 +4,12 @@ through."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kvcompress.checkpoint.maps import MAPS_FILE
 from kvcompress.errors import OptionError
@@ -59,7 +63,8 @@ def source_of(config: VllmConfig) -> Source | None:
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Attention.__init__: a layer that the plan knows gets our backend, and exact pages beside its packed ones."""
     config = get_current_vllm_config()
-    source = source_of(config)
+    with torch.device("cpu"):
+        source = source_of(config)
     name = kwargs.get("prefix", "")
     layer = None if source is None else extract_layer_index(name)
     if source is None or layer is None or layer_plans(source.plan, layer) is None:
@@ -69,12 +74,24 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     kwargs["attn_backend"] = PackedBackend
     original(self, *args, **kwargs)
     first = next(compressed_layers(config), None)
-    model = CompressedModel.of(source, config) if first is None else first.kvcompress.model
-    compressed = make_layer(model, layer, self, backend=ExactBackend, dtype=config.model_config.dtype)
+    device = torch.empty(0).device  # vLLM makes its layers where they will run, in the model's dtype
+    with torch.device("cpu"), _float32():
+        model = CompressedModel.of(source, config) if first is None else first.kvcompress.model
+        compressed = make_layer(model, layer, self, backend=ExactBackend, dtype=config.model_config.dtype, device=device)
     self.kvcompress = compressed
     config.compilation_config.static_forward_context[compressed.exact.name] = compressed.exact
     if first is None:
         compressed.exact.when_bound = functools.partial(say, config, compressed)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _check(config: VllmConfig) -> None:

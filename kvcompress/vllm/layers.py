@@ -137,7 +137,7 @@ class ExactCache(nn.Module, AttentionLayerBase):
 
 
 def make_layer(
-    model: CompressedModel, layer: int, attention: Any, *, backend: Any, dtype: torch.dtype
+    model: CompressedModel, layer: int, attention: Any, *, backend: Any, dtype: torch.dtype, device: torch.device
 ) -> CompressedAttention:
     """Return what a layer of vLLM needs to be compressed.
 
@@ -153,7 +153,7 @@ def make_layer(
         rotary=model.rotary if model.spec.layers[layer].rotary_dim else None,
         n_kv_heads=n_heads,
         head_dim=head_dim,
-        device=torch.empty(0).device,
+        device=device,
     )
     spec = ExactSpec(
         block_size=BLOCK_TOKENS,
