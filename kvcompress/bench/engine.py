@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def write_random_model(
         return
     counts = typical_counts(shape.width, keep, at_a_time=components_at_a_time(shape, turn))
     plan, maps = random_plan(shape, counts, counts, dtype, turn=turn)
-    save_maps(maps, directory / MAPS_FILE)
+    # every layer has the same random maps, and a file holds no tensor twice
+    own = {site: replace(m, **{n: t.clone() for n, t in vars(m).items() if t is not None}) for site, m in maps.items()}
+    save_maps(own, directory / MAPS_FILE)
     plan.save(directory)
 
 

@@ -21,6 +21,7 @@ from kvcompress.vllm.names import (
     CommonAttentionMetadata,
     KVCacheLayout,
     MultipleOf,
+    exact_attention,
     get_forward_context,
     init_logger,
     reshape_and_cache_flash,
@@ -110,6 +111,8 @@ class ExactBuilder(PackedBuilder):
         step.n_generating = step.n_tokens if n_rows == len(is_chunk) else int(starts[n_rows])
         if step.n_generating:
             step.query_tokens = fused.begin(step, step.n_generating)
+        if step.n_generating < step.n_tokens:
+            step.chunks = fused.contexts(step)
 
     def _encode_completed(self, step: Step) -> None:
         rows = {row.start: row for row in step.rows}
@@ -166,7 +169,7 @@ def fused_of(model: CompressedModel, config: Any) -> FusedModel | None:
         for layer in layers
     }
     most_rows = config.scheduler_config.max_num_seqs
-    model.fused = FusedModel(views, most_queries * most_rows, most_rows)
+    model.fused = FusedModel(views, most_queries * most_rows, most_rows, exact_attention(config))
     return model.fused
 
 
@@ -291,11 +294,10 @@ class PackedAttention(AttentionImpl):
             key, value, own.exact.keys, own.exact.values, slots, "auto", layer._k_scale, layer._v_scale
         )
         n = step.n_generating
-        chunks = [row for row in step.rows if row.start >= n] if n < step.n_tokens else []
-        for row in chunks:
+        for row, _ in step.chunks:
             reference.encode_chunk(own.cache, row, key[row.new], value[row.new])
         output = output.view(-1, self.num_heads, self.head_size)
         if step.query_tokens is not None:
             fused.attend(own, query[:n], step.query_tokens, output[:n])
-        for row in chunks:
-            output[row.new] = fused.attend_chunk(own, row, query[row.new], key[row.new], value[row.new])
+        for row, context in step.chunks:
+            output[row.new] = fused.attend_chunk(own, context, query[row.new], key[row.new], value[row.new])

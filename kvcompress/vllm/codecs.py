@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,13 @@ def rank_heads(n_heads: int, rank: int, n_ranks: int) -> tuple[int, int]:
     return head, head + 1
 
 
+@lru_cache(maxsize=8)
+def on_device(rotary: Rotary, device: torch.device) -> Rotary:
+    """Return RoPE whose frequencies lie on a device, where a CUDA graph can read them; one for all layers."""
+    frequencies = rotary.inv_freq.to(device)
+    return Rotary(frequencies, rotary.scale, start=rotary.start, interleaved=rotary.interleaved)
+
+
 def make_layer_codecs(
     plans: dict[Part, SitePlan],
     maps: dict[Part, SiteMaps | None],
@@ -86,7 +94,8 @@ def make_layer_codecs(
             )
     key, value = layer_codecs(maps["key"], maps["value"], device, turn=plans["key"].turn)
     rotated_mean: Tensor | None = None
-    rotary = rotary if key is not None else None
+    if rotary is not None:
+        rotary = None if key is None else on_device(rotary, device)
     if key is not None and plans["key"].rotated and rotary is not None:
         rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
     return LayerKernels(

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.chunk import Context, RebuiltLayer, Tiles, chunk_attention
+from kvcompress.kernels.chunk import Attend, Context, RebuiltLayer, Tiles, chunk_attention
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, applies, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
 from kvcompress.kernels.paged_workspace import Workspace
-from kvcompress.kernels.site import SiteKernels, kernels_apply, whole_rotation
+from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
+from kvcompress.kernels.site import kernels_apply, whole_rotation
 from kvcompress.model.model_spec import Part
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import exact_parts
@@ -74,24 +75,25 @@ class FusedLayer:
         assert decode is not None and chunk is not None
         return cls(cache, words, exact, decode, chunk)
 
-    def encode(self, sources: Tensor, destinations: Tensor, positions: Tensor) -> None:
-        """Encode blocks from exact pages; see SiteKernels.pack_pages."""
-        sites: list[tuple[Part, SiteKernels | None, Tensor]] = [
-            ("key", self.cache.codecs.key_site, self.exact.keys),
-            ("value", self.cache.codecs.value_site, self.exact.values),
+    @property
+    def encoded_sites(self) -> list[EncodedSite]:
+        codecs = self.cache.codecs
+        assert codecs.key_site is not None and codecs.value_site is not None
+        return [
+            EncodedSite(codecs.key_site, self.exact.keys, self.words["key"], codecs.rotary),
+            EncodedSite(codecs.value_site, self.exact.values, self.words["value"], None),
         ]
-        for part, site, source in sites:
-            assert site is not None
-            rotary = self.cache.codecs.rotary if part == "key" else None
-            site.pack_pages(source, self.words[part], sources, destinations, rotary, positions)
 
 
 class FusedModel:
     """All layers of a model, and the memory that they share, whose addresses stay for the model's life."""
 
-    def __init__(self, layers: Mapping[str, FusedLayer], most_tokens: int, most_rows: int) -> None:
-        """most_tokens: query tokens of a step of generation; most_rows: sequences of one."""
-        self.layers = dict(layers)
+    def __init__(
+        self, layers: Mapping[str, FusedLayer], most_tokens: int, most_rows: int, attend: Attend | None
+    ) -> None:
+        """most_tokens: query tokens of a step of generation; most_rows: sequences of one; attend: for chunks, the
+        engine's own exact attention, or torch's."""
+        self.layers, self._attend_exactly = dict(layers), attend
         first = next(iter(self.layers.values()))
         device, self.pages = first.exact.keys.device, first.cache.exact.data_ptr()
 
@@ -100,6 +102,7 @@ class FusedModel:
 
         self.workspace: Workspace = workspace_for([layer.decode for layer in self.layers.values()], most_tokens)
         self.tiles = Tiles.of(first.exact)
+        self._encoding = RecordedEncoding([site for layer in self.layers.values() for site in layer.encoded_sites])
         self._rows, self._lengths, self._encoded = (zeros(most_tokens) for _ in range(3))
         self._sinks = zeros(most_rows)
         self._token = torch.arange(most_tokens, dtype=torch.int32, device=device)
@@ -125,14 +128,22 @@ class FusedModel:
         sources, destinations, first = step.blocks_in_pages(layer.cache.layout.n_blocks)
         within = torch.arange(BLOCK_TOKENS, dtype=torch.int32, device=first.device)
         positions = (first[:, None] + within).view(1, -1) // turn * turn
-        for fused in self.layers.values():
-            fused.encode(sources, destinations, positions)
+        self._encoding.encode(sources, destinations, positions)
 
     def attend(self, layer: FusedLayer, query: Tensor, tokens: QueryTokens, out: Tensor) -> None:
         """Write attention of a step's query tokens of generation into `out`, [n, heads, head_dim] like query."""
         paged_attention(layer.decode, query, tokens, self.workspace, out)
 
-    def attend_chunk(self, layer: FusedLayer, row: Row, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def contexts(self, step: Step) -> list[tuple[Row, Context]]:
+        """Return the rows whose new tokens come after those of generation, and what is cached before each."""
+        found = []
+        for row in step.rows:
+            if row.start >= step.n_generating:
+                pages, exact = row.pages.int(), row.exact.int()
+                found.append((row, Context(row.computed, row.n_packed, pages, exact, row.first_exact)))
+        return found
+
+    def attend_chunk(self, layer: FusedLayer, context: Context, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return attention of a row's new tokens, whose own keys and values are given: [n_new, heads, head_dim]."""
-        context = Context(row.computed, row.n_packed, row.pages.int(), row.exact.int(), int(row.exact[0]))
-        return chunk_attention(layer.chunk, query, key, value, context=context, tiles=self.tiles)
+        attend = self._attend_exactly
+        return chunk_attention(layer.chunk, query, key, value, context=context, tiles=self.tiles, attend=attend)

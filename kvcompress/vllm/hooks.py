@@ -77,7 +77,9 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     device = torch.empty(0).device  # vLLM makes its layers where they will run, in the model's dtype
     with torch.device("cpu"), _float32():
         model = CompressedModel.of(source, config) if first is None else first.kvcompress.model
-        compressed = make_layer(model, layer, self, backend=ExactBackend, dtype=config.model_config.dtype, device=device)
+        compressed = make_layer(
+            model, layer, self, backend=ExactBackend, dtype=config.model_config.dtype, device=device
+        )
     self.kvcompress = compressed
     config.compilation_config.static_forward_context[compressed.exact.name] = compressed.exact
     if first is None:

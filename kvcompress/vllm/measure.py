@@ -74,8 +74,10 @@ class Engine:
 
         Their prompts are not really read: the model is skipped until all have been, and their pages hold anything.
         """
-        n_new = WARM_UP + TIMED + 8
-        names = [self.add(self.prompt(context - n_new), n_new + batch) for _ in range(batch)]
+        # The first sequences give tokens while the others' prompts are read; none may end before the timed steps do.
+        budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
+        n_new = WARM_UP + TIMED + batch + -(-batch * context // budget)
+        names = [self.add(self.prompt(context - n_new), n_new) for _ in range(batch)]
         begun: set[str] = set()
         with self._model_skipped():
             while len(begun) < batch:

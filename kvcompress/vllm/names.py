@@ -3,6 +3,11 @@ vLLM."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
 from vllm._custom_ops import reshape_and_cache_flash
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -48,6 +53,7 @@ __all__ = [
     "SingleTypeKVCacheManager",
     "SlidingWindowSpec",
     "VllmConfig",
+    "exact_attention",
     "extract_layer_index",
     "get_current_vllm_config",
     "get_forward_context",
@@ -62,6 +68,35 @@ __all__ = [
 def tensor_parallel_place() -> tuple[int, int]:
     """Return this process's rank in its tensor parallel group, and how many ranks there are."""
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def exact_attention(config: Any) -> Any:
+    """Return vLLM's FlashAttention as kernels.chunk.Attend, or None where there is none."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    version = get_flash_attn_version(head_size=config.model_config.get_head_size())
+    if version is None:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+        n, m = len(query), len(key)
+        starts = [_one_sequence(size, query.device) for size in (n, m)]
+        output, total = flash_attn_varlen_func(
+            query, key, value, n, starts[0], m, starts[1], softmax_scale=scaling, causal=causal,
+            return_softmax_lse=True, fa_version=version,
+        )  # fmt: skip
+        return output, total
+
+    return attend
+
+
+@lru_cache(maxsize=64)
+def _one_sequence(n_tokens: int, device: torch.device) -> Tensor:
+    """Return where a batch's only sequence begins and ends; all layers of a step ask for the same."""
+    return torch.tensor([0, n_tokens], dtype=torch.int32, device=device)
 
 
 def register_spec(spec: type, manager: type) -> None:

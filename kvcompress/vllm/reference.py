@@ -22,7 +22,8 @@ from kvcompress.vllm.pages import PageLayout, exact_parts
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence in a step. start: its first query token's place in the batch; n_new of them come after `computed`
-    tokens, of which they see `n_packed` packed; pages: those of its packed tokens; exact: of its exact ones (int64)."""
+    tokens, of which they see `n_packed` packed; pages: those of its packed tokens; exact: of its exact ones (int64);
+    first_exact: the first of those, where its sinks are."""
 
     start: int
     n_new: int
@@ -30,6 +31,7 @@ class Row:
     n_packed: int
     pages: Tensor
     exact: Tensor
+    first_exact: int
 
     @property
     def new(self) -> slice:

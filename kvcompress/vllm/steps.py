@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.chunk import Context
 from kvcompress.kernels.paged import QueryTokens
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import visible_packed
@@ -76,7 +78,8 @@ class Step:
     starts: int32 [n + 1], where each one's new tokens begin. lengths: int32 [n], tokens when the step is done, the new
     ones included. exact_table, packed_table: int32 [n, most pages]. slots: [n_tokens], exact page * 32 + place of each
     new token. n_packed: int32 [n], what the sequence's queries see packed. most_queries: query tokens of a sequence
-    that generates. n_generating, query_tokens: of the kernels, the first tokens, which are those of generation.
+    that generates. n_generating, query_tokens, chunks: of the kernels; the
+    first tokens are those of generation.
     """
 
     n_tokens: int
@@ -90,6 +93,7 @@ class Step:
     n_packed: Tensor = field(init=False)
     n_generating: int = 0
     query_tokens: QueryTokens | None = None
+    chunks: list[tuple[Row, Context]] = field(default_factory=list)
     _rows: list[Row] | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -104,13 +108,15 @@ class Step:
     def rows(self) -> list[Row]:
         """The sequences that have new tokens, with numbers of the host: waits for the device, once a step."""
         if self._rows is None:
-            starts, lengths, packed = (x.tolist() for x in (self.starts, self.lengths, self.n_packed))
+            numbers = (self.starts, self.lengths, self.n_packed, self.exact_table[:, 0])
+            starts, lengths, packed, first = (x.tolist() for x in numbers)
             pages, exact = self.packed_table.long(), self.exact_table.long()
-            self._rows = [
-                Row(start, stop - start, length - (stop - start), seen, pages[i], exact[i])
-                for i, (start, stop, length, seen) in enumerate(zip(starts, starts[1:], lengths, packed, strict=False))
-                if stop > start
-            ]
+            self._rows = []
+            for i, (start, stop) in enumerate(pairwise(starts[: len(lengths) + 1])):
+                if stop > start:
+                    computed = lengths[i] - (stop - start)
+                    row = Row(start, stop - start, computed, packed[i], pages[i], exact[i], first[i])
+                    self._rows.append(row)
         return self._rows
 
     def is_chunk(self, row: Row) -> bool:

@@ -157,7 +157,7 @@ class Paged:
         """query, key, value: [n_new, heads, head_dim]."""
         n_new, computed = len(query), self.length
         seen = visible_packed(torch.tensor([computed]), self.exact[None].int(), self.plan.recent)
-        row = Row(0, n_new, computed, int(seen), self.pages, self.exact)
+        row = Row(0, n_new, computed, int(seen), self.pages, self.exact, int(self.exact[0]))
         if n_new == 1 and computed and computed % 32 == 0:
             encode_block(self.cache, row, computed // 32 - 1)
         positions = torch.arange(computed, computed + n_new)
