@@ -39,6 +39,13 @@ def bench(
     pages: Annotated[
         bool, typer.Option("--pages", help="Also time the same tokens in pages, as an engine keeps them (GPU).")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="vllm", help="Time whole caches in vLLM instead, with random weights of the shape."),
+    ] = None,
+    caches: Annotated[
+        str, typer.Option(help="With --engine: vLLM's own caches to time, by kv_cache_dtype, with commas between.")
+    ] = "bf16",
     device: flags.Device = "auto",
     json: flags.Json = False,
 ) -> None:
@@ -47,6 +54,9 @@ def bench(
     On a GPU the kernels are timed, on a CPU the torch reference, in the same run as their opponents.
     With --decode a model of the shape decodes, too, at the largest batch that fits the device with each cache.
     """
+    if engine is not None:
+        _bench_engine(engine, output, shape, keep, context, batch, turn, caches, device, json)
+        return
     from kvcompress.bench.run import run_bench
 
     document = run_bench(
@@ -63,6 +73,23 @@ def bench(
         if pages:
             print_pages(document.pages, document.chunks)
         _print_rest(document)
+
+
+def _bench_engine(
+    engine: str, output: Path | None, shape: str, keep: str, context: str, batch: str, turn: int, caches: str,
+    device: str, json: bool,
+) -> None:  # fmt: skip
+    from kvcompress.errors import OptionError
+    from kvcompress_cli.bench_engine import bench_engine
+
+    if engine != "vllm":
+        raise OptionError(f"--engine {engine} is unknown. Known: vllm.")
+    if output is not None:
+        raise OptionError("--engine times random weights of a --shape. Leave out OUT.")
+    bench_engine(
+        shape=shape, keeps=_numbers(keep, float, "--keep"), contexts=_numbers(context, int, "--context"),
+        batches=_numbers(batch, int, "--batch"), turn=turn, caches=caches, device=device, json=json,
+    )  # fmt: skip
 
 
 def print_attention(rows: list[AttentionTiming]) -> None:

@@ -29,6 +29,8 @@ _DEFAULTS = CompressOptions()
 _CACHE = "What is kept"
 _TEXT = "Calibration"
 _FORM = "Output"
+#: What --for vllm chooses where nothing else was: what its kernels take, see recipes/gpu.toml.
+FOR_VLLM = {"turn": 256}
 
 
 def _option(name: str, help: str, panel: str, **settings: Any) -> Any:
@@ -122,6 +124,16 @@ def compress(
         Path | None,
         typer.Option(help="TOML file with these choices; flags override it.", metavar="R.toml", rich_help_panel=_FORM),
     ] = None,
+    for_engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="vllm",
+            help="Choose what this engine runs best at the given keep: keys in turns of 256 tokens.",
+            rich_help_panel=_FORM,
+            show_default=False,
+        ),
+    ] = None,
     folded: Annotated[
         bool | None,
         _option("folded", "Fold the encoders into k_proj and v_proj (grouped, head, share or frequency keys).", _FORM),
@@ -143,6 +155,10 @@ def compress(
         for name, value in locals().items()
         if name in CompressOptions.__dataclass_fields__ and name not in ("calibration", "metric")
     }
+    if for_engine is not None:
+        _refuse(for_engine != "vllm", f"--for {for_engine} is unknown. Known: vllm.")
+        _refuse(bool(folded), "--for vllm is for a coded cache. Leave out --folded, or export: kvcompress export.")
+        chosen |= {name: value for name, value in FOR_VLLM.items() if chosen.get(name) is None}
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
@@ -159,8 +175,23 @@ def compress(
         terminal.print_json(result_document(result) | found)
     else:
         _print(result)
+        if for_engine is not None:
+            print_for_engine(result)
         if search is not None:
             terminal.stdout().print(search_table(search.to_json()))
+
+
+def print_for_engine(result: CompressionResult) -> None:
+    """Say what a token takes in the engine's pages, padding, sinks and window included."""
+    from kvcompress.vllm.pages import PoolBlock
+
+    block = PoolBlock.of(result.plan)
+    times = ", ".join(f"{block.times_the_tokens(n):.2f} at {terminal.tokens(n)}" for n in (2048, 32768))
+    terminal.stdout().print(
+        f"in vLLM: {block.bytes_per_token:,.0f} bytes a token in pages of {block.n_tokens} tokens, against "
+        f"{block.own_bytes:,}; times the tokens that fit in sequences: {times}",
+        highlight=False,
+    )
 
 
 def _refuse(condition: bool, message: str) -> None:

@@ -119,6 +119,14 @@ def evaluate(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm",
+            help="Run OUT in vLLM and compare with the run time in transformers, on --text.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     base: flags.Base = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -147,6 +155,11 @@ def evaluate(
         answers=answers,
         cache=cache,
     )
+    if engine is not None:
+        from kvcompress_cli.eval_engine import show_engine
+
+        show_engine(output, options, engine=engine, base=base, device=device, dtype=dtype, json=json)
+        return
     mode = mode_of(options, retrieval=retrieval, by_position=by_position, generation=generation)
     if mode == "--cache":
         if base is not None:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvcompress.model.model_spec import Part
+from kvcompress.model.model_spec import DTYPE_BYTES, Part, Site
 from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
 
 #: Kernels read 16 bytes at a time.
@@ -88,6 +88,46 @@ def page_sizes(layouts: Mapping[int, PageLayout]) -> dict[int, int]:
     smaller, larger = min(pairwise(distinct), key=lambda pair: pair[1] - pair[0])
     twin = next(layer for layer, size in sizes.items() if size == smaller)
     return sizes | {twin: larger}
+
+
+@dataclass(frozen=True, slots=True)
+class PoolBlock:
+    """A block of the engine's pool: a page of every layer, packed or exact. own_bytes: of a token in the model's cache.
+
+    exact_pages: what a sequence holds of exact ones, for its sinks and its window.
+    """
+
+    n_tokens: int
+    n_bytes: int
+    own_bytes: int
+    exact_pages: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> PoolBlock:
+        """Return the blocks that the engine will have for a plan on one GPU, in the model's own dtype."""
+        size, n_blocks = DTYPE_BYTES[plan.dtype], blocks_of_page(plan)
+        sites = {s.site: row_bytes(s, size) for s in plan.sites}
+        layers = {s.layer for s in plan.sites}
+        layouts = {i: PageLayout(n_blocks, sites[Site(i, "key")], sites[Site(i, "value")]) for i in layers}
+        exact = BLOCK_TOKENS * plan.original_bytes_per_token
+        packed = sum(page_sizes(layouts).values())
+        pages = exact_pages(plan.sinks, plan.recent)
+        return cls(n_blocks * BLOCK_TOKENS, max(packed, exact), plan.original_bytes_per_token, pages)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of a packed token, padding included."""
+        return self.n_bytes / self.n_tokens
+
+    def times_the_tokens(self, length: int) -> float:
+        """How many times the tokens fit in sequences of a length, window and sinks included."""
+        blocks = -(-length // self.n_tokens) + self.exact_pages
+        return length * self.own_bytes / (blocks * self.n_bytes)
+
+
+def exact_pages(sinks: int, recent: int) -> int:
+    """Return the exact pages that a sequence holds at most: of its sinks, of its window, and one not yet given back."""
+    return -(-sinks // BLOCK_TOKENS) + -(-(recent + BLOCK_TOKENS) // BLOCK_TOKENS) + 1
 
 
 def exact_parts(pages: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from kvcompress.runtime.attach import read_output
 
 #: The key of vLLM's --additional-config, and the environment variable, that name a directory of maps.
 CONFIG_KEY, VARIABLE = "kvcompress", "KVCOMPRESS_MAPS"
+#: Named instead of a directory by someone who wants the model uncompressed.
+OFF = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ def find_directory(model: str, *, revision: str | None, additional: Any, is_draf
     """
     own = _own_directory(model, revision)
     named = {} if is_draft else _named(additional)
+    if OFF in named.values():
+        return None
     for where, value in named.items():
         if not (Path(value) / PLAN_FILE).is_file():
             raise OptionError(f"{where} names {value}, which holds no {PLAN_FILE}: it is no output of kvcompress.")

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.names import AttentionSpec, FullAttentionSpec, VllmConfig
+from kvcompress.vllm.pages import exact_pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,8 @@ class ExactSpec(AttentionSpec):
     def sink_pages(self) -> int:
         return -(-self.sinks // BLOCK_TOKENS)
 
-    @property
-    def window_pages(self) -> int:
-        """Most pages that the exact tokens of a sequence lie in, its newest token included."""
-        return -(-(self.recent + BLOCK_TOKENS) // BLOCK_TOKENS)
-
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes that a sequence keeps; one page more, because pages are given back a step after the last use."""
+        """Bytes that a sequence keeps."""
         tokens = vllm_config.model_config.max_model_len + vllm_config.num_speculative_tokens
-        pages = min(self.sink_pages + self.window_pages + 1, -(-tokens // BLOCK_TOKENS))
+        pages = min(exact_pages(self.sinks, self.recent), -(-tokens // BLOCK_TOKENS))
         return pages * self.page_size_bytes
