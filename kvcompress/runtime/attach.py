@@ -379,3 +379,10 @@ def check_fit(spec: ModelSpec, plan: Plan) -> None:
             f"{spec.architecture} model with {len(spec.layers)} layers, or its heads differ. "
             "Attach them to their own model."
         )
+    for site in plan.sites:
+        rotation, head_dim = plan.rotation_of(site), spec.attention(site.site).head_dim
+        if rotation is not None and rotation.start + rotation.width > head_dim:
+            raise CheckpointError(
+                f"the plan turns channels up to {rotation.start + rotation.width} of {site.site}, whose heads have "
+                f"{head_dim}. Attach the maps to their own model."
+            )

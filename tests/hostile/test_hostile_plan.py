@@ -203,3 +203,12 @@ def test_map_tensors_of_another_type(output: Path) -> None:
     tensors["layers.1.key.bits"] = tensors["layers.1.key.bits"].float()
     save_file(tensors, output / MAPS, metadata={"format": "pt"})
     assert "bits of layers.1.key is stored as float32" in refusal(output)
+
+
+def test_a_rotation_of_more_channels_than_a_head_has(output: Path) -> None:
+    def widen(document: dict[str, Any]) -> None:
+        document["rotations"][0]["frequencies"] *= 3
+
+    edit(output, widen)
+    with pytest.raises(CheckpointError, match=r"turns channels up to 24 of layers.0.key, whose heads have 8"):
+        kvcompress.load(output)
