@@ -268,7 +268,6 @@ def _combine(combine: Any, step: _Step) -> None:
     n_kv_heads, _, _ = layer.sizes
     _, lengths, encoded = step.seen
     n_splits = len(step.splits)
-    n_floats = n_splits + layer.n_exact_parts + 32 * sum(layer.values.layout.sets) + 2 * COMBINE_THREADS
     combine(
         (n_kv_heads, len(step.query), 1), (COMBINE_THREADS, 1, 1),
         [
@@ -276,7 +275,7 @@ def _combine(combine: Any, step: _Step) -> None:
             step.query if mean is None else mean, step.out, n_splits, layer.n_exact_parts, *step.out.stride()[:2],
             int(mean is not None), step.starts, lengths, encoded, layer.exact.sink_keys.shape[1],
         ],
-        4 * (layer.n_heads // n_kv_heads) * n_floats,
+        widths_of(layer).combine_bytes(n_splits),
     )  # fmt: skip
 
 
@@ -287,10 +286,13 @@ def workspace_for(layers: Sequence[PagedLayer], n_queries: int, *, most_bytes: i
     attended to after the others.
     """
     turns = min(layer.angles.shape[1] for layer in layers)
-    return Workspace.of([_widths(layer) for layer in layers], n_queries, turns, most_bytes, layers[0].exact.keys.device)
+    return Workspace.of(
+        [widths_of(layer) for layer in layers], n_queries, turns, most_bytes, layers[0].exact.keys.device
+    )
 
 
-def _widths(layer: PagedLayer) -> Widths:
+def widths_of(layer: PagedLayer) -> Widths:
+    """Return what a layer's launches leave to each other is counted in."""
     n_kv_heads, n_groups, head_dim = layer.sizes
     sets = sum(layer.keys.layout.sets), sum(layer.values.layout.sets)
     return Widths(n_kv_heads, n_groups, layer.n_heads // n_kv_heads, head_dim, *sets, layer.n_exact_parts)

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.launch_shapes import UNIT_TOKENS, best_splits
-from kvcompress.kernels.turned import MOST_COLUMNS
-
-#: Of one launch, so that what `combine` keeps of each fits its shared memory.
-_MOST_SPLITS = 512
+from kvcompress.kernels.turned import COMBINE_MEMORY, COMBINE_THREADS, MOST_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +23,11 @@ class Widths:
     key_sets: int
     value_sets: int
     n_exact_parts: int
+
+    def combine_bytes(self, n_splits: int) -> int:
+        """Return the shared memory of `combine` where query tokens share n_splits, see cuda/combine.cu."""
+        n_floats = n_splits + self.n_exact_parts + 32 * self.value_sets + 2 * COMBINE_THREADS
+        return 4 * self.group_columns * n_floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class Workspace:
         n_groups = max(w.n_groups for w in widths)
         turn_bytes = max(w.n_groups * w.key_sets for w in widths) * 512
         at_once = max(1, min(n_queries, most_bytes // (n_turns * turn_bytes)))
-        while at_once > 1 and n_splits(at_once, n_groups, device) > _MOST_SPLITS:
+        while (
+            at_once > 1 and max(w.combine_bytes(n_splits(at_once, n_groups, device)) for w in widths) > COMBINE_MEMORY
+        ):
             at_once -= 1
         most = max(n_splits(n, n_groups, device) for n in range(1, at_once + 1))
         exact = at_once * max(w.n_kv_heads * w.n_exact_parts * w.group_columns for w in widths)

@@ -39,7 +39,7 @@ PREPARE_MEMORY = 32 * _RING
 EXACT_TOKENS = 16
 COMBINE_THREADS = 1024
 #: Shared bytes of `combine`, more than it ever asks for.
-_COMBINE_MEMORY = 98304
+COMBINE_MEMORY = 98304
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ def _kernels(
     module = compiled(kernel_source(constants, names), names[0], device)
     kernels = [getattr(module, name) for name in names]
     kernels[-2].set_shared_memory_config(memory)
-    kernels[-1].set_shared_memory_config(_COMBINE_MEMORY)
+    kernels[-1].set_shared_memory_config(COMBINE_MEMORY)
     return [kernels[0], *(overlapping(kernel, device) for kernel in kernels[1:])]
 
 

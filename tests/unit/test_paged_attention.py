@@ -23,8 +23,8 @@ from kvcompress.kernels.paged import (
     turn_angles,
     workspace_for,
 )
-from kvcompress.kernels.paged_workspace import share_out
-from kvcompress.kernels.turned import GroupedSite
+from kvcompress.kernels.paged_workspace import Widths, Workspace, share_out
+from kvcompress.kernels.turned import COMBINE_MEMORY, GroupedSite
 from kvcompress.model.rope import Rotary
 from tests import emulator
 from tests.turned_cases import random_site
@@ -210,6 +210,15 @@ def test_splits_are_even_and_suffice(seed: int) -> None:
     units = -(-encoded // 128)
     assert starts[-1] <= most and ((own > 0) == (encoded > 0)).all()
     assert (units / own.clamp_min(1)).max() <= -(-units.sum() // (most - n))
+
+
+def test_no_more_query_tokens_at_once_than_combine_has_room_for() -> None:
+    wide = Widths(2, 2, 8, 128, 20, 20, 7)  # eight query heads of a KV head
+    workspace = Workspace.of([wide], 2000, 1, 1 << 30, torch.device("cpu"))
+    splits = [len(part.splits) for part in workspace.parts(2000)]
+    assert len(splits) > 1 and wide.combine_bytes(max(splits)) <= COMBINE_MEMORY
+    more = Workspace.of([replace(wide, group_columns=2)], 2000, 1, 1 << 30, torch.device("cpu"))
+    assert more.at_once > workspace.at_once
 
 
 def test_applies_where_units_of_tokens_lie_in_one_page_and_turn() -> None:
