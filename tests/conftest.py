@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports torch or Triton. The ordinary suite runs on the CPU, also where there is a GPU, and Triton's
+# kernels in its interpreter; tests/gpu sets the variable to 0 and runs on the GPU.
+if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +23,10 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.plan import SitePlan
+from tests.interpreter import mend
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint
 
+mend()
 logging.disable_progress_bar()
 settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("seeded")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,15 @@ class Case:
     scaling: float
     angles: Angles | None
     expected: Tensor
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return a tensor, or an object whose fields are tensors, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 def random_case(

@@ -1,4 +1,4 @@
-"""The kernels against float64 and against packing written from the format, in Triton's interpreter."""
+"""The kernels against float64 and against packing written from the format, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from kvcompress.kernels.encode import centred, pack_latents
 from kvcompress.kernels.layout import PackedSite, row_words
 from kvcompress.model.model_spec import PARTS, Part
 from kvcompress.model.rope import Rotary
-from tests.packed_cases import Case, pack_codes, random_case
+from tests.packed_cases import Case, moved, pack_codes, random_case
+
+#: Where the Triton of this process runs: TRITON_INTERPRET=0 for a GPU.
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 
 MIXED = {8: 3, 4: 40, 2: 67, 1: 21}
 CASES: dict[str, dict[str, Any]] = {
@@ -58,10 +61,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def attend(case: Case, **changes: Any) -> torch.Tensor:
-    return packed_attention(
+    case = moved(case, DEVICE)
+    output = packed_attention(
         case.query, case.keys, case.values, first=case.first, last=case.last, n_blocks=case.n_blocks,
         exact=case.exact, scaling=case.scaling, mask=case.mask, angles=case.angles, **changes,
-    ).double()  # fmt: skip
+    )  # fmt: skip
+    return output.cpu().double()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,8 +105,9 @@ def test_packing_is_that_of_the_format(counts: dict[int, int], gain: bool) -> No
     half = torch.cat([torch.full((n,), 2.0 ** (b % 16 - 1)) for b, n in counts.items()])
     latents = torch.randn(2, 96, sum(counts.values())) * half * 0.6
     words = torch.full((2, 4, row_words(counts, has_gain=gain) + 3), -7, dtype=torch.int32)
-    site = PackedSite(words, counts, torch.zeros(len(half), 8).half(), None, gain)
-    pack_latents(latents, site, first_block=1)
+    site = moved(PackedSite(words, counts, torch.zeros(len(half), 8).half(), None, gain), DEVICE)
+    pack_latents(latents.to(DEVICE), site, first_block=1)
+    words = site.words.cpu()
     expected = packed_by_hand(latents, counts, half, gain)
     assert torch.equal(words[:, 1:, : expected.shape[2]], expected)
     words[:, 1:, : expected.shape[2]] = -7
@@ -127,8 +133,9 @@ def test_packing_in_tiles_is_that_of_the_reference(part: Part, name: str) -> Non
     latents = torch.randn(2, 96, len(bits)) * half * 0.6
     latents[0, 0, :4] = 1e6  # beyond the range of any code, and of float16
     words = torch.full((2, 4, row_words(counts, has_gain=gain) + 3), -7, dtype=torch.int32)
-    site = PackedSite(words, counts, torch.zeros(len(bits), 8).half(), None, gain)
-    pack_latents(latents, site, first_block=1, tiles=tiles)
+    site = moved(PackedSite(words, counts, torch.zeros(len(bits), 8).half(), None, gain), DEVICE)
+    pack_latents(latents.to(DEVICE), site, first_block=1, tiles=Tiles(part, bits, group, torch.device(DEVICE)))
+    words = site.words.cpu()
     codes, gains = codes_by_hand(latents, counts, half, gain)
     codes[..., bits == 16] = codes[..., bits == 16].clamp(-65504, 65504)
     expected = tiles.pack(codes).view(torch.int32)
@@ -176,7 +183,10 @@ def test_heads_are_centred_as_the_reference_does_it(head_dim: int, rotated: bool
     positions = torch.randint(-50, 5000, (2, 40))
     expected = x.float() if rotary is None else rotary.unrotate(x, positions)
     expected = expected.transpose(1, 2).flatten(2) - (0 if mean is None else mean)
-    torch.testing.assert_close(centred(x, mean, rotary, positions).float(), expected, atol=2e-3, rtol=1e-3)
+    if rotary is not None:
+        rotary.inv_freq = rotary.inv_freq.to(DEVICE)
+    ours = centred(x.to(DEVICE), None if mean is None else mean.to(DEVICE), rotary, positions.to(DEVICE))
+    torch.testing.assert_close(ours.cpu().float(), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
