@@ -5,9 +5,11 @@ The loop around it, with its logits, sampling, streaming and stopping, is transf
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +39,22 @@ _RECORDING = threading.Lock()  # one at a time: a capture is a state of the whol
 def record(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """Return what runs a step again, and its result, which every run writes. The step itself is not run."""
     graph = torch.cuda.CUDAGraph()
-    with _RECORDING, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+    with _RECORDING, _uncollected(), torch.cuda.device(device), capture:
         result = step()
     return graph.replay, result
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within the block no garbage is collected: to free another graph would end a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class RecordedCache(StaticCache):
@@ -52,7 +67,7 @@ class RecordedCache(StaticCache):
         super().__init__(codecs, sinks=sinks, recent=recent, capacity=capacity)
         self._replay: Callable[[], None] | None = None
         self._token: Tensor | None = None  # [batch, 1]: a recorded step reads it here
-        self._output: Any = None  # and leaves what the decoder returned here
+        self._output: dict[str, Any] = {}  # and leaves here what the decoder returns, but for its cache
         self._n_steps = 0
         self._refused = False
         self.n_replays = 0
@@ -61,7 +76,7 @@ class RecordedCache(StaticCache):
         """Make room for n_tokens of a sequence in all. What was recorded reads the old addresses and is forgotten."""
         if n_tokens > self.tokens.capacity:
             self.enlarge(max(n_tokens, capacity_for(self.tokens.capacity)))
-            self._replay = self._output = None
+            self._replay, self._output = None, {}
             self._n_steps = min(self._n_steps, WARM_UP - 1)  # one more, in which tables are made longer
 
     def step(
@@ -85,7 +100,8 @@ class RecordedCache(StaticCache):
         assert self._replay is not None
         self._replay()
         self.n_replays += 1
-        return type(self._output)(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in self._output.items()})
+        kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._output.items()}
+        return self._output_kind(**kept, **{cache_name: self})
 
     def _record(self, run: Callable[[], Any]) -> bool:
         """Record a step, if it can be, and return whether it is."""
@@ -94,11 +110,14 @@ class RecordedCache(StaticCache):
         assert self._token is not None
         counted = self.tokens.n_tokens
         try:
-            self._replay, self._output = record(run, self._token.device)
+            self._replay, output = record(run, self._token.device)
+            self._output_kind = type(output)
+            self._output = {name: value for name, value in output.items() if value is not self}
         except RuntimeError as error:  # a model that waits for the device, say
             self._refused, self.tokens.n_tokens = True, counted
             torch.cuda.synchronize(self._token.device)
-            warnings.warn(Note(f"steps are not recorded: {str(error).splitlines()[0]}"), stacklevel=2)
+            causes = [(str(cause) or type(cause).__name__).splitlines()[0] for cause in _chain(error)]
+            warnings.warn(Note(f"steps are not recorded: {', after '.join(causes)}"), stacklevel=2)
         return not self._refused
 
     def _run(self, decoder: Any, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -118,6 +137,13 @@ class RecordedCache(StaticCache):
             )
         call.prove(self.n_attending, decoder)
         return output
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those in whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def capacity_for(n_tokens: int) -> int:
@@ -141,7 +167,7 @@ def recorded_cache(
         return None
     try:
         attachment.check_capacity(n_prompt + n_new)
-    except OptionError:  # a sliding window is shorter
+    except OptionError:  # a sliding window, or layers that are not compressed
         return None
     plan, capacity = attachment.plan, min(n_prompt + n_new, capacity_for(n_prompt))
     return RecordedCache(attachment.codecs, sinks=plan.sinks, recent=plan.recent, capacity=capacity)

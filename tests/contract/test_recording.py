@@ -65,7 +65,7 @@ class Recorder:
             tokens.n_tokens -= 1  # the step counts it again
             for name, value in step().items():
                 if isinstance(value, Tensor):
-                    kept[name].copy_(value)
+                    kept[name].copy_(value)  # replays write to one place
 
         n_tokens, lengths = tokens.n_tokens, tokens.counters.length.clone()
         output = step()
