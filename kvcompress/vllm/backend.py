@@ -80,12 +80,13 @@ class ExactBuilder(PackedBuilder):
         common, model = common_attn_metadata, model_of(self.vllm_config)
         packed_table, model.packed_table = model.packed_table, None
         assert packed_table is not None, "vLLM builds the packed pages' metadata first, as their layers come first"
+        n_rows = len(common.seq_lens)
         step = Step(
             n_tokens=common.num_actual_tokens,
             starts=common.query_start_loc,
             lengths=common.seq_lens,
-            exact_table=common.block_table_tensor,
-            packed_table=packed_table,
+            exact_table=common.block_table_tensor[:n_rows],
+            packed_table=packed_table[:n_rows],
             slots=common.slot_mapping,
             recent=self.kv_cache_spec.recent,
             most_queries=self.most_queries,

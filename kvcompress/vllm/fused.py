@@ -14,6 +14,7 @@ from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, applies, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
+from kvcompress.kernels.paged_step import StepTokens, begin_step
 from kvcompress.kernels.paged_workspace import Workspace
 from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
 from kvcompress.kernels.site import kernels_apply, whole_rotation
@@ -96,29 +97,22 @@ class FusedModel:
         self.layers, self._attend_exactly = dict(layers), attend
         first = next(iter(self.layers.values()))
         device, self.pages = first.exact.keys.device, first.cache.exact.data_ptr()
-
-        def zeros(n: int) -> Tensor:
-            return torch.zeros(n, dtype=torch.int32, device=device)
-
         self.workspace: Workspace = workspace_for([layer.decode for layer in self.layers.values()], most_tokens)
         self.tiles = Tiles.of(first.exact)
         self._encoding = RecordedEncoding([site for layer in self.layers.values() for site in layer.encoded_sites])
-        self._rows, self._lengths, self._encoded = (zeros(most_tokens) for _ in range(3))
-        self._sinks = zeros(most_rows)
-        self._token = torch.arange(most_tokens, dtype=torch.int32, device=device)
+        self._into = StepTokens.of(most_tokens, most_rows, device)
 
     def begin(self, step: Step, n_tokens: int) -> QueryTokens:
         """Note a step's query tokens of generation, its first n_tokens ones, and share the work out among them."""
-        n_rows = len(step.lengths)
-        buffers = (self._rows, self._lengths, self._encoded)
-        for buffer, found in zip(buffers, step.query_tokens_of(self._token), strict=True):
-            buffer.copy_(found)
-        self._sinks[:n_rows].copy_(step.exact_table[:, 0])
-        self.workspace.schedule(self._encoded[:n_tokens])
+        into, n_rows = self._into, len(step.lengths)
+        begin_step(
+            step.starts, step.lengths, step.exact_table, recent=step.recent, n_tokens=n_tokens, into=into,
+            workspace=self.workspace,
+        )  # fmt: skip
         own = slice(0, n_tokens)
         return QueryTokens(
-            self._rows[own], self._lengths[own], self._encoded[own], step.packed_table, step.exact_table,
-            self._sinks[:n_rows],
+            into.rows[own], into.lengths[own], into.encoded[own], step.packed_table, step.exact_table,
+            into.sinks[:n_rows],
         )  # fmt: skip
 
     def encode_completed(self, step: Step) -> None:

@@ -77,9 +77,8 @@ class Step:
 
     starts: int32 [n + 1], where each one's new tokens begin. lengths: int32 [n], tokens when the step is done, the new
     ones included. exact_table, packed_table: int32 [n, most pages]. slots: [n_tokens], exact page * 32 + place of each
-    new token. n_packed: int32 [n], what the sequence's queries see packed. most_queries: query tokens of a sequence
-    that generates. n_generating, query_tokens, chunks: of the kernels; the
-    first tokens are those of generation.
+    new token. most_queries: query tokens of a sequence that generates. n_generating, query_tokens, chunks: for the
+    kernels; the first tokens are those of generation.
     """
 
     n_tokens: int
@@ -90,14 +89,15 @@ class Step:
     slots: Tensor
     recent: int
     most_queries: int
-    n_packed: Tensor = field(init=False)
     n_generating: int = 0
     query_tokens: QueryTokens | None = None
     chunks: list[tuple[Row, Context]] = field(default_factory=list)
     _rows: list[Row] | None = field(default=None)
 
-    def __post_init__(self) -> None:
-        self.n_packed = visible_packed(self.computed, self.exact_table, self.recent)
+    @property
+    def n_packed(self) -> Tensor:
+        """What the queries of each sequence see packed, int32 [n]; of the kernels, begin_step works it out."""
+        return visible_packed(self.computed, self.exact_table, self.recent)
 
     @property
     def computed(self) -> Tensor:
