@@ -60,10 +60,11 @@ def begin_step(
     last = n_tokens - (n_parts - 1) * at_once
     most_last = n_splits(last, workspace.n_groups, device)
     most_whole = n_splits(at_once, workspace.n_groups, device) if n_parts > 1 else most_last
+    tokens = max(16, 1 << (at_once - 1).bit_length())
     step_kernel[(n_parts, -(-max(most_whole, most_last) // _SPLITS))](
         starts, lengths, exact_table, into.rows, into.lengths, into.encoded, into.packed, into.sinks,
         workspace.all_splits, workspace.all_starts, exact_table.stride(0), n_pages, n_rows, n_tokens, recent, at_once,
         most_whole, most_last, workspace.all_splits.stride(0), workspace.all_starts.stride(0),
-        TOKENS=max(16, 1 << (at_once - 1).bit_length()), ROWS=_ROWS, SPLITS=_SPLITS, UNIT=UNIT_TOKENS,
-        AHEAD=recent // BLOCK_TOKENS + 2,
+        TOKENS=tokens, ROWS=_ROWS, SPLITS=_SPLITS, UNIT=UNIT_TOKENS, AHEAD=recent // BLOCK_TOKENS + 2,
+        num_warps=min(16, max(4, tokens // 32)),
     )  # fmt: skip
