@@ -53,7 +53,7 @@ def near_far_attention(
         weights = _softmax(scores, s_aux, groups).to(query.dtype)
         chunk_output = weights @ far_value[:, :stop] + (near * weights[..., low:]) @ value_shift[:, low:stop]
         outputs.append(chunk_output.reshape(n_kv_heads, groups, stop - start, -1))
-    return torch.cat(outputs, 2).reshape(1, n_heads, n_tokens, -1).transpose(1, 2)
+    return torch.cat(outputs, 2).reshape(1, n_heads, n_tokens, -1).transpose(1, 2).contiguous()
 
 
 def _masked(scores: Tensor, visible: Tensor, groups: int) -> Tensor:

@@ -23,23 +23,22 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kvcompress.model.probe import probe
+    from kvcompress.model.probe import NotRun, probe
 
+    dtype = _storage_dtype(config)
     try:
         parsed = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed)
+            model = AutoModelForCausalLM.from_config(parsed, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"
         ) from error
     try:
         spec = probe(model.eval(), prove=False)
-    except UnsupportedModelError:
-        raise
-    except Exception:  # whatever a model does that needs real numbers
+    except NotRun:  # it may need real numbers
         spec = probe(load_weights(path, dtype="auto"), prove=False)
-    return replace(spec, dtype=_storage_dtype(config))
+    return replace(spec, dtype=dtype)
 
 
 def is_quantised(config: dict[str, Any]) -> bool:

@@ -27,6 +27,10 @@ _TOKENS = 64
 _LENGTH = 8
 
 
+class NotRun(UnsupportedModelError):
+    """A model did not run: on the meta device it may need numbers, elsewhere it wants another cache."""
+
+
 def probe(model: Any, *, prove: bool = True) -> ModelSpec:
     """Return what a transformers model caches. On the meta device nothing can be proven: then prove is False.
 
@@ -41,6 +45,11 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported: its forward takes no cache of keys and values, so "
             "there is nothing to compress."
+        ) from error
+    except Exception as error:  # whatever a model does that cannot be run like this
+        raise NotRun(
+            f"model type '{config.model_type}' is not supported: it does not run with a cache as transformers makes it "
+            f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})"
         ) from error
     layers, own = [], []
     for index, layer in enumerate(run.cache_layers):

@@ -218,7 +218,7 @@ def tiled_attention(
     if in_latent:
         output = output + _decode_sums(codecs, softmax.sums["latent"], softmax.weights["latent"])
     output = output / softmax.total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2).to(query.dtype)
+    return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2).to(query.dtype).contiguous()
 
 
 def _absorbed(codecs: LayerCodecs, rows: Tensor) -> Tensor | None:

@@ -147,7 +147,7 @@ def simulated_attention(
         weights = scores.softmax(-1)[..., :stop]
         chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
         outputs.append(chunk.unflatten(2, (-1, stop - start)))
-    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype)
+    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
 
 
 def additive_mask(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:
