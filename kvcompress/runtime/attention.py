@@ -187,7 +187,7 @@ def tiled_attention(
     absorbed = _absorbed(codecs, rows) if few_queries else None
     by_turn = few_queries and 1 < codecs.turn >= n_heads * n_queries  # absorbing once a turn costs less, too
     assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
-    sink_slots = layer.tokens.sink_slots()
+    sink_slots = layer.tokens.sink_slots().to(query.device)
     old_bias = bias[..., :n_encoded].clone()
     in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, old_bias.shape[1], n_queries, -1)
     is_encoded = (sink_slots < n_encoded)[:, None, None]

@@ -75,11 +75,11 @@ class CompressedLayer(compat.CacheLayer):
 
     def key_positions(self, first: int, stop: int) -> Tensor:
         """Return the positions by which the layer's keys of slots first..stop are un-rotated: [batch, stop - first]."""
-        return self.tokens.key_positions(first, stop, self.codecs.turn)
+        return self.tokens.key_positions(first, stop, self.codecs.turn).to(self.device)
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Copy the sinks among the leaving tokens; slots are counted from the first token of the cache."""
-        slots = self.tokens.sink_slots()  # [batch, sinks]
+        slots = self.tokens.sink_slots().to(keys.device)  # [batch, sinks]
         if self.sink_keys is None or self.sink_values is None:
             self.sink_keys, self.sink_values = (
                 x.new_zeros(x.shape[0], x.shape[1], slots.shape[1], x.shape[3]) for x in (keys, values)

@@ -125,7 +125,8 @@ class TokenLine:
             return Visible((batch, 0, 0), None, self.start, counters.visible, None, counters.first, counters.last)
         sizes = (batch, n_encoded, n_tokens)
         known = self._visible
-        if known is not None and known.sizes == sizes and known.mask is mask and known.start is self.start:
+        same = known is not None and (known.sizes, known.exact.device) == (sizes, device)
+        if known is not None and same and known.mask is mask and known.start is self.start:
             return known
         sinks = self.sink_slots().to(device).expand(batch, -1)
         visible = torch.ones(batch, n_tokens, dtype=torch.bool, device=device)
@@ -150,7 +151,8 @@ class TokenLine:
         Kept for all layers and steps of a cache.
         """
         known = self._turn_angles.get(id(rotary))
-        if known is None or known.origin is not self.origin or known.turn != turn or known.table.shape[1] < n_turns:
+        fits = known is not None and known.origin is self.origin and known.turn == turn
+        if known is None or not fits or known.table.shape[1] < n_turns or known.table.device != device:
             n_turns = max(64, 1 << (n_turns - 1).bit_length())
             origin = self.origin.to(device)
             same = bool((origin == origin[0]).all())
