@@ -207,8 +207,10 @@ def text_config(model: Any) -> Any:
 
 def own_attention(module: Any, implementation: str) -> Callable[..., Any]:
     """Return the function that an attention module calls under an implementation's name: "eager" is of its own file."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if implementation == "eager":
+        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[implementation]  # get_interface is newer than 5.0
     return function
 
 
