@@ -10,10 +10,13 @@ from kvcompress_cli import flags, terminal
 
 if TYPE_CHECKING:
     from kvcompress.checkpoint.reader import Checkpoint
-    from kvcompress.model.model_spec import AttentionSpec, ModelSpec
+    from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer
 
 _KEY_NORM = "keys are normalised per head, so they are not linear in the hidden state"
 _ONE_HEAD = "one KV head: there are no heads to mix"
+_NO_WEIGHTS = "which weights make keys and values is not known of this model family, or they are quantised"
+#: The share of the growing cache at which sizes of a compressed one are stated.
+_KEEP = 0.125
 
 
 def inspect(
@@ -47,27 +50,55 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.source,
         "architecture": spec.architecture,
         "dtype": spec.dtype,
-        "layers": len(spec.layers),
+        "layers": len(spec.layers) + len(spec.own_layers),
         "query_heads": first.n_heads,
         "kv_heads": first.n_kv_heads,
         "head_dim": first.head_dim,
         "rotary_dim": max(a.rotary_dim for a in spec.layers),
         "layers_without_rope": [a.layer for a in spec.layers if not a.rotary_dim],
-        "layers_with_sliding_window": [a.layer for a in spec.layers if a.sliding_window],
+        "layers_with_sliding_window": sorted(_windows(spec)),
+        "compressed_layers": [a.layer for a in spec.layers],
+        "own_layers": [
+            {"layer": o.layer, "kind": o.kind, "window": o.window, "why": _why_own(o)} for o in spec.own_layers
+        ],
+        "read_by": "running the model" if spec.probed else "config.json",
         "key_norm": any(a.key_norm for a in spec.layers),
         "weight_bytes": checkpoint.weight_bytes,
         "cache_bytes_per_token": per_token,
-        "cache_bytes": [{"tokens": n, "bytes": n * per_token} for n in CONTEXTS],
+        "cache_bytes": [
+            {"tokens": n, "bytes": n * per_token + spec.own_bytes(n), "compressed": _reached(spec, n)} for n in CONTEXTS
+        ],
         "forms": {name: _possibility(obstacle) for name, obstacle in form_obstacles(spec).items()},
         "key_bases": {name: _possibility(obstacle) for name, obstacle in key_basis_obstacles(first).items()},
         "latent_group": {"kv_heads": group, "block_width": group * first.head_dim},
     }
 
 
+def _windows(spec: ModelSpec) -> set[int]:
+    own = {o.layer for o in spec.own_layers if o.window}
+    return own | {a.layer for a in spec.layers if a.sliding_window}
+
+
+def _why_own(layer: OwnLayer) -> str:
+    """Return why a layer is not compressed."""
+    if layer.window:
+        return f"holds {layer.window - 1} tokens at most"
+    if layer.state_bytes:
+        return f"keeps a state of {layer.state_bytes:,} bytes, whatever the length"
+    return "caches nothing of its own"
+
+
+def _reached(spec: ModelSpec, n_tokens: int) -> int:
+    """Return about how many bytes the cache takes at keep 0.125, windows and states as they are."""
+    return int(_KEEP * n_tokens * spec.cache_bytes_per_token) + spec.own_bytes(n_tokens)
+
+
 def form_obstacles(spec: ModelSpec) -> dict[str, str | None]:
     """Return why each form of output cannot be made, or None where it can."""
     folded = spec.foldable_obstacle or (_ONE_HEAD if spec.layers[0].n_kv_heads == 1 else None)
     data_free = _KEY_NORM if any(a.key_norm for a in spec.layers) else None
+    if spec.probed:
+        data_free = _NO_WEIGHTS
     return {"coded": None, "maps_only": None, "folded": folded, "data_free": data_free}
 
 
@@ -105,9 +136,17 @@ def _print(document: dict[str, Any]) -> None:
     grid.add_row("cache", f"{document['cache_bytes_per_token']:,} bytes a token")
     sizes = (f"{terminal.size(c['bytes'])} at {terminal.tokens(c['tokens'])}" for c in document["cache_bytes"])
     grid.add_row("", ", ".join(sizes))
-    if document["layers_with_sliding_window"]:
-        n_sliding = len(document["layers_with_sliding_window"])
-        grid.add_row("", f"{n_sliding} layers have a sliding window; the sizes count every token")
+    sizes = (f"{terminal.size(c['compressed'])} at {terminal.tokens(c['tokens'])}" for c in document["cache_bytes"])
+    grid.add_row(f"at keep {_KEEP}", ", ".join(sizes))
+    kept: dict[str, int] = {}
+    for own in document["own_layers"]:
+        kept[own["why"]] = kept.get(own["why"], 0) + 1
+    for why, n in kept.items():
+        grid.add_row("", f"{n} layers stay as they are: each {why}")
+    if document["layers_with_sliding_window"] and not document["own_layers"]:
+        grid.add_row("", "every layer has a sliding window; the sizes count every token")
+    if document["read_by"] != "config.json":
+        grid.add_row("", "read by running the model; how keys turn with the position is proven when it is compressed")
     group = document["latent_group"]
     grid.add_row("latent blocks", f"{group['kv_heads']} KV heads, {group['block_width']} numbers, by default")
     for title, name in (("forms", "forms"), ("key bases", "key_bases")):

@@ -1,0 +1,52 @@
+"""A slice of the survey of all types, and the real configurations in small; KVCOMPRESS_MODELS=all runs every type."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.models.page import page
+from tests.models.real import REAL, real_small
+from tests.models.small import causal_types
+from tests.models.survey import Finding, survey
+
+#: One of each kind: soft caps and windows, sinks as parameters and experts, linear attention beside full, latent
+#: attention, ALiBi in an older file, learned positions, interleaved pairs.
+SLICE = ("gemma2", "gpt_oss", "qwen3_5_text", "deepseek_v3", "bloom", "gpt2", "cohere")
+#: Types that this version does not run, with what it says of them.
+REFUSED = {"mamba": "takes no cache of keys and values"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", causal_types() if os.environ.get("KVCOMPRESS_MODELS") == "all" else SLICE)
+def test_type(model_type: str, tmp_path: Path) -> None:
+    finding = survey(model_type, tmp_path)
+    if os.environ.get("KVCOMPRESS_MODELS") == "all" and finding.status in ("no model", "refused"):
+        pytest.skip(f"{finding.status}: {finding.reason}")
+    assert finding.status == "passes", finding.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_in_one_line(model_type: str, tmp_path: Path) -> None:
+    finding = survey(model_type, tmp_path)
+    assert finding.status == "refused" and REFUSED[model_type] in finding.reason and "\n" not in finding.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REAL)
+def test_real_configurations_in_small(name: str, tmp_path: Path) -> None:
+    model_type, changes, n_sites = REAL[name]
+    finding = survey(model_type, tmp_path, **changes)
+    assert finding.status == "passes", finding.reason
+    assert finding.layers["compressed"] == n_sites
+    assert real_small(name).config.model_type == model_type
+
+
+def test_the_page_tells_each_type_once() -> None:
+    passed = Finding("llama", "passes", layers={"DynamicSlidingWindowLayer": 3, "compressed": 1}, sites="32 + 32")
+    told = page([vars(Finding("llama", "fails", "x")), vars(passed), vars(Finding("mamba", "refused", "no cache"))])
+    assert "Of 2 types: 1 passes, 1 refused." in told
+    assert "| llama | passes | 1 (+ 3 window) | 32 + 32 |  |  |  |" in told and "| mamba | refused |" in told
