@@ -122,6 +122,7 @@ def make_plan(
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
         rotations=rotations,
+        signature=moments.signature,
         own_layers=spec.own_layers,
     )
     return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}

@@ -145,6 +145,8 @@ class Plan:
     rotations: tuple[Rotation, ...] = ()
     #: Layers that keep transformers' own cache layer: windows, states, and those that cache nothing.
     own_layers: tuple[OwnLayer, ...] = ()
+    #: By which the model and its relatives (quantised, fine-tuned) are known; none in earlier outputs, or without text.
+    signature: Annotated[tuple[float, ...], Within(0, 1024)] = ()
 
     @property
     def n_layers(self) -> int:
@@ -220,7 +222,7 @@ class Plan:
         version = FORMAT_VERSION if self.rotations or self.own_layers else 3
         document = {"format_version": version, **asdict(self)}
         document["files"] = fingerprints(directory)
-        for name in ("files", "rotations", "own_layers"):
+        for name in ("files", "rotations", "own_layers", "signature"):
             if not document[name]:
                 del document[name]
         for site in document["sites"]:

@@ -20,7 +20,7 @@ from kvcompress.calibration.taps import tapped
 from kvcompress.errors import CalibrationError
 from kvcompress.model.head import logits_of
 from kvcompress.model.model_spec import ModelSpec, Site
-from kvcompress.model.probe import matched, probe
+from kvcompress.model.probe import matched, probe, signature
 from kvcompress.model.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
@@ -46,7 +46,7 @@ def collect_moments(
 ) -> Moments:
     """Add every window from `moments.n_windows` on to `moments` and return it.
 
-    spec: the sites that are expected; their rotations are proven on the model and left in moments.rotations.
+    spec: the sites that are expected; their rotations are proven on the model and left in `moments`.
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
     gradients count only queries more than `recent` tokens later, since the cache keeps those exact. Labels are
     sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. With
@@ -58,7 +58,7 @@ def collect_moments(
     done = moments.n_windows
     last_save, save_seconds = time.monotonic(), 0.5
     spec = matched(probe(model), spec)
-    moments.rotations = spec.rotations
+    moments.rotations, moments.signature = spec.rotations, signature(model, spec)
     with tapped(model, spec, recent) as taps:
         gradients = backward_pass(model, taps)
         for index in range(done, len(windows)):

@@ -20,7 +20,7 @@ from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 3
+MOMENTS_FORMAT = 4
 
 
 @dataclass
@@ -140,6 +140,8 @@ class Moments:
     n_windows: int = 0
     #: Of the sites that turn with the position, as proven on the loaded model.
     rotations: dict[Site, Rotation] = field(default_factory=dict)
+    #: By which the model and its relatives are known; see model.probe.signature.
+    signature: tuple[float, ...] = ()
 
     @property
     def has_fisher(self) -> bool:
@@ -160,6 +162,7 @@ class Moments:
                 tensors[f"{site}.fisher.{i}"] = moments.fisher[i].cpu()
         n_tokens = next(iter(self.sites.values())).n_tokens
         header = {"protocol": json.dumps(self.protocol), "n_windows": str(self.n_windows), "n_tokens": str(n_tokens)}
+        header["signature"] = json.dumps(self.signature)
         header["rotations"] = json.dumps({str(site): asdict(rotation) for site, rotation in self.rotations.items()})
         with atomic_file(file) as scratch:
             save_file(tensors, scratch, metadata=header)
@@ -193,7 +196,8 @@ class Moments:
             if not sites:
                 raise ValueError("it holds no site")
             protocol, n_windows = shaped(parse_json(header["protocol"]), dict), int(header["n_windows"])
-            return cls(dict(sorted(sites.items())), protocol, n_windows, rotations)
+            signature = shaped(parse_json(header["signature"]), tuple[float, ...])
+            return cls(dict(sorted(sites.items())), protocol, n_windows, rotations, signature)
         except (SafetensorError, KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
             raise CalibrationError(
                 f"{file} holds no usable moments ({error}). Remove it to calibrate again."

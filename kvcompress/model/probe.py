@@ -102,6 +102,23 @@ def turned_otherwise(model: Any, spec: ModelSpec) -> Site | None:
     return next((s for s in spec.sites if not is_turned_by(keys, s, spec.attention(s).rotation)), None)
 
 
+def signature(model: Any, spec: ModelSpec) -> tuple[float, ...]:
+    """Return some numbers by which a model and its relatives (quantised, fine-tuned) are known: of length 1.
+
+    They are values of eight texts of one token each in the middle layer with sites.
+    """
+    given = 0 if takes_positions(model) else None
+    updates = _forward(model, _tokens(model, (8, 1)), position=given).updates
+    values = updates[spec.layers[len(spec.layers) // 2].layer].value.detach().flatten(1).double().cpu()
+    chosen = values[:, torch.linspace(0, values.shape[1] - 1, 8).long()].flatten()
+    return tuple(round(x, 5) for x in (chosen / chosen.norm().clamp_min(1e-12)).tolist())
+
+
+def likeness(model: Any, spec: ModelSpec, known: tuple[float, ...]) -> float:
+    """Return how alike a model and the one of a signature are: 1 where they are the same, about 0 for strangers."""
+    return sum(a * b for a, b in zip(signature(model, spec), known, strict=True))
+
+
 def matched(found: ModelSpec, expected: ModelSpec) -> ModelSpec:
     """Return `found` where its sites are the expected ones. Raises UnsupportedModelError with the first that is not."""
     sizes = [

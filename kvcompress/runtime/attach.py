@@ -23,7 +23,7 @@ from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Site
-from kvcompress.model.probe import probe, proven, turned_otherwise
+from kvcompress.model.probe import likeness, probe, proven, turned_otherwise
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import Plan
 from kvcompress.runtime.attention import CODED, FOLDED_BY, OWN, compressed_attention
@@ -36,6 +36,8 @@ from kvcompress.runtime.simulation import Simulation, simulating
 from kvcompress.runtime.static import StaticCache
 
 ATTENTION_NAME = "kvcompress"
+#: Models whose caches agree less are not of one family; see model.probe.likeness.
+_ALIKE = 0.8
 
 
 class Attachment:
@@ -351,6 +353,13 @@ def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site,
         raise CheckpointError(
             f"the model turns {wrong} with the position in another way than the model that the maps were made for "
             "(other RoPE settings in config.json?). Attach them to their own model."
+        )
+    alike = likeness(model, spec, plan.signature) if plan.signature else 1.0
+    if not alike > _ALIKE:
+        raise CheckpointError(
+            "the model is no relative of the one that the maps were made for, though of its sizes: what it caches of the "
+            f"same tokens agrees to {alike:.2f} (1: the same; quantised and fine-tuned ones stay above {_ALIKE}). "
+            "Attach them to their own model."
         )
     by = {rotation: Rotary.by(rotation, compat.device_of(model.get_decoder())) for rotation in set(planned.values())}
     return {site: by[rotation] for site, rotation in planned.items()}
