@@ -12,6 +12,7 @@ import torch
 
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments, SiteMoments
+from kvcompress.calibration.pieces import Workers
 from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
@@ -52,13 +53,15 @@ def compress(
     dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
+    workers: Workers | None = None,
     progress: Progress | None = None,
     told: dict[str, Any] | None = None,
 ) -> CompressionResult:
     """Compress the KV cache of a checkpoint and write the result to the directory `output`, atomically.
 
     source: a checkpoint directory, a GGUF file or a hub id; it is only read. Moments are saved beside the output
-    and reused by later calls with the same model and text; `resume` continues a calibration that was killed. told:
+    and reused by later calls with the same model and text; `resume` continues a calibration that was killed. workers:
+    who sums the calibration's windows (calibration.processes, calibration.ray_tasks); this process by default. told:
     what report.json says besides.
     Raises a KVCompressError with one clear message, leaving nothing behind, for anything a user can mend.
     """
@@ -73,7 +76,7 @@ def compress(
         check_space(output, written + int(MAPS_SHARE * checkpoint.weight_bytes))
         _check_weights_finite(checkpoint)
         moments = obtain_moments(
-            checkpoint, output, options, device=device, dtype=dtype, resume=resume, progress=report
+            checkpoint, output, options, device=device, dtype=dtype, resume=resume, workers=workers, progress=report
         )
         plan, maps, spectra = make_plan(checkpoint, moments, options, report)
         with atomic_directory(output, force=force) as scratch:

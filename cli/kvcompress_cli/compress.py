@@ -18,7 +18,7 @@ from kvcompress.options import (
     load_recipe,
     with_overrides,
 )
-from kvcompress_cli import flags, terminal
+from kvcompress_cli import flags, sharing, terminal
 from kvcompress_cli.report import search_table
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ def compress(
         bool | None, _option("maps_only", "Write only the maps, to be attached to the original.", _FORM)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
+    gpus: sharing.Gpus = None,
+    ray: sharing.Ray = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     json: flags.Json = False,
@@ -162,7 +164,7 @@ def compress(
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
-    how = {"device": device, "dtype": dtype, "resume": resume, "force": force}
+    how = {"device": device, "dtype": dtype, "resume": resume, "force": force, "gpus": gpus, "ray": ray}
     search = None
     if max_ratio is None:
         _refuse(bool(text), "--text is what --max-ratio measures on. Give a --max-ratio, or leave it out.")
@@ -244,6 +246,8 @@ def run(
     dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
+    gpus: str | None = None,
+    ray: str | None = None,
 ) -> CompressionResult:
     """Return compress()'s result, with progress on stderr."""
     from kvcompress.checkpoint.writer import check_target
@@ -255,10 +259,15 @@ def run(
 
     resolve_device(device)
     check_dtype(dtype)
+    how = {
+        "device": device,
+        "dtype": dtype,
+        "resume": resume,
+        "force": force,
+        "workers": sharing.workers(gpus, ray, device),
+    }
     with stage_progress() as progress:
-        return compress_checkpoint(
-            model, output, options, device=device, dtype=dtype, resume=resume, force=force, progress=progress
-        )
+        return compress_checkpoint(model, output, options, **how, progress=progress)
 
 
 def search_keep(
@@ -274,6 +283,7 @@ def search_keep(
 
     resolve_device(how["device"])
     check_dtype(how["dtype"])
+    how["workers"] = sharing.workers(how.pop("gpus"), how.pop("ray"), how["device"])
     with stage_progress() as progress:
         return compress_within(model, output, options, max_ratio, texts=texts, progress=progress, **how)
 

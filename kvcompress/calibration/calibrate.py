@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
+from kvcompress.calibration.pieces import Job, Workers, collect_shared
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.map_budget import moments_group
@@ -37,9 +39,13 @@ def obtain_moments(
     device: str = "auto",
     dtype: str = "auto",
     resume: bool = False,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now."""
+    """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now.
+
+    workers: who sums the windows, in pieces; this process by default.
+    """
     report = progress or (lambda *_: None)
     if options.metric == "weights":
         return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
@@ -53,31 +59,34 @@ def obtain_moments(
         partial.unlink(missing_ok=True)
     if file.is_file():
         return _loaded(file, checkpoint)
-    model, tokenizer = _load_model(checkpoint, protocol["device"], protocol["dtype"])
-    windows = _calibration_windows(model, tokenizer, options, report)
+    load = cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
+    windows = _calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
-    if partial.is_file():
-        moments = _loaded(partial, checkpoint)
-        if moments.protocol != protocol or not 0 <= moments.n_windows <= len(windows.ids):
-            moments = _no_moments(checkpoint, protocol)
-        moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
+    device = "cpu" if workers else protocol["device"]  # where sums are kept
+    moments = _started(checkpoint, protocol, partial, len(windows.ids), device)
+    done = lambda tokens, total: report("calibrate", tokens, total)  # noqa: E731
+    seen = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
+    if workers:
+        load.cache_clear()  # every worker has a model of its own
+        blocks = {"group": protocol["group"], "band": protocol["band"]}
+        job = Job(str(checkpoint.path.absolute()), protocol["dtype"], windows.ids, **seen, **blocks)
+        collect_shared(job, moments, workers, partial_file=partial, progress=done)
     else:
-        moments = _no_moments(checkpoint, protocol)
-    collect_moments(
-        model,
-        checkpoint.spec,
-        windows.ids,
-        moments,
-        sinks=options.sinks,
-        recent=options.recent,
-        seed=options.seed,
-        partial_file=partial,
-        progress=lambda done, total: report("calibrate", done, total),
-    )
+        collect_moments(load(), checkpoint.spec, windows.ids, moments, **seen, partial_file=partial, progress=done)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)
     return moments
+
+
+def _started(checkpoint: Checkpoint, protocol: dict[str, Any], partial: Path, n_windows: int, device: str) -> Moments:
+    """Return what a killed run left of the same moments, or moments of no window."""
+    if partial.is_file():
+        moments = _loaded(partial, checkpoint)
+        if moments.protocol == protocol and 0 <= moments.n_windows <= n_windows:
+            moments.sites = {site: m.to(device) for site, m in moments.sites.items()}
+            return moments
+    return empty_moments(checkpoint.spec, protocol, group=protocol["group"], band=protocol["band"], device=device)
 
 
 def _loaded(file: Path, checkpoint: Checkpoint) -> Moments:
@@ -86,11 +95,6 @@ def _loaded(file: Path, checkpoint: Checkpoint) -> Moments:
     if {s: m.total.numel() for s, m in moments.sites.items()} != {s: spec.width(s) for s in spec.sites}:
         raise CalibrationError(f"{file} holds moments of another model. Remove it to calibrate again.")
     return moments
-
-
-def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any]) -> Moments:
-    blocks = {"group": protocol["group"], "band": protocol["band"]}
-    return empty_moments(checkpoint.spec, protocol, device=protocol["device"], **blocks)
 
 
 def _stored_group(checkpoint: Checkpoint, options: CompressOptions) -> int:
@@ -143,16 +147,13 @@ def _source_digest(source: str) -> str:
     return digest.hexdigest()
 
 
-def _calibration_windows(model: Any, tokenizer: Any, options: CompressOptions, report: Progress) -> Mixture:
+def _calibration_windows(
+    model: Callable[[], Any], tokenizer: Any, options: CompressOptions, report: Progress
+) -> Mixture:
     shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
     sampled = None
     if n := shares.get(calibration_text.SELF):
         sampled = sample_windows(
-            model, tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
+            model(), tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
         )
     return mixed_windows(tokenizer, shares, options.seq_len, sampled=sampled)
-
-
-def _load_model(checkpoint: Checkpoint, device: str, dtype: str) -> tuple[Any, Any]:
-    tokenizer = load_tokenizer(checkpoint.path)
-    return load_weights(checkpoint.path, dtype=dtype, device=device), tokenizer

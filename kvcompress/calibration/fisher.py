@@ -41,10 +41,11 @@ def collect_moments(
     sinks: int,
     recent: int,
     seed: int,
+    stop: int | None = None,
     partial_file: Path | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Add every window from `moments.n_windows` on to `moments` and return it.
+    """Add every window from `moments.n_windows` on, or those before `stop`, to `moments` and return it.
 
     spec: the sites that are expected; their rotations are proven on the model and left in `moments`.
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
@@ -61,7 +62,7 @@ def collect_moments(
     moments.rotations, moments.signature = spec.rotations, signature(model, spec)
     with tapped(model, spec, recent) as taps:
         gradients = backward_pass(model, taps)
-        for index in range(done, len(windows)):
+        for index in range(done, len(windows) if stop is None else stop):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
             # evenly over windows, so that an unbroken pass and a resumed one keep the same tokens
             n_samples = (index + 1) * _N_SAMPLES // len(windows) - index * _N_SAMPLES // len(windows)

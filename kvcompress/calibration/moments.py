@@ -62,6 +62,14 @@ class SiteMoments:
                 sums.baddbmm_(block_rows.transpose(1, 2), block_rows)
         self.n_tokens += x.shape[0]
 
+    def join(self, later: SiteMoments) -> None:
+        """Add the sums of later windows, of the same blocks."""
+        self.total += later.total
+        for sums, more in zip((*self.outer, *self.fisher), (*later.outer, *later.fisher), strict=True):
+            sums += more
+        self.samples = torch.cat([self.samples, later.samples])
+        self.n_tokens += later.n_tokens
+
     @property
     def mean(self) -> Tensor:
         """m: [n], float64."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.mixture import held_out_windows, window_shares
 from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.pieces import Workers
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.text import SELF
 from kvcompress.checkpoint.loading import load_weights
@@ -117,6 +118,7 @@ def compress_within(
     dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> tuple[CompressionResult, Search]:
     """Compress with the smallest keep whose measured perplexity stays below max_ratio times the original's.
@@ -130,7 +132,14 @@ def compress_within(
     check_target(Path(output), force=force)
     with open_checkpoint(source) as checkpoint:
         moments = obtain_moments(
-            checkpoint, Path(output), options, device=device, dtype=dtype, resume=resume, progress=report
+            checkpoint,
+            Path(output),
+            options,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            workers=workers,
+            progress=report,
         )
         steps = _Bench(checkpoint, moments, options, texts, (device, dtype), report).walk(max_ratio)
     found = min((s.keep for s in steps if s.worst <= max_ratio), default=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from kvcompress.options import CompressOptions
 from kvcompress.plan import Plan
@@ -140,3 +141,10 @@ def test_too_little_text_is_one_line_and_leaves_nothing(fails, model, tmp_path):
 def test_a_missing_model_is_one_line_and_leaves_nothing(fails, tmp_path):
     assert "neither a directory" in fails("compress", tmp_path / "no" / "model", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_calibrates_is_asked_for_once(fails, model, tmp_path):
+    assert "Give one of them" in fails("compress", model, tmp_path / "out", "--gpus", "all", "--ray", "auto")
+    if not torch.cuda.is_available():
+        assert "there is none here" in fails("compress", model, tmp_path / "out", "--gpus", "all")
+    assert not (tmp_path / "out").exists()
