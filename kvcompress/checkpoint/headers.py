@@ -71,7 +71,7 @@ def check_widths(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Non
     for fields in (config, *inner):
         for name, value in fields.items():
             most = len(tensors) if name in _LAYER_COUNTS else widest if name in _SIZES else None
-            if most is not None and isinstance(value, int) and value > most:
+            if most is not None and isinstance(value, int) and not 0 <= value <= most:
                 raise CheckpointError(
                     f"config.json: {name} is {value:,}, and the weights have {len(tensors)} tensors, "
                     f"{widest // 8:,} wide at most. Check the file."

@@ -57,6 +57,8 @@ def edit_config(directory: Path, **changes: Any) -> None:
         {"num_hidden_layers": 10**9},
         {"num_hidden_layers": 2},
         {"num_hidden_layers": 2**62},
+        {"num_hidden_layers": -3},
+        {"vocab_size": -320},
         {"vocab_size": 10**12},
         {"intermediate_size": 10**10},
         {"intermediate_size": 49},
