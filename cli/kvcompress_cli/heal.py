@@ -78,8 +78,8 @@ def heal(
         list[str] | None,
         _option(
             "text",
-            "A text file, JSONL, directory, datasets id, builtin:prose or builtin:code. Repeat it: each is a kind of "
-            "text that must not get worse.",
+            "A text file, JSONL, directory, datasets id, builtin:prose, builtin:code or self. Repeat it: each is a "
+            "kind of text that must not get worse.",
             _TEXT,
             metavar="TEXT",
             show_default=", ".join(_DEFAULTS.text),

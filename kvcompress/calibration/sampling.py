@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.compat import cache_argument, cache_of
 
-#: Sequences sampled side by side; the cache of one batch is what bounds it.
+#: Sequences sampled side by side by default; the cache of one batch is what bounds it.
 _BATCH = 64
 #: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
 #: are far cheaper than a few long ones; several make a window.
@@ -18,7 +18,14 @@ _ROW = 256
 
 
 def sample_windows(
-    model: Any, tokenizer: Any, n_windows: int, seq_len: int, *, seed: int, progress: Any | None = None
+    model: Any,
+    tokenizer: Any,
+    n_windows: int,
+    seq_len: int,
+    *,
+    seed: int,
+    batch: int = _BATCH,
+    progress: Any | None = None,
 ) -> Tensor:
     """Return [n_windows, seq_len] ids sampled at temperature 1, seeded: sequences of up to 256 tokens side by side.
 

@@ -72,15 +72,17 @@ def heal(
         shutil.rmtree(scratch, ignore_errors=True)
     started = time.monotonic()
     with _original(directory, plan, base) as source:
+        dtype = torch.float32 if arguments.device.type == "cpu" or not arguments.bf16 else torch.bfloat16
+        student = Student.of(directory, plan, source, device=arguments.device, dtype=dtype)
+        tokenizer = load_tokenizer(source)
         texts = texts or heal_texts(
-            load_tokenizer(source),
+            tokenizer,
             options.text,
             tokens=options.tokens,
             seq_len=options.seq_len,
             held_out=options.held_out,
+            sample=lambda n: student.sampled(tokenizer, n, options.seq_len, seed=options.seed),
         )
-        dtype = torch.float32 if arguments.device.type == "cpu" or not arguments.bf16 else torch.bfloat16
-        student = Student.of(directory, plan, source, device=arguments.device, dtype=dtype)
         before, protocol = student.figures(texts.held_out) if is_main_process() else ({}, {})
         model = student.distillation(options, texts.training)
         trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.heal.attention import Switch, use_healing_attention, use_own_attention
@@ -25,6 +26,8 @@ from kvcompress.runtime.head_norm import HEAD_NORM, HeadNorm, add_head_norm
 
 #: Windows on which the weights of head norms are set before they are trained.
 _NORM_WINDOWS = 4
+#: Windows that a model samples from itself side by side.
+_SAMPLED_AT_ONCE = 128
 
 
 @dataclass
@@ -57,6 +60,15 @@ class Student:
             texts[text] = {"ratio": result.perplexity["ratio"], "kl_nats": result.kl_nats}
             protocol = {k: v for k, v in result.protocol.items() if not k.startswith("text")}
         return texts, protocol
+
+    def sampled(self, tokenizer: Any, n_windows: int, seq_len: int, *, seed: int) -> Tensor:
+        """Return windows that the uncompressed model samples from itself: [n_windows, seq_len]."""
+        if self.teacher is not self.model:
+            return sample_windows(self.teacher, tokenizer, n_windows, seq_len, seed=seed, batch=_SAMPLED_AT_ONCE)
+        detach(self.model)
+        ids = sample_windows(self.model, tokenizer, n_windows, seq_len, seed=seed, batch=_SAMPLED_AT_ONCE)
+        attach_plan(self.model, self.plan, self.maps)
+        return ids
 
     def distillation(self, options: HealOptions, windows: Tensor) -> Distillation:
         """Return what the Trainer trains; the run time is detached. windows: text to set new head norms by."""

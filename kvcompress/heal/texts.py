@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.text import documents
+from kvcompress.calibration.text import SELF, documents
 from kvcompress.errors import CalibrationError
 
 #: Characters read per token wanted; more than any text's tokens take.
@@ -16,6 +17,8 @@ _CHARS_PER_TOKEN = 8
 #: Windows from one held-out window to the next, where a source has as many: a later training on more of the same text
 #: then keeps the same ones out.
 _SPACING = 61
+#: Tokens that a model samples from itself, at most: a token costs a forward.
+_MOST_SAMPLED = 262_144
 
 
 class HealTexts(NamedTuple):
@@ -26,15 +29,30 @@ class HealTexts(NamedTuple):
     sha256: str
 
 
-def heal_texts(tokenizer: Any, sources: tuple[str, ...], *, tokens: int, seq_len: int, held_out: int) -> HealTexts:
+def heal_texts(
+    tokenizer: Any,
+    sources: tuple[str, ...],
+    *,
+    tokens: int,
+    seq_len: int,
+    held_out: int,
+    sample: Callable[[int], Tensor] | None = None,
+) -> HealTexts:
     """Return windows of several sources, in equal shares as far as their text reaches.
 
     Each source's held-out windows lie apart, from its beginning on. Together the sources may have fewer
-    than `tokens` tokens: then the training passes over them more than once. Raises CalibrationError for a source
-    that has no more text than its held-out windows.
+    than `tokens` tokens: then the training passes over them more than once. sample(n): n windows that the
+    uncompressed model samples from itself, for the source `self`. Raises CalibrationError for a source that has no
+    more text than its held-out windows.
     """
     wanted = -(-tokens // seq_len)
-    found = {s: _windows(tokenizer, s, wanted + held_out, seq_len) for s in sources}
+    found = {}
+    for source in sources:
+        if source == SELF and sample is not None:
+            most = max(held_out + 1, _MOST_SAMPLED // seq_len)
+            found[source] = sample(min(-(-wanted // len(sources)) + held_out, most))
+        else:
+            found[source] = _windows(tokenizer, source, wanted + held_out, seq_len)
     training, kept = {}, {}
     for source, windows in found.items():
         if len(windows) <= held_out:

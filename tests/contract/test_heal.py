@@ -242,6 +242,16 @@ def test_norms_begin_where_they_change_least(tiny_model: Any) -> None:
     assert errors[1] < errors[0] and errors[1] < errors[2]
 
 
+@pytest.mark.parametrize("plan", [BLIND, FOLDED], ids=["coded", "folded"])
+def test_a_model_learns_from_text_that_it_samples_itself(
+    output: Any, texts: tuple[str, ...], tmp_path: Path, plan: CompressOptions
+) -> None:
+    result = run(output(plan), tmp_path / "healed", FEW, (texts[0], "self"))
+    assert set(result.stage["texts"]) == {texts[0], "self"}
+    again = run(output(plan), tmp_path / "again", FEW, (texts[0], "self"))
+    assert again.stage["text_sha256"] == result.stage["text_sha256"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [

@@ -9,14 +9,26 @@ import pytest
 import torch
 
 import kvcompress
-from kvcompress.options import load_recipe
+from kvcompress.heal.options import load_heal_recipe
+from kvcompress.options import CompressOptions, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+FOLDED_START = Path(__file__).parents[2] / "recipes" / "mea-full-folded.toml"
 DEMO = Path(str(files("kvcompress") / "assets" / "demo"))
 
 
 def test_the_recipes_are_there() -> None:
-    assert [r.stem for r in RECIPES] == ["default", "folded-half", "gpu", "kvtc", "mea-half", "palu"]
+    assert [r.stem for r in RECIPES] == [
+        "default",
+        "folded-half",
+        "gpu",
+        "kvtc",
+        "mea-deep-folded",
+        "mea-full-folded",
+        "mea-half",
+        "mea-half-folded",
+        "palu",
+    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
@@ -39,3 +51,20 @@ def test_recipe(recipe: Path, tmp_path: Path) -> None:
     if recipe.stem == "folded-half":
         values = [layer.self_attn.v_proj.out_features for layer in model.model.layers]
         assert sum(values) < 6 * 256 and all(v % 32 == 0 for v in values)
+
+
+HEALING = sorted((Path(__file__).parents[2] / "recipes" / "heal").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", HEALING, ids=lambda r: r.stem)
+def test_recipe_of_a_training(recipe: Path, tmp_path: Path) -> None:
+    """Each is run on what its first lines compress: a coded output for maps, a folded one for the others."""
+    coded = recipe.stem == "maps"
+    options = CompressOptions(keep=0.0625, metric="weights") if coded else load_recipe(FOLDED_START)
+    kvcompress.compress(DEMO, tmp_path / "out", options)
+    short = {"tokens": 512, "seq_len": 128, "batch": 2, "held_out": 1, "evaluations": 1}
+    chosen = load_heal_recipe(recipe, **short, text=("builtin:prose",))
+    result = kvcompress.heal(tmp_path / "out", tmp_path / "healed", chosen, device="cpu")
+    assert result.stage["train"] == ("maps" if coded else "attention" if "recovery" in recipe.stem else "all")
+    assert result.stage["tokens"] == 512
+    kvcompress.load(tmp_path / "healed", dtype=torch.float32)
