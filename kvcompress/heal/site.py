@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.codec.quantise import best_gain, dequantise, gain, quantise
+from kvcompress.codec.quantise import dequantise, gain, quantise
+from kvcompress.options import GAIN_BITS
 
 #: What decoders must stay. free: anything. channels: one matrix of heads for all channels (`head`). complex: a complex
 #: matrix of heads for each frequency, so that decoding commutes with RoPE (folded `frequency`, `grouped`). fixed: as
@@ -136,7 +137,7 @@ class TrainableSite(nn.Module):
         if first == z.shape[-1]:
             return self._rounded(z)
         with torch.no_grad():
-            g = gain(best_gain(z[..., first:].float(), self.half_range)).unsqueeze(-1).to(z.dtype)
+            g = gain(chosen_gain(z[..., first:].float(), self.half_range.float())).unsqueeze(-1).to(z.dtype)
         scaled = z / g
         u = scaled[..., first:]
         with torch.no_grad():
@@ -197,6 +198,20 @@ class TrainableSite(nn.Module):
         padded = z.new_zeros(*z.shape[:-1], n_blocks * slots).index_copy(-1, self.component, z)
         x = torch.einsum("...bs,bsw->...bw", padded.unflatten(-1, (n_blocks, slots)), rows)
         return x.flatten(-2)[..., self.place]
+
+
+def chosen_gain(z: Tensor, half: Tensor) -> Tensor:
+    """Return quantise.best_gain(z, half) up to rounding, with half of its passes over z."""
+    best = torch.zeros(z.shape[:-1], dtype=torch.uint8, device=z.device)
+    least = torch.full(z.shape[:-1], float("inf"), device=z.device)
+    below, above = -half, half - 1
+    for code in range(2**GAIN_BITS):
+        g = float(gain(torch.tensor(code)))
+        u = z * (1 / g)  # the error in units of the gain
+        error = torch.linalg.vector_norm(u.floor().clamp_(below, above).sub_(u).add_(0.5), dim=-1).mul_(g)
+        best = torch.where(error < least, code, best)
+        least = torch.minimum(least, error)
+    return best
 
 
 def _slots(block: Tensor, n_blocks: int) -> tuple[Tensor, int]:

@@ -25,8 +25,8 @@ def test_the_recipes_are_there() -> None:
         "kvtc",
         "mea-deep-folded",
         "mea-full-folded",
-        "mea-half",
         "mea-half-folded",
+        "mea-half",
         "palu",
     ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.quantise import best_gain, dequantise, gain, quantise
-from kvcompress.heal.site import TrainableSite
+from kvcompress.heal.site import TrainableSite, chosen_gain
 
 HEAD_DIM = 4
 
@@ -51,6 +51,14 @@ def test_before_training_it_is_the_codec_to_the_last_bit(bits: list[int], n_bloc
     same = site.trained_maps()
     for name in ("encoder", "decoder", "step", "mean"):
         assert torch.equal(getattr(same, name), getattr(maps, name)), name
+
+
+def test_gains_are_chosen_as_at_run_time() -> None:
+    z = sample(3000, 12) * torch.logspace(-2, 2, 3000).unsqueeze(1)
+    half = torch.tensor([128.0] * 3 + [8.0] * 3 + [2.0] * 3 + [1.0] * 3)
+    chosen, best = chosen_gain(z, half), best_gain(z, half)
+    assert len(best.unique()) == 16
+    assert float((chosen == best).float().mean()) > 0.999  # where two are as good, rounding decides
 
 
 @pytest.mark.parametrize("n_blocks", [1, 3])
