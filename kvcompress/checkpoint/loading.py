@@ -23,13 +23,13 @@ def load_weights(source: str | Path, *, dtype: Any = "auto", device: Any = "cpu"
     says, or anything else stands in transformers' way.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     given = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if Path(source).is_dir():
         check_sizes(Path(source))
     with explained_loading(source):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
             source, dtype=given, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(info["missing_keys"])
@@ -38,6 +38,14 @@ def load_weights(source: str | Path, *, dtype: Any = "auto", device: Any = "cpu"
             f"{source} lacks {len(missing)} of its weights, {missing[0]} first. Check config.json and the files."
         )
     return (model if model.device.type == torch.device(device).type else model.to(device)).eval()
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that makes a model of a configuration: of text, or of images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_text = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.checkpoint.loading import load_weights
+from kvcompress.checkpoint.loading import auto_class, load_weights
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.model.model_spec import DTYPE_BYTES
 
@@ -21,7 +21,7 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     numbers that are not there), its weights are loaded. Raises UnsupportedModelError or CheckpointError.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from kvcompress.model.probe import NotRun, probe
 
@@ -29,7 +29,7 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     try:
         parsed = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=getattr(torch, dtype))
+            model = auto_class(parsed).from_config(parsed, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"

@@ -357,8 +357,8 @@ def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site,
     alike = likeness(model, spec, plan.signature) if plan.signature else 1.0
     if not alike > _ALIKE:
         raise CheckpointError(
-            "the model is no relative of the one that the maps were made for, though of its sizes: what it caches of the "
-            f"same tokens agrees to {alike:.2f} (1: the same; quantised and fine-tuned ones stay above {_ALIKE}). "
+            "the model is no relative of the one that the maps were made for, though of its sizes: what it caches of "
+            f"the same tokens agrees to {alike:.2f} (1: the same; quantised and fine-tuned: above {_ALIKE}). "
             "Attach them to their own model."
         )
     by = {rotation: Rotary.by(rotation, compat.device_of(model.get_decoder())) for rotation in set(planned.values())}

@@ -111,4 +111,7 @@ class Entrance:
         if positions is None:
             start = cache.get_seq_length()
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        if positions.dim() == 3:  # of images and text: time, height and width, of text all the same
+            # Any positions give back what was encoded, if they are kept: those of images cost a little accuracy.
+            positions = positions[-3]
         return calls.Arrival(positions, tokens.shape[0], self._arguments.get("attention_mask", args, kwargs))
