@@ -165,6 +165,14 @@ def layer_tensors(layer: Any, *, states_only: bool = False) -> list[Tensor]:
     return [t for t in flat if isinstance(t, Tensor)]
 
 
+def keeps_only_tokens(layer: Any) -> bool:
+    """Return whether a cache layer keeps keys and values, and states that do not grow, and nothing else of a token.
+
+    Those that models define for themselves, or that keep keys of an indexer besides, may hold anything.
+    """
+    return type(layer).__module__ == transformers.cache_utils.__name__ and not hasattr(layer, "indexer_keys")
+
+
 def state_bytes(layer: Any) -> int:
     """Return the bytes of a cache layer's states, which do not grow with the text."""
     return sum(t.numel() * t.element_size() for t in layer_tensors(layer, states_only=True))

@@ -64,9 +64,10 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
         layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
         own = [o for o in own if not o.window]
     if not layers:
+        kinds = ", ".join(sorted({o.kind for o in own})) or "none"
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' is not supported: no layer hands keys and values to a cache that grows "
-            "with the text, so there is nothing to compress."
+            f"model type '{config.model_type}' is not supported: no layer hands keys and values, and nothing else, to "
+            f"a cache that grows with the text, so there is nothing to compress (its cache layers: {kinds})."
         )
     spec = ModelSpec(
         architecture=config.model_type,

@@ -136,6 +136,8 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Return what our attention gives, or None where it cannot be meant."""
+    if mask is not None and mask.shape[1] > 1:  # by head: the model may have made it of what its cache returned
+        return None
     if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3] or key.shape[1] != value.shape[1]:
         return None
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -171,6 +173,6 @@ def _cache_layer(layer: Any) -> CacheLayer:
     return CacheLayer(
         kind=type(layer).__name__,
         window=window,
-        grows=window is None and getattr(layer, "keys", None) is not None and not hasattr(layer, "indexer_keys"),
+        grows=window is None and getattr(layer, "keys", None) is not None and compat.keeps_only_tokens(layer),
         state_bytes=compat.state_bytes(layer),
     )
