@@ -32,15 +32,15 @@ _AVERAGED = 256
 class _Watch(SiteMoments):
     """Sums, over windows, of the ratio for each component of a site; its components are those of single heads."""
 
-    def __init__(self, sums: SiteMoments, heads: Tensor) -> None:
-        """heads: [n_heads, head_dim], the numbers of each."""
+    def __init__(self, sums: SiteMoments, heads: Tensor, device: torch.device | str = "cpu") -> None:
+        """heads: [n_heads, head_dim], the numbers of each; sums and heads on the CPU. device: where tokens come."""
         super().__init__([], sums.total, [], [], sums.samples)
         covariance, fisher = sums.covariance(heads, centred=True), sums.fisher_information(heads)
         energy, encoder, decoder = whitened_eigenbasis(covariance, fisher)
-        self.heads, self.shift = heads, sums.mean.float()
-        self.encoder, self.decoder = encoder.transpose(1, 2).float(), decoder.float()
+        self.heads, self.shift = heads.to(device), sums.mean.float().to(device)
+        self.encoder, self.decoder = encoder.transpose(1, 2).float().to(device), decoder.float().to(device)
         self.order = energy.flatten().argsort(descending=True, stable=True)
-        self.ratios = torch.zeros(energy.shape, dtype=torch.float64, device=energy.device)
+        self.ratios = torch.zeros(energy.shape, dtype=torch.float64, device=device)
         self.n_windows = 0
 
     def add(self, x: Tensor, g: Tensor, *, n_samples: int = 0) -> None:
@@ -54,7 +54,7 @@ class _Watch(SiteMoments):
 
     def by_rank(self) -> Tensor:
         """Return the coherence of components, energies falling, averaged over neighbours, at least 1: [n]."""
-        ratios = (self.ratios / self.n_windows).flatten()[self.order]
+        ratios = (self.ratios.cpu() / self.n_windows).flatten()[self.order]
         width = min(len(ratios), _AVERAGED // self.n_windows) | 1  # odd
         padded = functional.pad(ratios[None, None], (width // 2, width // 2), mode="replicate")
         return functional.avg_pool1d(padded, width, 1)[0, 0].clamp_min(1)
@@ -77,11 +77,10 @@ def measure_coherence(
     """
     n = min(_MOST_WINDOWS, -(-len(windows) // _SHARE))
     chosen = windows[torch.linspace(0, len(windows) - 1, n).round().long()]
-    device = str(next(model.parameters()).device)
+    device = next(model.parameters()).device
     watches: dict[Any, SiteMoments] = {}
     for site, sums in moments.sites.items():
-        heads = blocks.head_groups(spec.attention(site), 1)
-        watches[site] = _Watch(sums.to(device), heads.to(device))
+        watches[site] = _Watch(sums.to("cpu"), blocks.head_groups(spec.attention(site), 1), device)
     watched = Moments(watches)
     collect_moments(model, spec, chosen, watched, sinks=sinks, recent=recent, seed=seed + 1, progress=progress)
     for site, watch in watches.items():
