@@ -54,6 +54,7 @@ def compress(
     resume: bool = False,
     force: bool = False,
     workers: Workers | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
     told: dict[str, Any] | None = None,
 ) -> CompressionResult:
@@ -61,8 +62,9 @@ def compress(
 
     source: a checkpoint directory, a GGUF file or a hub id; it is only read. Moments are saved beside the output
     and reused by later calls with the same model and text; `resume` continues a calibration that was killed. workers:
-    who sums the calibration's windows (calibration.processes, calibration.ray_tasks); this process by default. told:
-    what report.json says besides.
+    who sums the calibration's windows (calibration.processes, calibration.ray_tasks); this process by default. memory:
+    bytes that calibration may take on its device; layers of a larger model are streamed. told: what report.json says
+    besides.
     Raises a KVCompressError with one clear message, leaving nothing behind, for anything a user can mend.
     """
     started = time.monotonic()
@@ -76,7 +78,15 @@ def compress(
         check_space(output, written + int(MAPS_SHARE * checkpoint.weight_bytes))
         _check_weights_finite(checkpoint)
         moments = obtain_moments(
-            checkpoint, output, options, device=device, dtype=dtype, resume=resume, workers=workers, progress=report
+            checkpoint,
+            output,
+            options,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            workers=workers,
+            memory=memory,
+            progress=report,
         )
         plan, maps, spectra = make_plan(checkpoint, moments, options, report)
         with atomic_directory(output, force=force) as scratch:

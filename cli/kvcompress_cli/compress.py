@@ -144,6 +144,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
     gpus: sharing.Gpus = None,
     ray: sharing.Ray = None,
+    memory: sharing.Memory = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     json: flags.Json = False,
@@ -164,7 +165,15 @@ def compress(
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
-    how = {"device": device, "dtype": dtype, "resume": resume, "force": force, "gpus": gpus, "ray": ray}
+    how: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "resume": resume,
+        "force": force,
+        "gpus": gpus,
+        "ray": ray,
+        "memory": memory,
+    }
     search = None
     if max_ratio is None:
         _refuse(bool(text), "--text is what --max-ratio measures on. Give a --max-ratio, or leave it out.")
@@ -248,6 +257,7 @@ def run(
     force: bool = False,
     gpus: str | None = None,
     ray: str | None = None,
+    memory: str | None = None,
 ) -> CompressionResult:
     """Return compress()'s result, with progress on stderr."""
     from kvcompress.checkpoint.writer import check_target
@@ -259,12 +269,13 @@ def run(
 
     resolve_device(device)
     check_dtype(dtype)
-    how = {
+    how: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
         "resume": resume,
         "force": force,
         "workers": sharing.workers(gpus, ray, device),
+        "memory": sharing.n_bytes(memory),
     }
     with stage_progress() as progress:
         return compress_checkpoint(model, output, options, **how, progress=progress)
@@ -284,6 +295,7 @@ def search_keep(
     resolve_device(how["device"])
     check_dtype(how["dtype"])
     how["workers"] = sharing.workers(how.pop("gpus"), how.pop("ray"), how["device"])
+    _refuse(how.pop("memory") is not None, "--max-ratio measures the whole model, so --memory cannot bound it.")
     with stage_progress() as progress:
         return compress_within(model, output, options, max_ratio, texts=texts, progress=progress, **how)
 

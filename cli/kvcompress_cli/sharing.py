@@ -24,6 +24,23 @@ Ray = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Calibrate within this much memory (20GB): layers of a larger model come from disk.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+def n_bytes(memory: str | None) -> int | None:
+    """Return the bytes of a size that was given. Raises OptionError."""
+    if memory is None:
+        return None
+    from kvcompress.calibration.memory import parse_bytes
+
+    return parse_bytes(memory)
 
 
 def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:

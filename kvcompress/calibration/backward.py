@@ -79,26 +79,45 @@ class _Run:
 
 def _by_layer(model: Any, layers: nn.ModuleList, taps: Taps, ids: Tensor, tail: TailGradient) -> Gradients:
     with _saved(layers) as run, torch.no_grad():
-        _decode(model, taps, ids)
+        decode(model, taps, ids)
     is_tuple = isinstance(run.output, tuple)
     hidden = (run.output[0] if is_tuple else run.output).detach().requires_grad_(True)
-    _check_finite(hidden)
+    check_finite(hidden)
     with torch.enable_grad():
         final = after_layers(model, list(layers), hidden, ids, in_tuple=is_tuple)
     gradient = torch.autograd.grad(final, hidden, tail(final.detach()))[0]
     for index in reversed(range(len(layers))):
         args, kwargs = run.inputs[index]
         run.inputs[index] = None
-        taps.layers.clear()
-        hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
-        cache = taps.cache()  # a fresh one: what linear layers keep in theirs is not of this run
-        args, kwargs = ([cache if isinstance(a, Cache) else a for a in args[1:]], _with_cache(kwargs, cache))
-        with torch.enable_grad():
-            output = layers[index](hidden, *args, **kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        leaves = [leaf for tap in taps.layers.values() for pair in tap.far for leaf in pair]
-        gradient, *grads = torch.autograd.grad(output, [hidden, *leaves], gradient, allow_unused=True)
-        yield from _summed(taps.layers, leaves, grads)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        gradient, found = layer_gradients(layers[index], taps, hidden, (args, kwargs), gradient)
+        yield from found
+
+
+def layer_gradients(
+    layer: nn.Module, taps: Taps, hidden: Tensor, call: Any, gradient: Tensor
+) -> tuple[Tensor, list[tuple[int, LayerTap, Tensor, Tensor]]]:
+    """Return (d(loss)/d(a layer's input), what its taps have), from d(loss)/d(its output), by running it again.
+
+    call: (args, kwargs) with which the layer was called; `hidden` stands for the hidden states in them.
+    """
+    taps.layers.clear()
+    hidden = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        output = call_layer(layer, taps, hidden, call)
+    leaves = [leaf for tap in taps.layers.values() for pair in tap.far for leaf in pair]
+    gradient, *grads = torch.autograd.grad(output, [hidden, *leaves], gradient, allow_unused=True)
+    return gradient, list(_summed(taps.layers, leaves, grads))
+
+
+def call_layer(layer: nn.Module, taps: Taps, hidden: Tensor, call: Any) -> Tensor:
+    """Return the hidden states that a layer makes of `hidden`, called as it was in a forward of its model."""
+    args, kwargs = call
+    cache = taps.cache()  # a fresh one: what linear layers keep in theirs is not of this run
+    args = [cache if isinstance(a, Cache) else a for a in args[1:]]
+    output = layer(hidden, *args, **_with_cache(kwargs, cache))
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _with_cache(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
@@ -116,16 +135,17 @@ def _whole(model: Any, taps: Taps, ids: Tensor, tail: TailGradient) -> Gradients
     handle = model.get_input_embeddings().register_forward_hook(with_gradient)
     try:
         with torch.enable_grad():
-            final = _decode(model, taps, ids)[0]
+            final = decode(model, taps, ids)[0]
     finally:
         handle.remove()
-    _check_finite(final)
+    check_finite(final)
     leaves = [leaf for tap in taps.layers.values() for pair in tap.far for leaf in pair]
     grads = torch.autograd.grad(final, leaves, tail(final.detach()), allow_unused=True)
     yield from _summed(taps.layers, leaves, grads)
 
 
-def _decode(model: Any, taps: Taps, ids: Tensor) -> Any:
+def decode(model: Any, taps: Taps, ids: Tensor) -> Any:
+    """Return what the decoder makes of ids, with a cache of the taps."""
     decoder = model.get_decoder()
     return decoder(input_ids=ids, use_cache=True, **compat.cache_argument(decoder, taps.cache()))
 
@@ -161,7 +181,8 @@ def _saved(layers: nn.ModuleList) -> Iterator[_Run]:
             handle.remove()
 
 
-def _check_finite(hidden: Tensor) -> None:
+def check_finite(hidden: Tensor) -> None:
+    """Raise CalibrationError for hidden states that are NaN or infinite."""
     if not hidden.isfinite().all():
         raise CalibrationError(
             "the model's activations are NaN or infinite on the calibration text. "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,25 @@ import torch
 
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
-from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
+from kvcompress.calibration.memory import least_bytes, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
 from kvcompress.calibration.pieces import Job, Workers, collect_shared
 from kvcompress.calibration.sampling import sample_windows
+from kvcompress.calibration.streamed import collect_streamed
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.map_budget import moments_group
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import remove_stale
-from kvcompress.errors import CalibrationError
+from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages: sample, calibrate, coherence, fit, write."""
+"""Called with (stage, done, total); stages: sample, calibrate, fit, write."""
 
 
 def obtain_moments(
@@ -41,16 +45,24 @@ def obtain_moments(
     dtype: str = "auto",
     resume: bool = False,
     workers: Workers | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Moments:
     """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now.
 
-    workers: who sums the windows, in pieces; this process by default.
+    workers: who sums the windows, in pieces; this process by default. memory: bytes that the calibration may take on
+    its device; where the whole model needs more, its layers are read from disk as they run.
     """
     report = progress or (lambda *_: None)
     if options.metric == "weights":
         return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
     protocol = _calibration_protocol(checkpoint, options, device, dtype)
+    streams = memory is not None and _must_stream(checkpoint, protocol, memory)
+    if streams:
+        if workers:
+            raise OptionError("a model is streamed (--memory) by one process. Leave out --gpus or --ray.")
+        options = _without_sampling(options)
+        protocol = _calibration_protocol(checkpoint, options, device, dtype)
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     file = output.parent / f"kvcompress-moments-{key}.safetensors"
     partial = file.with_suffix(".partial.safetensors")
@@ -63,23 +75,48 @@ def obtain_moments(
     load = cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
     windows = _calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
-    device = "cpu" if workers else protocol["device"]  # where sums are kept
+    device = "cpu" if workers or streams else protocol["device"]  # where sums are kept
     moments = _started(checkpoint, protocol, partial, len(windows.ids), device)
     done = lambda tokens, total: report("calibrate", tokens, total)  # noqa: E731
     seen = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
-    if workers:
+    if streams:
+        moments = _no_moments(checkpoint, protocol, device)  # it saves nothing on its way, so it begins anew
+        on = torch.device(protocol["device"])
+        model = StreamedModel(checkpoint, dtype=getattr(torch, protocol["dtype"]), device=on)
+        collect_streamed(model, checkpoint.spec, windows.ids, moments, **seen, progress=done)
+    elif workers:
         load.cache_clear()  # every worker has a model of its own
         blocks = {"group": protocol["group"], "band": protocol["band"]}
         job = Job(str(checkpoint.path.absolute()), protocol["dtype"], windows.ids, **seen, **blocks)
         collect_shared(job, moments, workers, partial_file=partial, progress=done)
     else:
         collect_moments(load(), checkpoint.spec, windows.ids, moments, **seen, partial_file=partial, progress=done)
-    adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
-    measure_coherence(load(), checkpoint.spec, windows.ids, moments, **seen, progress=adding_up)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)
     return moments
+
+
+def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int) -> bool:
+    """Return whether the whole model does not fit. Raises OptionError where its layers one by one do not, either."""
+    size = (protocol["dtype"], protocol["seq_len"])
+    least = least_bytes(checkpoint, *size)
+    if memory < least:
+        raise OptionError(
+            f"memory {memory / 1e9:.2f} GB is too little for {checkpoint.source}: two layers, the embeddings and "
+            f"one window take about {least / 1e9:.2f} GB. Raise it, or lower --seq-len."
+        )
+    return memory < whole_bytes(checkpoint, *size)
+
+
+def _without_sampling(options: CompressOptions) -> CompressOptions:
+    """Return the options without text that the model samples from itself: all of it would be read at every token."""
+    sources = options.calibration or DEFAULT_CALIBRATION
+    if calibration_text.SELF not in sources:
+        return options
+    told = "the model is streamed from disk, so text that it samples from itself (self) is left out of the calibration."
+    warnings.warn(told, Note, stacklevel=2)
+    return replace(options, calibration=tuple(s for s in sources if s != calibration_text.SELF))
 
 
 def _started(checkpoint: Checkpoint, protocol: dict[str, Any], partial: Path, n_windows: int, device: str) -> Moments:
@@ -89,6 +126,10 @@ def _started(checkpoint: Checkpoint, protocol: dict[str, Any], partial: Path, n_
         if moments.protocol == protocol and 0 <= moments.n_windows <= n_windows:
             moments.sites = {site: m.to(device) for site, m in moments.sites.items()}
             return moments
+    return _no_moments(checkpoint, protocol, device)
+
+
+def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any], device: str) -> Moments:
     return empty_moments(checkpoint.spec, protocol, group=protocol["group"], band=protocol["band"], device=device)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.backward import Gradients, TailGradient, backward_pass
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.taps import tapped
+from kvcompress.calibration.taps import LayerTap, tapped
 from kvcompress.errors import CalibrationError
 from kvcompress.model.head import logits_of
-from kvcompress.model.model_spec import ModelSpec, Site
+from kvcompress.model.model_spec import PARTS, ModelSpec, Site
 from kvcompress.model.probe import matched, probe, signature
 from kvcompress.model.rope import Rotary
 
@@ -64,8 +64,7 @@ def collect_moments(
         gradients = backward_pass(model, taps)
         for index in range(done, len(windows) if stop is None else stop):
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-            # evenly over windows, so that an unbroken pass and a resumed one keep the same tokens
-            n_samples = (index + 1) * _N_SAMPLES // len(windows) - index * _N_SAMPLES // len(windows)
+            n_samples = n_samples_of(index, len(windows))
             window = windows[index : index + 1].to(device)
             _add_window(model, spec, window, moments, sinks, generator, gradients, n_samples)
             moments.n_windows = index + 1
@@ -76,13 +75,7 @@ def collect_moments(
                 moments.save(partial_file)
                 last_save = time.monotonic()
                 save_seconds = last_save - started
-    unseen = [site for site, sums in moments.sites.items() if not sums.n_tokens]
-    if unseen:
-        raise CalibrationError(
-            f"no gradient of the loss reaches {unseen[0]} and {len(unseen) - 1} other sites, so what they may lose is "
-            "not known. The model stops gradients on its way; it cannot be calibrated."
-        )
-    _check_finite(moments)
+    check_moments(moments)
     return moments
 
 
@@ -96,20 +89,39 @@ def _add_window(
     gradients: Callable[[Tensor, TailGradient], Gradients],
     n_samples: int,
 ) -> None:
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    for index, tap, key_gradient, value_gradient in gradients(ids, lambda h: _head_gradient(model, h, generator)):
-        for part, x, g in (("key", tap.key, key_gradient), ("value", tap.value, value_gradient)):
-            site = Site(index, part)  # type: ignore[arg-type]
-            rotation = spec.attention(site).rotation
-            if rotation is not None:
-                # d/d(x before RoPE) = scale R^T d/d(x after); unrotate divides by the scale
-                rotary = Rotary.by(rotation, ids.device)
-                x, g = rotary.unrotate(x, positions), rotary.unrotate(g, positions) * rotary.scale**2
-            x, g = (t.detach().transpose(1, 2).flatten(2)[0, sinks:] for t in (x, g))
-            moments.sites[site].add(x, g.double() / _scale(key_gradient.dtype), n_samples=n_samples)
+    for index, tap, *grads in gradients(ids, lambda h: head_gradient(model, h, generator)):
+        add_tap(spec, moments, index, tap, grads, sinks=sinks, n_samples=n_samples)
 
 
-def _head_gradient(model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def add_tap(
+    spec: ModelSpec,
+    moments: Moments,
+    layer: int,
+    tap: LayerTap,
+    grads: list[Tensor],
+    *,
+    sinks: int,
+    n_samples: int,
+) -> None:
+    """Add what a layer cached of one window, and d(loss)/d(its keys and values), to the sums of its sites."""
+    positions = torch.arange(tap.key.shape[2], device=tap.key.device)[None]
+    for part, x, g in zip(PARTS, (tap.key, tap.value), grads, strict=True):
+        site, scale = Site(layer, part), _scale(g.dtype)
+        rotation = spec.attention(site).rotation
+        if rotation is not None:
+            # d/d(x before RoPE) = scale R^T d/d(x after); unrotate divides by the scale
+            rotary = Rotary.by(rotation, x.device)
+            x, g = rotary.unrotate(x, positions), rotary.unrotate(g, positions) * rotary.scale**2
+        x, g = (t.detach().transpose(1, 2).flatten(2)[0, sinks:] for t in (x, g))
+        moments.sites[site].add(x, g.double() / scale, n_samples=n_samples)
+
+
+def n_samples_of(window: int, n_windows: int) -> int:
+    """Return how many tokens of a window are kept: evenly over all, so that any pass over them keeps the same."""
+    return (window + 1) * _N_SAMPLES // n_windows - window * _N_SAMPLES // n_windows
+
+
+def head_gradient(model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Return d(cross-entropy, summed over tokens)/d(the decoder's final hidden states), labels sampled from the model.
 
     hidden: [1, seq_len, hidden]. The gradient of the logits is softmax - one_hot(label), taken in chunks of rows.
@@ -138,7 +150,14 @@ def _scale(dtype: torch.dtype) -> float:
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
-def _check_finite(moments: Moments) -> None:
+def check_moments(moments: Moments) -> None:
+    """Raise CalibrationError where a site was reached by no gradient, or its sums are not finite."""
+    unseen = [site for site, sums in moments.sites.items() if not sums.n_tokens]
+    if unseen:
+        raise CalibrationError(
+            f"no gradient of the loss reaches {unseen[0]} and {len(unseen) - 1} other sites, so what they may lose is "
+            "not known. The model stops gradients on its way; it cannot be calibrated."
+        )
     for site, sums in moments.sites.items():
         for what, tensors in (("activations", sums.outer), ("gradients", sums.fisher)):
             if not all(bool(t.isfinite().all()) for t in tensors):

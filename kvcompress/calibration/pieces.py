@@ -123,7 +123,7 @@ def _join(moments: Moments, waiting: dict[int, tuple[Piece, Moments]]) -> bool:
         piece, found = waiting.pop(moments.n_windows)
         for site, sums in found.sites.items():
             moments.sites[site].join(sums)
-        moments.rotations = found.rotations
+        moments.rotations, moments.signature = found.rotations, found.signature
         moments.n_windows = piece.stop
     return moments.n_windows > before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -36,11 +37,12 @@ class TensorEntry(NamedTuple):
     dtype: str
 
     @property
+    def n_numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        size = _DTYPE_BYTES.get(self.dtype, 1)
-        for n in self.shape:
-            size *= n
-        return size
+        return self.n_numbers * _DTYPE_BYTES.get(self.dtype, 1)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Return the logits [batch, n_tokens, vocabulary] of final hidden states [batch, n_tokens, d_model]."""
     decoder = model.get_decoder()
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    with _standing_in([decoder], [lambda *_, **__: GivenOutput(last_hidden_state=hidden)]):
+    with standing_in([decoder], [lambda *_, **__: GivenOutput(last_hidden_state=hidden)]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
@@ -31,13 +31,13 @@ def after_layers(model: Any, layers: Sequence[nn.Module], hidden: Tensor, ids: T
     def passing(*_: Any, **__: Any) -> Any:
         return (hidden,) if in_tuple else hidden
 
-    with _standing_in(layers, [passing] * len(layers)):
+    with standing_in(layers, [passing] * len(layers)):
         final: Tensor = model.get_decoder()(input_ids=ids, use_cache=False)[0]
     return final
 
 
 @contextmanager
-def _standing_in(modules: Sequence[Any], functions: Sequence[Any]) -> Iterator[None]:
+def standing_in(modules: Sequence[Any], functions: Sequence[Any]) -> Iterator[None]:
     """Within the block, modules' forwards are these functions."""
     before = [module.__dict__.get("forward") for module in modules]
     for module, function in zip(modules, functions, strict=True):

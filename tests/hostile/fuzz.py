@@ -73,6 +73,13 @@ def _child(names: list[str], scratch: Path, pipe: int) -> None:
             return  # the peak of its memory would be that of all that follow
 
 
+def _is_starved(child: int) -> bool:
+    """Return whether a process that says nothing would run if the machine let it, and has not had its seconds yet."""
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return fields[0] == "R" and seconds < 10 * SECONDS  # those of a whole batch
+
+
 def run_batch(names: list[str], scratch: Path) -> Iterator[tuple[str, str]]:
     """Yield (case, outcome) of cases run in processes of their own; a dead or hanging one costs its case only."""
     while names:
@@ -90,7 +97,12 @@ def run_batch(names: list[str], scratch: Path) -> Iterator[tuple[str, str]]:
         current, done = None, 0
         with os.fdopen(reader, "rb", buffering=0) as lines:
             buffer = b""
-            while select.select([lines], [], [], _WALL_SECONDS)[0]:
+            while True:
+                if not select.select([lines], [], [], _WALL_SECONDS)[0]:
+                    if _is_starved(child):
+                        continue
+                    os.kill(child, signal.SIGKILL)
+                    break
                 data = lines.read(1 << 16)
                 if not data:
                     break
@@ -100,8 +112,6 @@ def run_batch(names: list[str], scratch: Path) -> Iterator[tuple[str, str]]:
                     if outcome:
                         yield current, outcome
                         current, done = None, done + 1
-            else:
-                os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if current is not None or status:
             yield names[done], "hangs" if status == signal.SIGKILL else f"the process ended: {status}"
