@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.bases import BASES, Basis, Components
-from kvcompress.bases.base import _FISHER_RIDGE, FittedBasis
+from kvcompress.bases.base import FittedBasis
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.model.model_spec import AttentionSpec, Projection
+from kvcompress.whitening import FISHER_RIDGE
 
 HEAD_DIM = 8
 
@@ -64,7 +65,7 @@ def phase_average(moment: Tensor) -> Tensor:
 def ridged(fisher: Tensor) -> Tensor:
     """Return F with the ridge that the eigen bases add to it."""
     mean = fisher.diagonal(dim1=1, dim2=2).mean(1)
-    return fisher + _FISHER_RIDGE * mean[:, None, None] * torch.eye(fisher.shape[1], dtype=torch.float64)
+    return fisher + FISHER_RIDGE * mean[:, None, None] * torch.eye(fisher.shape[1], dtype=torch.float64)
 
 
 class Case(NamedTuple):

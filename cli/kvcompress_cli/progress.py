@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _STAGES = {
     "sample": ("sampling text from the model", "tokens"),
     "calibrate": ("calibrating", "tokens"),
+    "coherence": ("measuring how errors add up", "tokens"),
     "search": ("measuring budgets", "texts"),
     "fit": ("fitting bases", "sites"),
     "write": ("writing", ""),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.bases.base import Basis, Components, FittedBasis, whitened_eigenbasis
+from kvcompress.bases.base import Basis, Components, FittedBasis
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import AttentionSpec
+from kvcompress.whitening import whitened_eigenbasis
 
 
 class Head(Basis):

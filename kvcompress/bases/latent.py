@@ -12,9 +12,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvcompress.bases.base import Basis, FittedBasis, RankedComponents, whitened_eigenbasis
+from kvcompress.bases.base import Basis, FittedBasis, RankedComponents
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import AttentionSpec, Part
+from kvcompress.whitening import whitened_eigenbasis
 
 
 class Latent(Basis):

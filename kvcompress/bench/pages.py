@@ -172,7 +172,7 @@ class ChunkTiming:
 
 
 def time_chunk(
-    pool: Pool, *, keep: float, n_new: int, tile: int = 1 << 14, attend: Any = attend_with_torch
+    pool: Pool, *, keep: float, n_new: int, tile: int | None = None, attend: Any = attend_with_torch
 ) -> ChunkTiming:
     """Time the first sequence's chunk; uncompressed: the same attention over exact keys that lie in one tensor."""
     layer, tokens = pool.contiguous[0], pool.tokens

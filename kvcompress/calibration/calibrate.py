@@ -15,6 +15,7 @@ import torch
 
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
+from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.memory import least_bytes, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
@@ -33,7 +34,7 @@ from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages: sample, calibrate, fit, write."""
+"""Called with (stage, done, total); stages: sample, calibrate, coherence, fit, write."""
 
 
 def obtain_moments(
@@ -91,6 +92,8 @@ def obtain_moments(
         collect_shared(job, moments, workers, partial_file=partial, progress=done)
     else:
         collect_moments(load(), checkpoint.spec, windows.ids, moments, **seen, partial_file=partial, progress=done)
+    adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
+    measure_coherence(load(), checkpoint.spec, windows.ids, moments, **seen, progress=adding_up)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)

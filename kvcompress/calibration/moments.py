@@ -30,7 +30,8 @@ class SiteMoments:
     `partitions` are the stored blocks ([n_blocks, width] each); `outer` holds sum x x^T and `fisher` sum g g^T
     for each of them ([n_blocks, width, width], float64); `total` is sum x ([n], float64). `samples` are some of the
     tokens themselves ([n_samples, n], float32), for what moments cannot tell: the shape of each component's
-    distribution, to which its quantiser is fitted.
+    distribution, to which its quantiser is fitted. `coherence` ([n], float64, the component that costs most to drop
+    first) is how much more dropping one costs than its tokens do one by one (coherence.py); None: not measured.
     """
 
     partitions: list[Tensor]
@@ -39,6 +40,7 @@ class SiteMoments:
     fisher: list[Tensor]
     samples: Tensor
     n_tokens: int = 0
+    coherence: Tensor | None = None
 
     @classmethod
     def empty(cls, partitions: list[Tensor], width: int, device: str | torch.device = "cpu") -> SiteMoments:
@@ -122,7 +124,9 @@ class SiteMoments:
             shape = (*partition.shape, partition.shape[1])
             if outer.shape != shape or fisher.shape != shape:
                 raise ValueError(f"the sums of {site} have shape {list(outer.shape)}, its blocks {list(shape)}")
-        sums = (self.total, *self.outer, *self.fisher)
+        sums = (self.total, *self.outer, *self.fisher, *([] if self.coherence is None else [self.coherence]))
+        if self.coherence is not None and (self.coherence.shape != (n,) or bool((self.coherence < 1).any())):
+            raise ValueError(f"the coherence of {site} is no {n} numbers from 1 on")
         finite = all(bool(t.isfinite().all()) for t in (*sums, self.samples))
         if not finite or any(t.dtype != torch.float64 for t in sums):
             raise ValueError(f"the sums of {site} are no finite float64 numbers")
@@ -136,6 +140,7 @@ class SiteMoments:
             move(self.fisher),
             self.samples.to(device),
             self.n_tokens,
+            None if self.coherence is None else self.coherence.to(device),
         )
 
 
@@ -164,6 +169,8 @@ class Moments:
         for site, moments in self.sites.items():
             tensors[f"{site}.total"] = moments.total.cpu()
             tensors[f"{site}.samples"] = moments.samples.cpu()
+            if moments.coherence is not None:
+                tensors[f"{site}.coherence"] = moments.coherence.cpu()
             for i, partition in enumerate(moments.partitions):
                 tensors[f"{site}.partition.{i}"] = partition.to("cpu", torch.int32)
                 tensors[f"{site}.outer.{i}"] = moments.outer[i].cpu()
@@ -197,6 +204,7 @@ class Moments:
                         [tensors[f"{site}.fisher.{i}"] for i in range(count)],
                         tensors[f"{site}.samples"],
                         int(header["n_tokens"]),
+                        tensors.get(f"{site}.coherence"),
                     )
                     sites[site].check(site)
             turned = {name: shaped(r, Rotation) for name, r in shaped(parse_json(header["rotations"]), dict).items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress.bases import Components
 from kvcompress.calibration.moments import Moments
-from kvcompress.choose.bits import bit_curve
+from kvcompress.choose.bits import BitCurve, bit_curve
 from kvcompress.choose.fitting import FittedSite
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
 from kvcompress.options import GAIN_BITS, LEVELS, CompressOptions
@@ -49,7 +49,13 @@ def choose_bits(
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
     curves = [
         bit_curve(
-            site, fit, moments.sites[site], spec.attention(site), full_bits=full_bits, at_a_time=options.at_a_time
+            site,
+            fit,
+            moments.sites[site],
+            spec.attention(site),
+            full_bits=full_bits,
+            at_a_time=options.at_a_time,
+            in_nats=options.metric == "fisher",
         )
         for site, fit in fitted.items()
     ]
@@ -63,7 +69,7 @@ def choose_bits(
         whole = fit.basis.components(len(fit.basis.energy))
         order = _stored_order(bits, whole.block)[: int((bits > 0).sum())]
         components, bits = _taken(whole, order), bits[order]
-        loss = 0.0 if len(order) == spec.width(site) else fit.loss(components)
+        loss = 0.0 if len(order) == spec.width(site) else fit.loss(components) * _mean_coherence(curve, order)
         step = torch.ones(len(order))
         for level in LEVELS:
             mine = bits == level
@@ -71,6 +77,15 @@ def choose_bits(
             loss += float(curve.loss[level][order[mine]].sum())
         chosen[site] = Choice(components, bits.to(torch.uint8), step, loss)
     return chosen
+
+
+def _mean_coherence(curve: BitCurve, kept: Tensor) -> float:
+    """Return by how much the errors of the components that are not kept add up, weighed by what they cost."""
+    dropped = torch.ones(len(curve.coherence), dtype=torch.bool)
+    dropped[kept] = False
+    cost = curve.loss[0][dropped]
+    alone = float((cost / curve.coherence[dropped]).sum())
+    return float(cost.sum()) / alone if alone > 0 else 1.0
 
 
 def _stored_order(bits: Tensor, block: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class BitCurve:
     unit_of: Tensor
     step: dict[int, Tensor]
     loss: dict[int, Tensor]
+    coherence: Tensor
 
     def component_bits(self, n_items: int) -> Tensor:
         """Return the bits of each component [R] when the first n_items items are kept."""
@@ -43,26 +44,47 @@ class BitCurve:
 
 
 def bit_curve(
-    site: Site, fit: FittedSite, moments: SiteMoments, attention: AttentionSpec, *, full_bits: int, at_a_time: int = 1
+    site: Site,
+    fit: FittedSite,
+    moments: SiteMoments,
+    attention: AttentionSpec,
+    *,
+    full_bits: int,
+    at_a_time: int = 1,
+    in_nats: bool = True,
 ) -> BitCurve:
     """Return the curve of a site: c(b) of the design is measured on samples of each component, not assumed.
 
-    at_a_time: neighbouring components of a block that are one unit, and so have equal bits.
+    at_a_time: neighbouring components of a block that are one unit, and so have equal bits. in_nats: whether losses
+    are the model's; others (squared errors) have no coherence.
     A component of b bits costs c(b) of what it costs to drop it, by its own energy; dropping it costs the energy
-    that is true to the whole site (see fitting.true_energy).
+    that is true to the whole site (see fitting.true_energy), times its coherence r, by which errors of tokens add up.
+    Of the error at distortion c a part c follows the component (a quantiser's error is independent of what it
+    returns), so that it costs c (c r + 1 - c).
     """
     samples = _samples(fit, moments, attention)
     per_item = fit.basis.numbers
     own, dropped = ((e / per_item).repeat_interleave(per_item) for e in (fit.basis.energy, fit.energy))
-    step, loss = {}, {0: dropped}
+    coherence = _coherence(moments, len(own)) if in_nats else torch.ones_like(own)
+    step, loss = {}, {0: dropped * coherence}
     for bits in LEVELS:
         step[bits], distortion = fit_steps(samples, bits)
-        loss[bits] = (own * distortion.double()).minimum(dropped)
+        c = distortion.double()
+        loss[bits] = (own * c * (c * coherence + 1 - c)).minimum(loss[0])
     loss[full_bits] = torch.zeros_like(own)
     unit_of = _units(fit.basis.components(len(fit.basis.energy)).block, at_a_time)
     unit, level, saved, cost = _hull_steps(loss, unit_of)
     order = (saved / cost).argsort(descending=True, stable=True)
-    return BitCurve(SiteCurve(site, saved[order], cost[order]), unit[order], level[order], unit_of, step, loss)
+    curve = SiteCurve(site, saved[order], cost[order])
+    return BitCurve(curve, unit[order], level[order], unit_of, step, loss, coherence)
+
+
+def _coherence(moments: SiteMoments, n_components: int) -> Tensor:
+    """Return the coherence of each component of a basis, [R]: that of equal rank among those it was measured of."""
+    if moments.coherence is None:
+        return torch.ones(n_components, dtype=torch.float64)
+    place = torch.arange(n_components) * len(moments.coherence) // max(1, n_components)
+    return moments.coherence[place]
 
 
 def _units(block: Tensor, size: int) -> Tensor:

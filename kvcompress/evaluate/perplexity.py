@@ -224,7 +224,7 @@ def compare_states(
 
 
 def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> tuple[Tensor, str]:
-    """Return (the first max_windows windows [n, seq_len] of a text, SHA-256 of the text that was read)."""
+    """Return (the first max_windows windows [n, seq_len] of a text, SHA-256 of the file, or of the documents read)."""
     ids: list[int] = []
     digest = hashlib.sha256()
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -240,6 +240,10 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
             f"too little text: {text} has {len(ids)} tokens, a window needs {seq_len}. "
             "Lower --seq-len or give more text."
         )
+    file = Path(text)
+    if file.is_file() and file.suffix != ".jsonl":  # what anybody can compare with a file of theirs
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256")
     return torch.tensor(ids[: n_windows * seq_len]).reshape(n_windows, seq_len), digest.hexdigest()
 
 

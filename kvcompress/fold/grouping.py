@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.bases import Components, FittedBasis
-from kvcompress.bases.base import expected_loss, whitened_eigenbasis
+from kvcompress.bases.base import expected_loss
 from kvcompress.bases.frequency import Frequency
 from kvcompress.calibration.moments import Moments
 from kvcompress.choose.allocation import Choice, make_policy
@@ -26,6 +26,7 @@ from kvcompress.model import blocks
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, AttentionSpec, ModelSpec, Part, Site
 from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.policies import SiteCurve
+from kvcompress.whitening import whitened_eigenbasis
 
 #: Up to this many KV heads every partition is looked at; beyond it, swaps improve the partition into neighbours.
 _EXHAUSTIVE_HEADS = 12

@@ -22,6 +22,10 @@ from kvcompress.kernels.rebuild import RebuildMaps, Rotation, rebuild
 Attend = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
+#: Of rebuilt keys and values: launches of small tiles cost Python more than the GPU.
+_TILE_BYTES = 144 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class RebuiltSite:
     """Packed rows of a site in pages, and what turns them back into numbers; see rebuild. words: of page_words."""
@@ -63,8 +67,14 @@ class Tiles:
     values: Tensor
 
     @classmethod
-    def of(cls, exact: ExactPages, n_tokens: int = 1 << 14) -> Tiles:
-        """Return room for so many tokens, a multiple of 32. Raises OptionError for another number."""
+    def of(cls, exact: ExactPages, n_tokens: int | None = None) -> Tiles:
+        """Return room for so many tokens, a multiple of 32. Raises OptionError for another number.
+
+        By default as many as _TILE_BYTES hold: with 8 KV heads of 128, a context of 32k and what came after it.
+        """
+        if n_tokens is None:
+            token_bytes = 2 * exact.keys.shape[2] * exact.keys.shape[3] * exact.keys.element_size()
+            n_tokens = max(_TILE_BYTES // token_bytes // BLOCK_TOKENS, 1) * BLOCK_TOKENS
         if n_tokens < BLOCK_TOKENS or n_tokens % BLOCK_TOKENS:
             raise OptionError(f"a tile of {n_tokens} tokens does not hold whole blocks of {BLOCK_TOKENS}.")
         keys, values = (exact.keys.new_empty(n_tokens, *exact.keys.shape[2:]) for _ in range(2))

@@ -64,8 +64,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['top1_agreement']:.2%}",
         f"{perplexity['original']:.4f}",
         f"{perplexity['compressed']:.4f}",
-        _escaped(protocol_words(row["protocol"])),
+        _escaped(protocol_words(row["protocol"]) + distance_words(row)),
     ]
+
+
+def distance_words(record: dict[str, Any]) -> str:
+    """Return how far a perplexity's text is from the calibration text, to follow its protocol; empty if not told."""
+    told = record.get("distance")
+    if not isinstance(told, dict) or not isinstance(told.get("component_energy"), (int, float)):
+        return ""
+    verdict = " (far)" if told.get("is_far") is True else ""
+    return f"; {told['component_energy']:.2f} times the calibration text's energy{verdict}"
 
 
 def _markdown(record: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from kvcompress.report.markup import Figures, code, swatch, table
-from kvcompress.report.measured import is_perplexity, protocol_words
+from kvcompress.report.measured import distance_words, is_perplexity, protocol_words
 from kvcompress.report.measured_tables import tables_of
 from kvcompress.report.sections import predicted_loss
 from kvcompress.report.usage import PLACE
@@ -57,7 +57,8 @@ def _cells(figures: Figures, record: str) -> list[str]:
         figures(record + ".top1_agreement", "{:.2%}".format),
         figures(record + ".perplexity.original", four),
         figures(record + ".perplexity.compressed", four),
-        escape(protocol_words({k: v for k, v in figures.value(record + ".protocol").items() if k != "text"})),
+        escape(protocol_words({k: v for k, v in figures.value(record + ".protocol").items() if k != "text"}))
+        + escape(distance_words(figures.value(record))),
     ]
 
 

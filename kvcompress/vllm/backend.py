@@ -30,6 +30,8 @@ from kvcompress.vllm.specs import ExactSpec
 from kvcompress.vllm.steps import EncodeClock, Step
 
 _logger = init_logger("vllm.kvcompress")
+#: What FusedModel allocates beside the pages, at most: absorbed queries, sums, a tile of rebuilt tokens.
+_KERNEL_BYTES = 1 << 29
 
 
 @dataclass(slots=True)
@@ -264,7 +266,9 @@ class PackedAttention(AttentionImpl):
     ) -> Tensor:
         """query: [n_tokens, heads, head_dim]; key, value: [n_tokens, KV heads, head_dim]; output like query,
         written."""
-        if attn_metadata is None:  # a run that only measures memory
+        if attn_metadata is None:  # a run that only measures memory: what the kernels will keep counts as used
+            if output.is_cuda:
+                torch.empty(_KERNEL_BYTES, dtype=torch.uint8, device=output.device)
             return output.fill_(0)
         compressed: CompressedAttention = layer.kvcompress
         step: Step = get_forward_context().attn_metadata[compressed.exact.name]

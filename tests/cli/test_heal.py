@@ -60,3 +60,17 @@ def test_what_makes_no_sense_is_one_line(
     given = ("--text", text) if "--text" not in arguments else ()
     assert words in fails("heal", compressed(), "-o", tmp_path / "healed", *given, *FEW, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_pushed_says_no_path_of_the_machine(
+    kvcompress: Any, compressed: Any, text: Path, tmp_path: Path
+) -> None:
+    from kvcompress.publish import repository_contents
+
+    kvcompress("heal", compressed(maps_only=True), "-o", tmp_path / "healed", "--text", text, *FEW)
+    contents = repository_contents(tmp_path / "healed", "someone/maps", base="someone/model", everything=False)
+    sent = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in contents.items()}
+    record = json.loads(sent["healing.json"])
+    assert set(record["stages"][0]["texts"]) == {"words.txt"}
+    for name in ("healing.json", "report.json", "README.md"):
+        assert b"words.txt" in sent[name] and str(text.parent).encode() not in sent[name], name

@@ -10,12 +10,12 @@ import scipy.linalg
 import torch
 
 from kvcompress.bases import BASES
-from kvcompress.bases.base import _FISHER_RIDGE, whitened_eigenbasis
 from kvcompress.calibration.moments import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
+from kvcompress.whitening import FISHER_RIDGE, whitened_eigenbasis
 
 
 def random_spd(n: int, rng: np.random.Generator, *, is_complex: bool = False) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_energies_are_generalised_eigenvalues(n: int, is_complex: bool) -> None:
         torch.from_numpy(np.stack(covariances)), torch.from_numpy(np.stack(fishers))
     )
     for b, (c, f) in enumerate(zip(covariances, fishers, strict=True)):
-        f = f + _FISHER_RIDGE * f.diagonal().real.mean() * np.eye(n)
+        f = f + FISHER_RIDGE * f.diagonal().real.mean() * np.eye(n)
         expected = scipy.linalg.eigh(c, np.linalg.inv(f), eigvals_only=True)[::-1]
         np.testing.assert_allclose(energy[b].numpy(), expected, rtol=1e-8)
         # The best rank-r error in the F metric is the sum of the remaining eigenvalues: Eckart and Young.
@@ -79,7 +79,7 @@ def test_data_free_head_is_the_svd_of_the_projections(tiny_checkpoint: Any, fami
             stacked = head_matrix(checkpoint, site)
             u, s, vt = np.linalg.svd(stacked, full_matrices=False)
             # F is the identity with its ridge, and a dropped component costs half of its energy.
-            np.testing.assert_allclose(fitted.energy.numpy(), s**2 * (1 + _FISHER_RIDGE) / 2, rtol=1e-9)
+            np.testing.assert_allclose(fitted.energy.numpy(), s**2 * (1 + FISHER_RIDGE) / 2, rtol=1e-9)
             for r in range(1, attention.n_kv_heads + 1):
                 components = fitted.components(r)
                 encoder = components.encoder.reshape(r, attention.head_dim, -1)[:, 0].numpy()

@@ -87,6 +87,11 @@ def in_pages(
     return Context(n_tokens, n_packed, *tables, int(exact_pages[0])), RebuiltLayer(*sites, parts, 0.3)
 
 
+def test_tiles_hold_a_context_of_32k_and_more() -> None:
+    x = torch.zeros(1, 32, 8, 128, dtype=torch.bfloat16)
+    assert len(Tiles.of(ExactPages(x, x, x, x)).keys) == 36864
+
+
 def test_tiles_hold_whole_blocks() -> None:
     x = torch.zeros(1, 32, 2, 64).half()
     with pytest.raises(OptionError, match="whole blocks"):

@@ -80,3 +80,14 @@ def test_what_is_not_known_is_listed() -> None:
     (other_version,) = tables_of({"kind": "tasks", "protocol": {}, "score": 0.5})
     assert other_version.rows == [["score", "0.5"]]
     assert "(shots 0)" in measured_section([record])
+
+
+def test_a_far_text_is_said_to_be_far() -> None:
+    perplexity = {"ratio": 1.25, "original": 10.0, "compressed": 12.5}
+    record = {"kind": "perplexity", "perplexity": perplexity, "kl_nats": 0.2, "top1_agreement": 0.9}
+    record |= {"protocol": PROTOCOL | {"text": "poems.txt"}}
+    assert "energy" not in measured_section([record])
+    distance = {"component_energy": 2.5, "gains_at_ends": 0.2, "is_far": True}
+    assert "; 2.50 times the calibration text's energy (far) |" in measured_section([record | {"distance": distance}])
+    assert "(far)" not in measured_section([record | {"distance": distance | {"is_far": False}}])
+    assert "energy" not in measured_section([record | {"distance": "damaged"}])
