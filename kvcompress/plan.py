@@ -283,8 +283,8 @@ def _checked(document: dict[str, Any], version: Any) -> Plan:
         _check_site(site, f"sites[{i}]")
         if site.rotation is not None and site.rotation >= len(plan.rotations):
             raise DocumentError(f"sites[{i}].rotation is {site.rotation}, of {len(plan.rotations)} rotations")
-    if {o.layer for o in plan.own_layers} & {s.layer for s in plan.sites}:
-        raise DocumentError("own_layers must be other layers than those of the sites")
+    if {o.layer for o in plan.own_layers if o.numbers} & {s.layer for s in plan.sites}:
+        raise DocumentError("own_layers that hold tokens must be other layers than those of the sites")
     found = shaped(derived, _Derived)
     if found["bytes_per_token"] != plan._derived()["bytes_per_token"]:
         raise DocumentError("bytes_per_token is not what the sites come to")

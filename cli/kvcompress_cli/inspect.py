@@ -50,7 +50,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.source,
         "architecture": spec.architecture,
         "dtype": spec.dtype,
-        "layers": len(spec.layers) + len(spec.own_layers),
+        "layers": len({a.layer for a in spec.layers} | {o.layer for o in spec.own_layers}),
         "query_heads": first.n_heads,
         "kv_heads": first.n_kv_heads,
         "head_dim": first.head_dim,

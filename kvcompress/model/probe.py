@@ -60,6 +60,8 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
             )
         if seen is not None and layer.grows:
             layers.append(_attention(index, run))
+            if layer.state_bytes:  # beside its keys and values
+                own.append(OwnLayer(index, layer.kind, state_bytes=layer.state_bytes))
     if not layers and any(o.window for o in own):  # nothing but windows: then they are what there is to compress
         layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
         own = [o for o in own if not o.window]
