@@ -5,6 +5,7 @@ Output -> model and teacher -> texts -> trainable layers -> Trainer -> maps and 
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from kvcompress.plan import Plan
 
 if TYPE_CHECKING:
     from kvcompress.heal.trainer import HealProgress
+
+#: What is being trained, beside the checkpoints from which a killed training goes on.
+_NOTE_FILE = "training.json"
 
 
 @dataclass(frozen=True)
@@ -63,30 +67,20 @@ def heal(
     Raises a KVCompressError with one clear message.
     """
     options, directory, output = options or HealOptions(), Path(directory), Path(output)
-    plan = Plan.load(directory)
+    plan, started = Plan.load(directory), time.monotonic()
     _check(plan, options, directory, output, force=force)
     trainers = _import_trainer()
     scratch = output.parent / f".{output.name}.training"
     arguments = trainers.training_arguments(options, scratch, device=device)
-    if not resume and is_main_process():
-        shutil.rmtree(scratch, ignore_errors=True)
-    started = time.monotonic()
-    with _original(directory, plan, base) as source:
-        dtype = torch.float32 if arguments.device.type == "cpu" or not arguments.bf16 else torch.bfloat16
+    with _original(directory, plan, base) as source, _explained_memory(options):
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
         student = Student.of(directory, plan, source, device=arguments.device, dtype=dtype)
-        tokenizer = load_tokenizer(source)
-        texts = texts or heal_texts(
-            tokenizer,
-            options.text,
-            tokens=options.tokens,
-            seq_len=options.seq_len,
-            held_out=options.held_out,
-            sample=lambda n: student.sampled(tokenizer, n, options.seq_len, seed=options.seed),
-        )
+        texts = texts or _texts(student, source, options)
         before, protocol = student.figures(texts.held_out) if is_main_process() else ({}, {})
         model = student.distillation(options, texts.training)
+        checkpoint = _begin(scratch, plan, options, texts, trainers, resume=resume)
         trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
-        trainer.train(resume_from_checkpoint=trainers.last_checkpoint(scratch) if resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         stage: dict[str, Any] = {
             "train": options.train,
             "kept": bool(trainer.state.best_metric is not None and trainer.state.best_metric < 1),
@@ -102,6 +96,54 @@ def heal(
             _write(directory, plan, student, source, before, stage, texts, output, force=force)
             shutil.rmtree(scratch, ignore_errors=True)
     return HealResult(output, plan, stage)
+
+
+def _texts(student: Student, source: Path, options: HealOptions) -> HealTexts:
+    """Return the windows that the options ask for, cut by the tokenizer of the original."""
+    tokenizer = load_tokenizer(source)
+    return heal_texts(
+        tokenizer,
+        options.text,
+        tokens=options.tokens,
+        seq_len=options.seq_len,
+        held_out=options.held_out,
+        sample=lambda n: student.sampled(tokenizer, n, options.seq_len, seed=options.seed),
+    )
+
+
+def _begin(
+    scratch: Path, plan: Plan, options: HealOptions, texts: HealTexts, trainers: Any, *, resume: bool
+) -> str | None:
+    """Return where the training goes on from, or None; note beside its checkpoints what is trained.
+
+    Raises OptionError if what is to be continued was another training.
+    """
+    note = {"options": options.to_json(), "text_sha256": texts.sha256, "sites": [str(s) for s in plan.sites]}
+    file, checkpoint = scratch / _NOTE_FILE, trainers.last_checkpoint(scratch) if resume else None
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if checkpoint is not None and noted != note:
+        raise OptionError(
+            f"{scratch} holds a training with other options, text or maps. Continue it with those, or leave out "
+            "--resume."
+        )
+    if checkpoint is None and is_main_process():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        file.write_text(json.dumps(note), encoding="utf-8")
+    found: str | None = checkpoint
+    return found
+
+
+@contextmanager
+def _explained_memory(options: HealOptions) -> Iterator[None]:
+    """Turn a GPU that is too small into one clear OptionError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"the GPU has too little memory for {options.device_batch} windows of {options.seq_len} tokens at once. "
+            "Lower --device-batch or --seq-len, or add --gradient-checkpointing."
+        ) from error
 
 
 def is_main_process() -> bool:

@@ -167,6 +167,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         run(directory, tmp_path / "resumed", options, texts, progress=kill)
     assert not (tmp_path / "resumed").exists()
+    with pytest.raises(OptionError, match="a training with other options"):
+        run(directory, tmp_path / "resumed", replace(options, maps_rate=1e-3), texts, resume=True)
     steps: list[int] = []
     run(directory, tmp_path / "resumed", options, texts, resume=True, progress=lambda p: steps.append(p.tokens))
     assert min(steps) > options.tokens / 3
@@ -240,6 +242,18 @@ def test_norms_begin_where_they_change_least(tiny_model: Any) -> None:
         with torch.no_grad():
             errors.append(float((model(ids).logits - exact).square().mean()))
     assert errors[1] < errors[0] and errors[1] < errors[2]
+
+
+def test_a_gpu_that_is_too_small_is_one_line(
+    output: Any, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kvcompress.heal.distil.Distillation.forward", full)
+    with pytest.raises(OptionError, match="Lower --device-batch"):
+        run(output(BLIND), tmp_path / "healed", FEW, texts)
+    assert not (tmp_path / "healed").exists()
 
 
 @pytest.mark.parametrize("plan", [BLIND, FOLDED], ids=["coded", "folded"])
