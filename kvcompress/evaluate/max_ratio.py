@@ -38,7 +38,9 @@ from kvcompress.runtime.attach import attach_plan, detach
 N_WINDOWS = 2
 #: The keep that is tried first; from there on the curve is followed.
 _FIRST_KEEP = 0.125
-_LEAST_KEEP = 1 / 64
+_LEAST_KEEP = 0.016
+#: Of a keep, so that it can be said and typed.
+_DIGITS = 4
 #: The search ends when the budgets known to be enough and not enough are within this factor ...
 _CLOSE = 1.06
 #: ... or after so many steps.
@@ -101,10 +103,11 @@ def next_keep(steps: Sequence[tuple[float, float]], max_ratio: float) -> float |
         known = enough if short is None else short
         assert known is not None
         away = min(max(abs((target - loss[known]) / _SLOPE), math.log(1.25)), math.log(4))
-        return max(_LEAST_KEEP, known * math.exp(-away)) if short is None else min(1.0, known * math.exp(away))
+        further = known * math.exp(-away if short is None else away)
+        return round(min(1.0, max(_LEAST_KEEP, further)), _DIGITS)
     share = (loss[short] - target) / max(loss[short] - loss[enough], 1e-9)
     share = min(max(share, 0.15), 0.85)  # never so near one end that the other hardly moves
-    return short * (enough / short) ** share
+    return round(short * (enough / short) ** share, _DIGITS)
 
 
 def compress_within(
