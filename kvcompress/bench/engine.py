@@ -62,13 +62,16 @@ def time_engine(
 ) -> list[EngineTiming]:  # fmt: skip
     """Return a timing for each of vLLM's caches and for ours at each keep, in the order in which they ran.
 
-    arguments: more of vLLM's LLM. Raises OptionError for an unknown shape or cache.
+    arguments: more of vLLM's LLM. Raises OptionError for an unknown shape or cache, and for what vLLM lacks on a CPU.
     """
     if shape not in SHAPES:
         raise OptionError(f"shape '{shape}' is unknown. Choose from {', '.join(SHAPES)}.")
     unknown = [cache for cache in caches if cache not in CACHES]
     if unknown:
         raise OptionError(f"cache '{unknown[0]}' is none of vLLM's. Choose from {', '.join(CACHES)}.")
+    if device == "cpu" and set(caches) - {"bf16"}:
+        # On a CPU vLLM takes the option and keeps an exact cache all the same.
+        raise OptionError("vLLM has low-bit caches on GPUs alone. Leave out all but bf16 from --caches.")
     timings = []
     with tempfile.TemporaryDirectory() as scratch:
         for cache, keep in [*((c, None) for c in caches), *((OURS, keep) for keep in keeps)]:

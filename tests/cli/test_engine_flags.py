@@ -20,6 +20,7 @@ from kvcompress.vllm.pages import PoolBlock
         ("bench", "OUT", "--engine", "vllm"),
         ("bench", "--engine", "vllm", "--caches", "int3"),
         ("bench", "--engine", "vllm", "--shape", "none"),
+        ("bench", "--engine", "vllm", "--caches", "fp8", "--device", "cpu"),
         ("eval", "OUT", "--engine", "other", "--text", "x"),
         ("eval", "OUT", "--engine", "vllm"),
         ("compress", "MODEL", "OUT", "--for", "other"),

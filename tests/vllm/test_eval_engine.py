@@ -27,14 +27,13 @@ def test_the_engine_agrees_with_the_run_time(compressed: Callable[..., Path], ru
     assert abs(found.perplexity / found.run_time_perplexity - 1) < 0.002
 
 
-def test_caches_are_timed_and_one_that_fails_says_why() -> None:
+def test_caches_are_timed() -> None:
     workload = EngineWorkload(((2, 400), (None, 400)), prompt=300, continuation=100)
     rows = time_engine(
-        "tiny", [0.25], workload, caches=["bf16", "turboquant_4bit_nc"], turn=256, device="cpu",
+        "tiny", [0.25], workload, caches=["bf16"], turn=256, device="cpu",
         arguments=SMALL | {"num_gpu_blocks_override": 60},
     )  # fmt: skip
-    bf16, other, ours = rows
-    assert other.failure is not None  # vLLM has it on GPUs alone
+    bf16, ours = rows
     assert bf16.failure is None and ours.failure is None
     assert [step["most"] for step in ours.steps] == [False, True]
     assert all(step["milliseconds"] > 0 for step in ours.steps)
