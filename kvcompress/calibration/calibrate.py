@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,20 @@ def obtain_moments(
         partial.unlink(missing_ok=True)
     if file.is_file():
         return _loaded(file, checkpoint)
-    load = cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
+    load = functools.cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
     windows = _calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     device = "cpu" if workers or streams else protocol["device"]  # where sums are kept
     moments = _started(checkpoint, protocol, partial, len(windows.ids), device)
     done = lambda tokens, total: report("calibrate", tokens, total)  # noqa: E731
     seen = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
+    collect = None
     if streams:
         moments = _no_moments(checkpoint, protocol, device)  # it saves nothing on its way, so it begins anew
         on = torch.device(protocol["device"])
         model = StreamedModel(checkpoint, dtype=getattr(torch, protocol["dtype"]), device=on)
-        collect_streamed(model, checkpoint.spec, windows.ids, moments, **seen, progress=done)
+        collect = functools.partial(collect_streamed, model)
+        collect(checkpoint.spec, windows.ids, moments, **seen, progress=done)
     elif workers:
         load.cache_clear()  # every worker has a model of its own
         blocks = {"group": protocol["group"], "band": protocol["band"]}
@@ -92,8 +94,9 @@ def obtain_moments(
         collect_shared(job, moments, workers, partial_file=partial, progress=done)
     else:
         collect_moments(load(), checkpoint.spec, windows.ids, moments, **seen, partial_file=partial, progress=done)
+    whole = model.model if streams else load()
     adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
-    measure_coherence(load(), checkpoint.spec, windows.ids, moments, **seen, progress=adding_up)
+    measure_coherence(whole, checkpoint.spec, windows.ids, moments, **seen, collect=collect, progress=adding_up)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
     partial.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ distortion c only a part c follows the component (see choose.bits).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class _Watch(SiteMoments):
         self.n_tokens += len(x)
         self.n_windows += 1
 
+    def to(self, device: str) -> SiteMoments:
+        """Return itself: tokens come to where it is."""
+        return self
+
     def by_rank(self) -> Tensor:
         """Return the coherence of components, energies falling, averaged over neighbours, at least 1: [n]."""
         ratios = (self.ratios.cpu() / self.n_windows).flatten()[self.order]
@@ -69,11 +74,13 @@ def measure_coherence(
     sinks: int,
     recent: int,
     seed: int,
+    collect: Callable[..., Moments] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Leave in the sites of `moments` the coherence of their components, by rank. Other arguments: as collect_moments'.
 
-    windows: those that the moments are of; a quarter of them is read again, with other labels.
+    windows: those that the moments are of; a quarter of them is read again, with other labels. collect: the pass, as
+    collect_moments without its model; that of the whole model by default.
     """
     n = min(_MOST_WINDOWS, -(-len(windows) // _SHARE))
     chosen = windows[torch.linspace(0, len(windows) - 1, n).round().long()]
@@ -82,7 +89,8 @@ def measure_coherence(
     for site, sums in moments.sites.items():
         watches[site] = _Watch(sums.to("cpu"), blocks.head_groups(spec.attention(site), 1), device)
     watched = Moments(watches)
-    collect_moments(model, spec, chosen, watched, sinks=sinks, recent=recent, seed=seed + 1, progress=progress)
+    collect = collect or partial(collect_moments, model)
+    collect(spec, chosen, watched, sinks=sinks, recent=recent, seed=seed + 1, progress=progress)
     for site, watch in watches.items():
         assert isinstance(watch, _Watch)
         moments.sites[site].coherence = watch.by_rank().to(moments.sites[site].total.device)
