@@ -56,7 +56,7 @@ def _row(finding: dict[str, Any]) -> str:
     compressed = layers.pop("compressed", "")
     own = ", ".join(f"{n} {_KINDS.get(kind, kind)}" for kind, n in layers.items())
     told = f"{compressed}" + (f" (+ {own})" if own else "")
-    reason = finding["reason"].replace("|", "/").replace("\n", " ")[:160]
+    reason = finding["reason"].replace("|", "/").replace("\n", " ")[:240]
     name, status, sites, rotation, reads = (finding[k] for k in ("model_type", "status", "sites", "rotation", "reads"))
     cells = (name, status, told, sites, rotation, reads, reason)
     return "| " + " | ".join(cells) + " |"
