@@ -148,3 +148,10 @@ def test_who_calibrates_is_asked_for_once(fails, model, tmp_path):
     if not torch.cuda.is_available():
         assert "there is none here" in fails("compress", model, tmp_path / "out", "--gpus", "all")
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_a_size_that_suffices(fails, model, text, tmp_path):
+    asked = ("compress", model, tmp_path / "out", "--calibration", text, "--tokens", 64, "--seq-len", 32, "--memory")
+    assert "is no size" in fails(*asked, "lots")
+    assert "is too little for" in fails(*asked, "1kB")
+    assert not (tmp_path / "out").exists()
