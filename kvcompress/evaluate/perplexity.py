@@ -122,7 +122,7 @@ class Original:
             return self._states[index].to(device)
         with torch.no_grad():
             ids = self.windows.ids[index : index + 1].to(device)
-            states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False)[0]
         if self.remember:
             self._states[index] = states.cpu()
         return states

@@ -19,6 +19,8 @@ from kvcompress.compat import GivenOutput
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Return the logits [batch, n_tokens, vocabulary] of final hidden states [batch, n_tokens, d_model]."""
     decoder = model.get_decoder()
+    if decoder is model:  # transformers names none (Llama 4): then what comes out first are logits already
+        return hidden
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     with standing_in([decoder], [lambda *_, **__: GivenOutput(last_hidden_state=hidden)]):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
