@@ -17,9 +17,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvcompress.options import CompressOptions
     from kvcompress.pipeline import compress
-    from kvcompress.runtime.attach import attach, detach, load
+    from kvcompress.runtime.attach import attach, detach
     from kvcompress.runtime.calls import uncompressed
     from kvcompress.runtime.graph import GraphDecoder
+    from kvcompress.runtime.load import load
 
 __all__ = [
     "CompressOptions",
@@ -40,7 +41,7 @@ _HOMES = {
     "GraphDecoder": "kvcompress.runtime.graph",
     "attach": "kvcompress.runtime.attach",
     "detach": "kvcompress.runtime.attach",
-    "load": "kvcompress.runtime.attach",
+    "load": "kvcompress.runtime.load",
     "uncompressed": "kvcompress.runtime.calls",
 }
 

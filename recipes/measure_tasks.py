@@ -37,7 +37,7 @@ from kvcompress.evaluate.scoring import Pair
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import find_task_files
 from kvcompress.evaluate.tasks import evaluate_tasks, lm_eval_pairs, task_pairs
-from kvcompress.runtime.attach import load
+from kvcompress.runtime.load import load
 
 #: What `prepare` writes into --work.
 PREPARED = "requests.npz"

@@ -16,7 +16,7 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
 from kvcompress.model.model_spec import DTYPE_BYTES
 from kvcompress.plan import Plan
-from kvcompress.runtime.attach import load
+from kvcompress.runtime.load import load
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.compat import cache_argument, cache_of
 from kvcompress.errors import CalibrationError, OptionError, OutputError
 from kvcompress.export.export import ExportResult
-from kvcompress.runtime.attach import load
+from kvcompress.runtime.load import load
 
 #: Target -> the engines that take it, as the modules they are imported as.
 ENGINES = {"hf": ("transformers", "vllm"), "gguf": ("llama_cpp",), "vllm-decilm": ("vllm",)}

@@ -21,8 +21,10 @@ from kvcompress.heal.options import HealOptions
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, Site
 from kvcompress.plan import Plan
-from kvcompress.runtime.attach import attach_plan, attachment_of, detach, load, read_output
+from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.head_norm import HEAD_NORM, HeadNorm, add_head_norm
+from kvcompress.runtime.load import load
+from kvcompress.runtime.output import read_output
 
 #: Windows on which the weights of head norms are set before they are trained.
 _NORM_WINDOWS = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch import Tensor
 from kvcompress import compat
 from kvcompress.errors import OptionError
 from kvcompress.runtime import calls
+from kvcompress.runtime.attached import Attached
 from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.recording import RecordedCache
 from kvcompress.runtime.simulation import SimulatedCache, simulation_of
-
-if TYPE_CHECKING:
-    from kvcompress.runtime.attach import Attachment
 
 #: What every step of `generate` gives a decoder, and a recorded step has from its cache.
 _KNOWN = {"attention_mask", "position_ids", "cache_position", "use_cache", *compat.CACHE_NAMES}
@@ -28,7 +26,7 @@ class Entrance:
     Whoever calls the model, by whatever wrapper, comes past here. Nothing of a call is kept here: see calls.py.
     """
 
-    def __init__(self, attachment: Attachment, decoder: Any) -> None:
+    def __init__(self, attachment: Attached, decoder: Any) -> None:
         self._attachment, self._decoder = attachment, decoder
         self._before = decoder.__dict__.get("forward")  # accelerate's, say
         self._forward = decoder.forward

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,9 @@ from kvcompress.errors import Note, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.site import kernels_apply
 from kvcompress.runtime import calls
+from kvcompress.runtime.attached import Attached
 from kvcompress.runtime.growing import GROWTH
 from kvcompress.runtime.static import StaticCache
-
-if TYPE_CHECKING:
-    from kvcompress.runtime.attach import Attachment
 
 #: Steps before one is recorded: kernels are compiled and tables made in them. They are steps like any other.
 WARM_UP = 2
@@ -152,7 +150,7 @@ def capacity_for(n_tokens: int) -> int:
 
 
 def recorded_cache(
-    attachment: Attachment, ids: Any, kwargs: dict[str, Any], config: compat.GenerationConfig
+    attachment: Attached, ids: Any, kwargs: dict[str, Any], config: compat.GenerationConfig
 ) -> RecordedCache | None:
     """Return the cache for a call of `generate` whose steps can be recorded, or None.
 

@@ -17,7 +17,7 @@ from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, ModelSpec, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS, SitePlan
-from kvcompress.runtime.attach import check_fit
+from kvcompress.runtime.layers import check_fit
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.fused import FusedModel
 from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, tensor_parallel_place

@@ -12,7 +12,7 @@ from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps
 from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.model.model_spec import Site
 from kvcompress.plan import PLAN_FILE, Plan
-from kvcompress.runtime.attach import read_output
+from kvcompress.runtime.output import read_output
 
 #: The key of vLLM's --additional-config, and the environment variable, that name a directory of maps.
 CONFIG_KEY, VARIABLE = "kvcompress", "KVCOMPRESS_MAPS"

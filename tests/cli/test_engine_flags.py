@@ -9,7 +9,7 @@ import pytest
 from kvcompress.bench.engine import EngineTiming, EngineWorkload, time_engine, write_random_model
 from kvcompress.bench.workload import SHAPES
 from kvcompress.errors import OptionError
-from kvcompress.runtime.attach import read_output
+from kvcompress.runtime.output import read_output
 from kvcompress.vllm.pages import PoolBlock
 
 

@@ -21,7 +21,7 @@ from kvcompress.model.architectures import read_model_spec
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.report.comparison import comparison_table, headline, name_of
-from kvcompress.runtime.attach import load
+from kvcompress.runtime.load import load
 
 MODEL = "llama-mha"
 OPTIONS = CompressOptions(tokens=512, seq_len=256, sinks=2, recent=8)

@@ -18,7 +18,7 @@ from kvcompress.export.export import export
 from kvcompress.export.layout import stock_layers
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.runtime.attach import read_output
+from kvcompress.runtime.output import read_output
 from tests.export_cases import EXACT, FREQUENCY, GROUPED, LLAMAS, WIDE
 from tests.tiny_models import random_ids
 

@@ -19,7 +19,7 @@ from kvcompress.errors import CheckpointError
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE, Plan
-from kvcompress.runtime.attach import read_output
+from kvcompress.runtime.output import read_output
 
 MAPS = "kv_maps.safetensors"
 

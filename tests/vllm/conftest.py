@@ -18,7 +18,8 @@ from kvcompress.checkpoint.writer import atomic_directory
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import Plan, SitePlan
-from kvcompress.runtime.attach import attachment_of, load
+from kvcompress.runtime.attach import attachment_of
+from kvcompress.runtime.load import load
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint
 
 os.environ |= {
