@@ -57,7 +57,7 @@ def _change(container: Any, key: Any, found: list[tuple[Any, Any]], rng: random.
     elif kind == 6 and isinstance(value, (int, float)) and not isinstance(value, bool):
         container[key] = rng.choice((value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value)))
     elif kind == 7:
-        container[key] = rng.choice(([value], {"a": value}, [value, value], nested(value, rng.choice((40, 900)))))
+        container[key] = rng.choice(([value], {"a": value}, [value, value], nested(value, rng.choice((40, 250)))))
     elif isinstance(container, list):
         container.extend(container[:1] * rng.choice((1, 50)))
     else:
