@@ -22,6 +22,8 @@ _SIZES += (
     "num_local_experts",
     "n_routed_experts",
 )
+#: Tokenizers of 262,144 words have 33 MB.
+_MOST_JSON_BYTES = 128 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -63,7 +65,15 @@ def check_sizes(directory: Path) -> None:
     A model is built by these numbers, so they are compared with the files first. Weights that are packed are up to
     eight times wider than their tensors.
     """
+    check_json_files(directory)
     check_widths(read_config(directory), read_headers(directory))
+
+
+def check_json_files(directory: Path) -> None:
+    """Raise CheckpointError for a JSON file beyond any size, before transformers reads it whole."""
+    for file in directory.glob("*.json"):
+        if file.is_file() and (size := file.stat().st_size) > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{file} has {size:,} bytes, more than the {_MOST_JSON_BYTES:,} that are read.")
 
 
 def check_widths(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:

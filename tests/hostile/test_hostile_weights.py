@@ -109,3 +109,14 @@ def test_pickled_weights_are_never_opened(pristine: dict[str, Path], tmp_path: P
     shutil.copy(pristine["coded"] / "kv_maps.safetensors", tmp_path / "maps")
     with pytest.raises(CheckpointError, match="pickled"):
         kvcompress.load(tmp_path / "maps", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "anything.json"])
+def test_a_gigabyte_of_json_is_not_given_to_transformers(output: Path, name: str) -> None:
+    from kvcompress.checkpoint.tokenizer import load_tokenizer
+
+    with (output / name).open("ab") as file:
+        file.truncate(10**9)
+    assert f"{name} has 1,000,000,000 bytes" in refusal(output)
+    with pytest.raises(CheckpointError, match="1,000,000,000 bytes"):
+        load_tokenizer(output)
