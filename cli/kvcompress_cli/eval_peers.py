@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 #: All of PEERS, named here so that --help need not import torch.
 NAMES = (
-    "hqq-4bit, hqq-2bit, hqq-4bit-once, hqq-2bit-once, quanto-4bit, quanto-2bit, quanto-4bit-once, quanto-2bit- "
-    "once, kivi-4bit, kivi-2bit, fp8, fp8-unscaled, turboquant-k8v4, turboquant-k8v4-all-layers, "
+    "hqq-4bit, hqq-2bit, hqq-4bit-once, hqq-2bit-once, quanto-4bit, quanto-2bit, quanto-4bit-once, "
+    "quanto-2bit-once, kivi-4bit, kivi-2bit, fp8, fp8-unscaled, turboquant-k8v4, turboquant-k8v4-all-layers, "
     "turboquant-4bit_nc, turboquant-4bit_nc-all-layers, turboquant-3bit_nc, turboquant-3bit_nc-all-layers, "
     "int8-per-token-head, fp8-per-token-head, nvfp4, ultraquant"
 )
