@@ -12,6 +12,7 @@ import torch
 from kvcompress.bases import BASES
 from kvcompress.calibration.moments import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.errors import CalibrationError
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
@@ -102,3 +103,9 @@ def test_data_free_plan_uses_the_same_heads(tiny_checkpoint: Any) -> None:
             encoder = site_maps.encoder.reshape(2, -1, 4)[:, 0].double().numpy()
             inside = u[:, :2] @ u[:, :2].T
             np.testing.assert_allclose(encoder @ inside, encoder, atol=1e-5 * np.abs(encoder).max())
+
+
+def test_moments_without_eigenvalues_are_refused() -> None:
+    damaged = torch.full((1, 8, 8), float("nan"), dtype=torch.float64)
+    with pytest.raises(CalibrationError, match="moments file"):
+        whitened_eigenbasis(damaged, damaged)
