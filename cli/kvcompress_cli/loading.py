@@ -17,6 +17,7 @@ from kvcompress.errors import CheckpointError, KVCompressError, OptionError
 from kvcompress.model.model_spec import DTYPE_BYTES
 from kvcompress.plan import Plan
 from kvcompress.runtime.load import load
+from kvcompress.runtime.output import original_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_compressed(
     whole = (directory / "config.json").is_file()
     needs_original = with_original and plan.form == "folded"
     with ExitStack() as stack:
-        path = stack.enter_context(_original(directory, plan, base)) if needs_original or not whole else None
+        path = stack.enter_context(original_of(directory, plan, base)) if needs_original or not whole else None
         with _explained(directory):
             model = load(directory, base=path, dtype=run_dtype, device=device)
             tokenizer = load_tokenizer(directory if whole or path is None else path)
@@ -87,21 +88,6 @@ def opened_model(source: str, *, device: str, dtype: str) -> Iterator[tuple[Chec
             tokenizer = load_tokenizer(checkpoint.path)
             model = load_weights(checkpoint.path, dtype=run_dtype).to(device).eval()
         yield checkpoint, model, tokenizer
-
-
-@contextmanager
-def _original(directory: Path, plan: Plan, base: str | None) -> Iterator[Path]:
-    """Yield where the original checkpoint lies as a directory."""
-    source = base or plan.source
-    if not base and Path(source).is_absolute() and not Path(source).exists():
-        raise CheckpointError(f"{directory} needs its original, and {source} is not here. Name it with --base.")
-    with open_checkpoint(source) as checkpoint:
-        if checkpoint.fingerprint() != plan.source_fingerprint:
-            raise CheckpointError(
-                f"{source} is not the checkpoint that {directory} was made from (its fingerprint differs). "
-                "Name that one with --base."
-            )
-        yield checkpoint.path
 
 
 @contextmanager

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_directory, check_target
-from kvcompress.errors import CheckpointError, OptionError, OutputError
+from kvcompress.errors import OptionError, OutputError
 from kvcompress.heal.options import HealOptions
 from kvcompress.heal.student import Student
 from kvcompress.heal.texts import HealTexts, heal_texts
 from kvcompress.heal.write import write_record, write_trained
 from kvcompress.plan import Plan
+from kvcompress.runtime.output import original_of
 
 if TYPE_CHECKING:
     from kvcompress.heal.trainer import HealProgress
@@ -219,13 +219,5 @@ def _original(directory: Path, plan: Plan, base: str | None) -> Iterator[Path]:
     if plan.form == "coded" and (directory / "config.json").is_file():
         yield directory
         return
-    source = base or plan.source
-    if not base and Path(source).is_absolute() and not Path(source).exists():
-        raise CheckpointError(f"{directory} needs its original, and {source} is not here. Name it with --base.")
-    with open_checkpoint(source) as checkpoint:
-        if checkpoint.fingerprint() != plan.source_fingerprint:
-            raise CheckpointError(
-                f"{source} is not the checkpoint that {directory} was made from (its fingerprint differs). "
-                "Name that one with --base."
-            )
-        yield checkpoint.path
+    with original_of(directory, plan, base) as source:
+        yield source

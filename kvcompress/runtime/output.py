@@ -1,11 +1,14 @@
-"""The plan and the maps of an output, read and held against each other."""
+"""The plan and the maps of an output, read and held against each other, and the original that it was made from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvcompress.checkpoint.belonging import check_files
 from kvcompress.checkpoint.maps import SiteMaps, load_maps
+from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CheckpointError
 from kvcompress.model.model_spec import Site
 from kvcompress.plan import Plan
@@ -32,3 +35,21 @@ def read_output(directory: Path) -> tuple[Plan, dict[Site, SiteMaps]]:
         )
     check_files(directory, plan.files)
     return plan, maps
+
+
+@contextmanager
+def original_of(directory: Path, plan: Plan, base: str | None) -> Iterator[Path]:
+    """Yield where the original checkpoint lies as a directory: `base`, or the source that the plan names.
+
+    Raises CheckpointError if it is not here, or not the one that the output was made from.
+    """
+    source = base or plan.source
+    if not base and Path(source).is_absolute() and not Path(source).exists():
+        raise CheckpointError(f"{directory} needs its original, and {source} is not here. Name it with --base.")
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.fingerprint() != plan.source_fingerprint:
+            raise CheckpointError(
+                f"{source} is not the checkpoint that {directory} was made from (its fingerprint differs). "
+                "Name that one with --base."
+            )
+        yield checkpoint.path
