@@ -10,6 +10,8 @@ import torch
 from kvcompress.kernels.group_layout import GroupLayout
 from kvcompress.kernels.layout import BLOCK_TOKENS
 
+#: Columns of one product of the matrix units: query heads of as many KV heads of a group as fit.
+MOST_COLUMNS = 8
 #: Tokens that a warp takes at once, at most; a turn is a multiple.
 UNIT_TOKENS = 128
 #: (warps of a thread block of `attend`, packed blocks that each takes at once), the fastest first: more than eight
@@ -52,7 +54,8 @@ def launch_of(
 ) -> Launch | None:  # fmt: skip
     """Return the fastest launch for which there is room, None if there is none.
 
-    page_blocks: where the cache lies in pages, packed blocks of one; then it is of CODES in any case.
+    page_blocks: where the cache lies in pages, packed blocks of one; then, and where a group takes several passes, it
+    is of CODES in any case.
     """
     sizes = head_dim, n_kv_heads // len(keys.table), n_heads // n_kv_heads
     return _launch(sizes, keys.sets, values.sets, keys.n_words, values.n_words, device, page_blocks)
@@ -68,8 +71,9 @@ def _launch(
     sizes: head_dim, KV heads of a group, query heads of a KV head; key_words, value_words: of a block.
     """
     n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
-    if not page_blocks and not any(key_sets[1:] + value_sets[1:]):
-        head_dim, group_heads, group_columns = sizes
+    head_dim, group_heads, group_columns = sizes
+    one_pass = group_heads * group_columns <= MOST_COLUMNS
+    if not page_blocks and one_pass and not any(key_sets[1:] + value_sets[1:]):
         rows = turn_rows(group_columns)
         queries = 64 * rows * (16 * n_keys + 1)  # 2 BATCH_WORDS
         queries += 2 * head_dim * (group_heads * group_columns + 2 * rows + 2 * group_heads)  # INPUT_WORDS
@@ -100,6 +104,16 @@ def best_splits(n_sequences: int, device: torch.device) -> int:
         return blocks / (-(-blocks // n_multiprocessors) * n_multiprocessors) - 0.001 * n
 
     return max(candidates, key=busy)
+
+
+def pass_heads(group_columns: int) -> int:
+    """Return of how many KV heads, of so many query heads each, the queries are the columns of one product."""
+    return MOST_COLUMNS // group_columns
+
+
+def passes(n_heads: int, n_kv_heads: int, n_groups: int) -> int:
+    """Return how many passes over their groups' codes a token's query heads take, of all groups together."""
+    return n_groups * -(-(n_kv_heads // n_groups) // pass_heads(n_heads // n_kv_heads))
 
 
 def turn_rows(group_columns: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcompress.errors import OptionError
 from kvcompress.kernels import turned
 from kvcompress.kernels.group_layout import GroupLayout
-from kvcompress.kernels.launch_shapes import UNIT_TOKENS, Launch, launch_of, turn_rows
+from kvcompress.kernels.launch_shapes import UNIT_TOKENS, Launch, launch_of, passes, turn_rows
 from kvcompress.kernels.paged_workspace import Widths, Workspace
 from kvcompress.kernels.turned import (
     COMBINE_THREADS,
@@ -125,6 +125,12 @@ class PagedLayer:
         """Return KV heads, groups of them and dimensions of a head."""
         _, _, n_kv_heads, head_dim = self.exact.keys.shape
         return n_kv_heads, len(self.keys.layout.table), head_dim
+
+    @property
+    def n_passes(self) -> int:
+        """Return how many passes all query heads of a token take together, of all groups."""
+        n_kv_heads, n_groups, _ = self.sizes
+        return passes(self.n_heads, n_kv_heads, n_groups)
 
     @cached_property
     def launch(self) -> Launch:
@@ -252,7 +258,7 @@ def _attend(attend: Any, step: _Step) -> None:
     keys, values = layer.keys, layer.values
     shift = (layer.turn // layer.launch.unit_tokens).bit_length() - 1
     attend(
-        (len(step.splits), layer.sizes[1], 1), (32 * layer.launch.warps, 1, 1),
+        (len(step.splits) * (layer.n_passes // layer.sizes[1]), layer.sizes[1], 1), (32 * layer.launch.warps, 1, 1),
         [
             keys.words, values.words, keys.layout.table, values.layout.table, workspace.absorbed, workspace.biases,
             layer.first, encoded, step.query, workspace.stats, workspace.sums, 0, workspace.n_turns, shift,
@@ -293,6 +299,6 @@ def workspace_for(layers: Sequence[PagedLayer], n_queries: int, *, most_bytes: i
 
 def widths_of(layer: PagedLayer) -> Widths:
     """Return what a layer's launches leave to each other is counted in."""
-    n_kv_heads, n_groups, head_dim = layer.sizes
+    n_kv_heads, _, head_dim = layer.sizes
     sets = sum(layer.keys.layout.sets), sum(layer.values.layout.sets)
-    return Widths(n_kv_heads, n_groups, layer.n_heads // n_kv_heads, head_dim, *sets, layer.n_exact_parts)
+    return Widths(n_kv_heads, layer.n_passes, layer.n_heads // n_kv_heads, head_dim, *sets, layer.n_exact_parts)

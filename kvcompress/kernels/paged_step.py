@@ -58,8 +58,8 @@ def begin_step(
     device, at_once = starts.device, workspace.at_once
     n_parts = -(-n_tokens // at_once)
     last = n_tokens - (n_parts - 1) * at_once
-    most_last = n_splits(last, workspace.n_groups, device)
-    most_whole = n_splits(at_once, workspace.n_groups, device) if n_parts > 1 else most_last
+    most_last = n_splits(last, workspace.n_passes, device)
+    most_whole = n_splits(at_once, workspace.n_passes, device) if n_parts > 1 else most_last
     tokens = max(16, 1 << (at_once - 1).bit_length())
     step_kernel[(n_parts, -(-max(most_whole, most_last) // _SPLITS))](
         starts, lengths, exact_table, into.rows, into.lengths, into.encoded, into.packed, into.sinks,

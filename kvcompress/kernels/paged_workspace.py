@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.launch_shapes import UNIT_TOKENS, best_splits
-from kvcompress.kernels.turned import COMBINE_MEMORY, COMBINE_THREADS, MOST_COLUMNS
+from kvcompress.kernels.launch_shapes import MOST_COLUMNS, UNIT_TOKENS, best_splits
+from kvcompress.kernels.turned import COMBINE_MEMORY, COMBINE_THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Widths:
     """What one layer's launches leave to each other is counted in."""
 
     n_kv_heads: int
-    n_groups: int
+    n_passes: int
     group_columns: int
     head_dim: int
     key_sets: int
@@ -51,7 +51,7 @@ class Workspace:
 
     at_once: int
     n_turns: int
-    n_groups: int
+    n_passes: int
     absorbed: Tensor
     biases: Tensor
     exact_sums: Tensor
@@ -66,16 +66,16 @@ class Workspace:
         cls, widths: Sequence[Widths], n_queries: int, n_turns: int, most_bytes: int, device: torch.device
     ) -> Workspace:
         """Return memory that fits layers of any of these widths. most_bytes: of absorbed queries."""
-        n_groups = max(w.n_groups for w in widths)
-        turn_bytes = max(w.n_groups * w.key_sets for w in widths) * 512
+        n_passes = max(w.n_passes for w in widths)
+        turn_bytes = max(w.n_passes * w.key_sets for w in widths) * 512
         at_once = max(1, min(n_queries, most_bytes // (n_turns * turn_bytes)))
         while (
-            at_once > 1 and max(w.combine_bytes(n_splits(at_once, n_groups, device)) for w in widths) > COMBINE_MEMORY
+            at_once > 1 and max(w.combine_bytes(n_splits(at_once, n_passes, device)) for w in widths) > COMBINE_MEMORY
         ):
             at_once -= 1
-        most = max(n_splits(n, n_groups, device) for n in range(1, at_once + 1))
+        most = max(n_splits(n, n_passes, device) for n in range(1, at_once + 1))
         exact = at_once * max(w.n_kv_heads * w.n_exact_parts * w.group_columns for w in widths)
-        sums = max(w.n_groups * 32 * w.value_sets for w in widths)
+        sums = max(w.n_passes * 32 * w.value_sets for w in widths)
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -84,12 +84,12 @@ class Workspace:
         return cls(
             at_once,
             n_turns,
-            n_groups,
+            n_passes,
             absorbed=zeros(at_once * n_turns * turn_bytes // 4, dtype=torch.int32),
-            biases=zeros(at_once * n_turns * n_groups, MOST_COLUMNS, 4),
+            biases=zeros(at_once * n_turns * n_passes, MOST_COLUMNS, 4),
             exact_sums=zeros(exact, max(w.head_dim for w in widths)),
             exact_stats=zeros(exact, 2),
-            stats=zeros(n_groups * most, 3, MOST_COLUMNS),
+            stats=zeros(n_passes * most, 3, MOST_COLUMNS),
             sums=zeros(most * sums, MOST_COLUMNS),
             all_splits=zeros(n_parts, most, 3, dtype=torch.int32),
             all_starts=zeros(n_parts, at_once + 1, dtype=torch.int32),
@@ -99,7 +99,7 @@ class Workspace:
         """Yield the parts of n query tokens."""
         for i, first in enumerate(range(0, n, self.at_once)):
             own = min(self.at_once, n - first)
-            splits = self.all_splits[i, : n_splits(own, self.n_groups, self.all_splits.device)]
+            splits = self.all_splits[i, : n_splits(own, self.n_passes, self.all_splits.device)]
             yield Part(first, own, splits, self.all_starts[i, : own + 1])
 
     def schedule(self, encoded: Tensor) -> None:
@@ -108,10 +108,10 @@ class Workspace:
             share_out(encoded[part.first : part.first + part.n], part.splits, part.starts)
 
 
-def n_splits(n: int, n_groups: int, device: torch.device) -> int:
+def n_splits(n: int, n_passes: int, device: torch.device) -> int:
     """Return how many splits n query tokens share: as many each as equally long ones take, and one more for the rest
     that dividing unequal ones leaves."""
-    return n * (best_splits(n * n_groups, device) + 1)
+    return n * (best_splits(n * n_passes, device) + 1)
 
 
 def share_out(encoded: Tensor, splits: Tensor, starts: Tensor) -> None:

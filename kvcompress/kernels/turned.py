@@ -15,18 +15,19 @@ from kvcompress.kernels.group_layout import GroupLayout
 from kvcompress.kernels.launch import overlapping
 from kvcompress.kernels.launch_shapes import (
     CODES,
+    MOST_COLUMNS,
     NUMBERS,
     UNIT_TOKENS,
     Launch,
     best_splits,
     launch_of,
+    pass_heads,
+    passes,
     turn_rows,
 )
 from kvcompress.kernels.layout import BLOCK_TOKENS
 from kvcompress.kernels.nvrtc import compiled
 
-#: Columns of one product of the matrix units: query heads of a group of KV heads.
-MOST_COLUMNS = 8
 #: More sets of 32 value components than this do not fit a thread's registers.
 MOST_SETS = 20
 #: Recent tokens beside the packed ones, at most: reading more of them would take longer than what is packed.
@@ -64,7 +65,7 @@ def applies(
     """Return whether the kernels take these sizes."""
     if len(keys.table) != len(values.table) or n_kv_heads % len(keys.table) or head_dim not in (64, 96, 128, 256):
         return False
-    if n_heads // len(keys.table) > MOST_COLUMNS or min(sum(keys.sets), sum(values.sets)) == 0:
+    if n_heads // n_kv_heads > MOST_COLUMNS or min(sum(keys.sets), sum(values.sets)) == 0:
         return False
     if max(sum(keys.sets), sum(values.sets)) > MOST_SETS:
         return False
@@ -101,7 +102,7 @@ def turned_attention(
     constants = constants_of(keys, values, launch, head_dim, *columns, mask is not None, query.dtype)
     *attends, combine = _kernels(constants, launch.names, launch.memory, device)
     if n_splits is None:
-        n_splits = best_splits(query.shape[0] * n_groups, device)
+        n_splits = best_splits(query.shape[0] * passes(n_heads, n_kv_heads, n_groups), device)
     n_splits = min(n_splits, -(-n_blocks * BLOCK_TOKENS // UNIT_TOKENS))
     query = query if query.stride(3) == 1 else query.contiguous()
     step = _Step(query, keys, values, turn, angles, first, last, n_blocks, exact, mask, n_splits)
@@ -126,6 +127,7 @@ class _Step:
         self.batch, n_heads, _, self.head_dim = query.shape
         self.n_kv_heads, self.n_groups = exact.keys.shape[1], len(keys.layout.table)
         self.group_columns = n_heads // self.n_kv_heads
+        self.n_passes = passes(n_heads, self.n_kv_heads, self.n_groups)
         self.n_blocks, self.n_turns = n_blocks, -(-n_blocks * BLOCK_TOKENS // turn)
         self.n_splits = n_splits
         n_exact = exact.sink_keys.shape[2] + exact.keys.shape[2]
@@ -133,7 +135,7 @@ class _Step:
 
         device, nothing = query.device, query
         parts = self.batch, self.n_kv_heads, self.n_exact_parts, self.group_columns
-        splits = self.batch, self.n_groups, n_splits
+        splits = self.batch, self.n_passes, n_splits
         self.exact_sums, self.exact_stats = (torch.empty(*parts, n, device=device) for n in (self.head_dim, 2))
         self.stats = torch.empty(*splits, 3, MOST_COLUMNS, device=device)
         self.sums = torch.empty(*splits, 32 * sum(values.layout.sets), MOST_COLUMNS, device=device)
@@ -161,7 +163,8 @@ class _Step:
         """Return thread blocks, threads of each, and the shift that makes a turn of a unit of tokens."""
         threads = 32 * (launch.warps + launch.absorbers)
         shift = (self.turn // launch.unit_tokens).bit_length() - 1
-        return (self.n_splits, self.n_groups, self.batch), (threads, 1, 1), shift
+        each = self.n_passes // self.n_groups
+        return (self.n_splits * each, self.n_groups, self.batch), (threads, 1, 1), shift
 
 
 def _attend_numbers(attend: Any, launch: Launch, step: _Step, scale: float) -> None:
@@ -178,9 +181,9 @@ def _attend_numbers(attend: Any, launch: Launch, step: _Step, scale: float) -> N
 
 def _absorb(prepare: Any, step: _Step, scale: float) -> tuple[Tensor, Tensor]:
     # Columns of no query are computed as well, so that they must hold numbers.
-    n_columns = step.query.shape[1] // step.n_groups
-    new = torch.empty if n_columns == MOST_COLUMNS else torch.zeros
-    turns, device = (step.batch, step.n_turns, step.n_groups), step.query.device
+    all_used = step.n_passes * MOST_COLUMNS == step.query.shape[1]
+    new = torch.empty if all_used else torch.zeros
+    turns, device = (step.batch, step.n_turns, step.n_passes), step.query.device
     absorbed = new(*turns, sum(step.keys.layout.sets), 128, dtype=torch.int32, device=device)
     biases = new(*turns, MOST_COLUMNS, 4, device=device)
     heads = step.batch * step.n_kv_heads
@@ -238,6 +241,7 @@ def constants_of(
         "HEAD_DIM": head_dim,
         "GROUP_HEADS": group_heads,
         "GROUP_COLUMNS": group_columns,
+        "PASS_HEADS": min(group_heads, pass_heads(group_columns)),
         **sets,
         "KEY_WORDS": keys.layout.n_words,
         "VALUE_WORDS": values.layout.n_words,

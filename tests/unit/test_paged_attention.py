@@ -49,6 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ranks only": {"counts": {16: [64, 64]}, "kv_heads": 2, "lengths": [300], "encoded": [224]},
     "nothing exact but the query itself": {"counts": SITE, "gain": True, "lengths": [257, 1], "encoded": [256, 0]},
+    "three KV heads in two passes": {
+        "counts": {8: [8], 4: [36], 2: [20], 1: [12]}, "heads": 9, "kv_heads": 3, "gain": True,
+        "lengths": [470, 300, 0, 100], "encoded": [384, 256, 0, 32], "at_once": 3,
+    },
+    "a pass for each of two KV heads": {
+        "counts": {8: [4, 8], 4: [24, 36]}, "heads": 28, "kv_heads": 4, "gain": True, "lengths": [470],
+        "encoded": [384],
+    },
     "the 8B shape": {
         "counts": {8: [8] * 4, 4: [72] * 4, 2: [56] * 4, 1: [40] * 4}, "heads": 32, "kv_heads": 8, "head_dim": 128,
         "gain": True, "dtype": torch.bfloat16, "turn": 256, "lengths": [1000, 333], "encoded": [928, 256],
@@ -185,8 +193,7 @@ def test_attention_is_that_of_float64(name: str, device: str) -> None:
 
 def query_bytes(case: Case) -> int:
     """What a query token takes of the absorbed ones."""
-    _, n_groups, _ = case.layer.sizes
-    return case.layer.angles.shape[1] * n_groups * sum(case.layer.keys.layout.sets) * 512
+    return case.layer.angles.shape[1] * case.layer.n_passes * sum(case.layer.keys.layout.sets) * 512
 
 
 def test_long_sequences_are_split_more() -> None:

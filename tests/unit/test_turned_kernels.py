@@ -73,6 +73,17 @@ CASES: dict[str, dict[str, Any]] = {
         "counts": {4: [20] * 4}, "heads": 4, "kv_heads": 4, "head_dim": 256, "n_blocks": 3, "gain": True,
         "first": [0, 96],
     },
+    "three KV heads in two passes, masks": {
+        "counts": {8: [8], 4: [36], 2: [20], 1: [12]}, "heads": 9, "kv_heads": 3, "gain": True, "masked": True,
+        "first": [4, 50],
+    },
+    "a pass for each of two KV heads, bfloat16": {
+        "counts": {8: [4, 8], 4: [24, 36], 1: [8, 0]}, "heads": 28, "kv_heads": 4, "gain": True, "turn": 256,
+        "dtype": torch.bfloat16, "last": [402, 257],
+    },
+    "two full passes of two KV heads each, ranks only": {
+        "counts": {16: [36]}, "heads": 16, "kv_heads": 4, "n_blocks": 9,
+    },
     "one packed token, one exact": {
         "counts": {8: [92], 1: [4]}, "heads": 7, "kv_heads": 1, "head_dim": 128, "n_blocks": 9, "gain": True,
         "n_recent": 1, "n_sinks": 0, "last": [1, 1],
@@ -246,7 +257,8 @@ def test_sizes_that_do_not_fit_are_left_to_the_reference() -> None:
 
     cpu, four, two = torch.device("cpu"), layout(4, 64, 4), layout(4, 64, 2)
     assert applies(32, 8, 128, four, four, cpu)
-    assert not applies(32, 8, 128, two, two, cpu)  # 16 columns
+    assert applies(32, 8, 128, two, two, cpu)  # two passes
+    assert not applies(72, 8, 128, four, four, cpu)  # nine query heads of a KV head
     assert not applies(32, 8, 128, four, two, cpu)
     assert not applies(32, 8, 80, four, four, cpu)
     assert not applies(32, 8, 128, four, layout(1, 32 * 21, 4), cpu)

@@ -359,11 +359,12 @@ __device__ __forceinline__ void attend_unit(
     commit();
 }
 
-// Grid: (splits, groups, batch). Splits share the units of a sequence, and a split's warps its own. stats: [batch,
-// groups, splits, 3, 8]: largest score, sum of weights, sum of weights times gains; sums: [batch, groups, splits,
-// 32 VALUE_SETS, 8], codes times what place they have in their bytes. Shared: WARPS * STAGE_WORDS + BEYOND words, and
+// Grid: (splits * PASSES, groups, batch); passes over the same tokens are neighbours, so that the L2 still has them.
+// Splits share the units of a sequence, and a split's warps its own. stats: [batch, passes, splits, 3, 8]: largest
+// score, sum of weights, sum of weights times gains; sums: [batch, passes, splits, 32 VALUE_SETS, 8], codes times what
+// place they have in their bytes. Shared: WARPS * STAGE_WORDS + BEYOND words, and
 // at least WARPS * 256 VALUE_SETS.
-// In pages, the grid is (splits of all, groups), the sums without the batch; splits: of each its query token, or -1,
+// In pages, the grid is (splits of all * PASSES, groups), the sums without the batch; splits: of each its query token, or -1,
 // which of the token's it is, and how many that has.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
     const u32* key_words, const u32* value_words, const Group* key_groups, const Group* value_groups,
@@ -375,10 +376,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
     DYNAMIC_SHARED(u32, all_memory);
     __shared__ float shared[WARPS][3][8];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
-    const int group = blockIdx.y, n_groups = gridDim.y;
+    const int group = blockIdx.y, pass = group * PASSES + blockIdx.x % PASSES, n_passes = gridDim.y * PASSES;
 #if PAGE_BLOCKS
-    const int batch = splits[3 * blockIdx.x], split = splits[3 * blockIdx.x + 1], n_splits = splits[3 * blockIdx.x + 2];
-    const size_t entry = (size_t)group * gridDim.x + blockIdx.x;
+    splits += blockIdx.x / PASSES * 3;
+    const int batch = splits[0], split = splits[1], n_splits = splits[2];
+    const size_t entry = (size_t)pass * (gridDim.x / PASSES) + blockIdx.x / PASSES;
     if (batch < 0) {
         await_previous();
         return;
@@ -386,8 +388,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
     const int lo = *first, hi = last[batch];
     n_blocks = (hi + 31) / 32;  // rows after them might never have been written
 #else
-    const int batch = blockIdx.z, split = blockIdx.x, n_splits = gridDim.x;
-    const size_t entry = ((size_t)batch * n_groups + group) * n_splits + split;
+    const int batch = blockIdx.z, split = blockIdx.x / PASSES, n_splits = gridDim.x / PASSES;
+    const size_t entry = ((size_t)batch * n_passes + pass) * n_splits + split;
     const int lo = first[batch], hi = min(last[batch], n_blocks * 32);
 #endif
     const Group keys = key_groups[group], values = value_groups[group];
@@ -407,8 +409,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
         key_words + (size_t)batch * key_blocks * key_row + keys.first,
         value_words + (size_t)batch * value_blocks * value_row + values.first,
 #endif
-        absorbed + (size_t)(batch * n_turns * n_groups + group) * (KEY_SETS * 32),
-        biases + (size_t)(batch * n_turns * n_groups + group) * 8,
+        absorbed + (size_t)(batch * n_turns * n_passes + pass) * (KEY_SETS * 32),
+        biases + (size_t)(batch * n_turns * n_passes + pass) * 8,
         key_row,
         value_row,
         keys.words / 4,
@@ -417,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
         value_gain_word - values.first,
         n_blocks,
         turn_shift,
-        n_groups,
+        n_passes,
         memory,
     };
     const Lane key_lane = {

@@ -27,21 +27,21 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine(
 ) {
     DYNAMIC_SHARED(float, memory);
     const int head = blockIdx.x, batch = blockIdx.y, n_kv_heads = gridDim.x;
-    const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
+    const int pass = pass_of(head), n_passes = n_kv_heads / GROUP_HEADS * PASSES;
     const int most_exact = n_exact;
 #if PAGE_BLOCKS
-    const size_t entry = (size_t)group * n_splits + starts[batch];
+    const size_t entry = (size_t)pass * n_splits + starts[batch];
     n_splits = starts[batch + 1] - starts[batch];
     n_exact = EXACT_PARTS(exact_tokens({0, lengths, encoded}, batch, n_sinks));
 #else
-    const size_t entry = ((size_t)batch * n_groups + group) * n_splits;
+    const size_t entry = ((size_t)batch * n_passes + pass) * n_splits;
 #endif
     float* partial = memory;                                // [PARTS, GROUP_COLUMNS, HEAD_DIM]
     float* z = partial + PARTS * GROUP_COLUMNS * HEAD_DIM;  // [COMPONENTS, GROUP_COLUMNS]
     float* scale = z + COMPONENTS * GROUP_COLUMNS;          // [splits, GROUP_COLUMNS]
     float* exact_scale = scale + n_splits * GROUP_COLUMNS;  // [exact parts, GROUP_COLUMNS]
     __shared__ float all_total[GROUP_COLUMNS], all_weighted[GROUP_COLUMNS], packed_total[GROUP_COLUMNS];
-    const int column = head % GROUP_HEADS * GROUP_COLUMNS;
+    const int column = column_of(head);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // The decoder and the mean do not depend on anything: they are asked for first. Component k of this thread's is
     // part + PARTS k.

@@ -13,7 +13,8 @@
 // launch begins after all that came before it has ended, and may write where launches of an earlier layer read.
 //
 // Compile-time constants, defined in front of this text by turned.py:
-//   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head; their product is at most 8.
+//   HEAD_DIM; GROUP_HEADS, GROUP_COLUMNS: KV heads of a group, query heads of a KV head, of these at most 8. PASS_HEADS:
+//   KV heads whose queries are the 8 columns of a product: as many as fit. A group of more takes several passes.
 //   KF KN KP KS, VF VN VP VS: sets of 32 components of each class, the most of any group. Classes: F, float16 numbers;
 //   N, nibbles (a component of 8 bits is two of them); P, pairs of bits; S, single bits.
 //   KEY_WORDS, VALUE_WORDS: of a group in a row, the most of any. KEY_HOLES, VALUE_HOLES: 1 where a set of F of some
@@ -44,6 +45,7 @@ typedef unsigned char u8;
 #define PAGED(...)
 #endif
 
+#define PASSES ((GROUP_HEADS + PASS_HEADS - 1) / PASS_HEADS)  // of a group
 #define KEY_SETS (KF + KN + KP + KS)
 #define VALUE_SETS (VF + VN + VP + VS)
 #define KEY_CODES (KN + KP + KS > 0)
@@ -165,6 +167,13 @@ __device__ __forceinline__ u16 stored(float x) {
 }
 
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+
+// Which pass over its group's codes a KV head's queries take part in, of all passes of all groups; its first column there.
+__device__ __forceinline__ int pass_of(int head) {
+    return head / GROUP_HEADS * PASSES + head % GROUP_HEADS / PASS_HEADS;
+}
+
+__device__ __forceinline__ int column_of(int head) { return head % GROUP_HEADS % PASS_HEADS * GROUP_COLUMNS; }
 
 // Which tokens the query tokens of a batch see: rows of the tables, tokens, those of them that are packed.
 struct Seen {

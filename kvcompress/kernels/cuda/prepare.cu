@@ -10,7 +10,7 @@ __device__ __forceinline__ void absorb(
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int parts = (n_turns + TURN_ROWS * PREPARE_WARPS - 1) / (TURN_ROWS * PREPARE_WARPS);
     const int head = task / parts % n_kv_heads, batch = task / parts / n_kv_heads;
-    const int group = head / GROUP_HEADS, n_groups = n_kv_heads / GROUP_HEADS;
+    const int pass = pass_of(head), n_passes = n_kv_heads / GROUP_HEADS * PASSES;
     decoder += head * (CHUNKS * CHUNK_SIZE);
     const float to_stored = scale * QUERY_SCALE;
     u32 to = shared_address(memory) + 16 * threadIdx.x;
@@ -37,9 +37,9 @@ __device__ __forceinline__ void absorb(
         const int turn = (task % parts * PREPARE_WARPS + threadIdx.x / 32) * TURN_ROWS + row / PADDED_COLUMNS,
                   own = row % PADDED_COLUMNS;
         wanted[half] = turn < n_turns && own < GROUP_COLUMNS;
-        const int column = head % GROUP_HEADS * GROUP_COLUMNS + own;
-        entry[half] = ((batch * n_turns + turn) * n_groups + group) * 8 + column;
-        place[half] = (((batch * n_turns + turn) * n_groups + group) * KEY_SETS * 32 + column * 4 + c) * 4;
+        const int column = column_of(head) + own;
+        entry[half] = ((batch * n_turns + turn) * n_passes + pass) * 8 + column;
+        place[half] = (((batch * n_turns + turn) * n_passes + pass) * KEY_SETS * 32 + column * 4 + c) * 4;
         const int dim = c * (HEAD_DIM / 8);
         mean[half] = turn_back(
             q, half, wanted[half], query + (size_t)batch * q_batch + (head * GROUP_COLUMNS + own) * q_head + dim,
@@ -94,8 +94,8 @@ __device__ __forceinline__ void absorb(
 
 // Thread blocks: first those of `attend_exact`, a warp for EXACT_TOKENS tokens of a (sequence, KV head); then those of
 // `absorb`. query: [batch, heads, 1, HEAD_DIM]; decoder: see absorb; angles: [1 or batch, n_turns, HEAD_DIM / 2], cos
-// and sin; absorbed: [batch, n_turns, groups, KEY_SETS, 32 lanes], eight float16 numbers, times QUERY_SCALE; biases:
-// [batch, n_turns, groups, 8]: the unit of these numbers as fixed-point ones, what offsets and what the mean add to a
+// and sin; absorbed: [batch, n_turns, passes, KEY_SETS, 32 lanes], eight float16 numbers, times QUERY_SCALE; biases:
+// [batch, n_turns, passes, 8]: the unit of these numbers as fixed-point ones, what offsets and what the mean add to a
 // score, and what the float16 numbers are multiplied by to become fixed-point ones.
 extern "C" __global__ void __launch_bounds__(32 * PREPARE_WARPS) prepare(
     const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const int* last, u32* absorbed,
