@@ -66,16 +66,18 @@ def continue_prompt(
 
     model = loaded.model
     inputs = _encoded(loaded.tokenizer, prompt, chat=chat).to(model.device)
-    cache = empty_cache(loaded)
-    torch.manual_seed(seed)
     # None for what only sampling uses: a checkpoint's own generation_config may set it
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
+    ids = inputs.pop("input_ids")
+    options = {**inputs, "max_new_tokens": max_new_tokens, **sampling}
+    cache = empty_cache(loaded, ids, options)
+    torch.manual_seed(seed)
     started = time.monotonic()
-    output = model.generate(**inputs, **cache_argument(model, cache), max_new_tokens=max_new_tokens, **sampling)
+    output = model.generate(ids, **cache_argument(model, cache), **options)
     seconds = time.monotonic() - started
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, ids.shape[1] :]
     return Generation(
         text=loaded.tokenizer.decode(new, skip_special_tokens=True),
         new_tokens=len(new),
@@ -85,14 +87,14 @@ def continue_prompt(
     )
 
 
-def empty_cache(loaded: Loaded) -> Cache:
-    """Return the cache that the form calls for: a folded or a detached model uses an ordinary one."""
+def empty_cache(loaded: Loaded, ids: Any, options: dict[str, Any]) -> Cache:
+    """Return the cache for a form and a call of `generate`: a folded or a detached model uses an ordinary one."""
     from kvcompress.compat import DynamicCache
 
     attachment = loaded.model.__dict__.get("kvcompress_attachment")
     if attachment is None or loaded.plan.form == "folded":
         return DynamicCache(config=loaded.model.config)
-    return attachment.new_cache()  # type: ignore[no-any-return]
+    return attachment.generation_cache(ids, **options)  # type: ignore[no-any-return]
 
 
 def allocated_bytes(cache: Any) -> int:

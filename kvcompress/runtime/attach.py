@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvcompress import compat
 from kvcompress.checkpoint.maps import SiteMaps
@@ -72,6 +72,14 @@ class Attachment:
         self.check_capacity(capacity)
         return StaticCache(self.codecs, sinks=sinks, recent=recent, capacity=capacity)
 
+    def generation_cache(self, ids: Tensor, **options: Any) -> CompressedCache:
+        """Return the empty cache that `generate(ids, **options)` uses if it is given none, to be measured afterwards.
+
+        On a GPU its steps are recorded, where they can be. ids: [batch, n_tokens]; options: those of that call.
+        """
+        config = options.get("generation_config") or self.model.generation_config or compat.GenerationConfig()
+        return recorded_cache(self, ids, options, config) or self.new_cache()
+
     @contextmanager
     def simulated(self, *, sinks: int, recent: int, block: int = 1) -> Iterator[None]:
         """Within the block, forwards without a cache are decode-faithful: old tokens are seen compressed.
@@ -126,8 +134,7 @@ class Attachment:
             raise _refused(f'cache_implementation="{other}" asks for a cache of transformers\' own')
         if use_cache is not False and compat.given_cache(kwargs) is None:
             ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
-            cache = recorded_cache(self, ids, kwargs, config) or self.new_cache()
-            kwargs |= compat.cache_argument(self.model, cache)
+            kwargs |= compat.cache_argument(self.model, recorded_cache(self, ids, kwargs, config) or self.new_cache())
         return self._generate(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress.plan import Plan
+from kvcompress.runtime import attach, recording
 
 PROMPT = "the sea was calm and the old ships"
 
@@ -36,6 +37,18 @@ def test_json_states_the_text_and_the_measured_bytes(kvcompress, any_form, model
         "measured": plan.cache_bytes(n, exact_number_bytes=4),
         "original": n * plan.original_bytes_per_token,
     }
+
+
+def test_where_steps_can_be_recorded_they_are(kvcompress, compressed, monkeypatch):
+    """On a GPU; the stand-in for one records nothing, and its cache is seen to be of the kind that could be."""
+    growing, caches, new = run(kvcompress, compressed()), [], attach.recorded_cache
+    monkeypatch.setattr(recording, "recordable", lambda device: True)
+    monkeypatch.setattr(attach, "recorded_cache", lambda *args: caches.append(new(*args)) or caches[-1])
+    fixed = run(kvcompress, compressed())
+    assert fixed["text"] == growing["text"]
+    (cache,) = caches
+    assert isinstance(cache, recording.RecordedCache) and cache.get_seq_length() > 60
+    assert fixed["cache_bytes"]["measured"] == cache.nbytes() >= growing["cache_bytes"]["measured"]
 
 
 def test_in_its_own_dtype_the_cache_is_smaller(kvcompress, compressed):

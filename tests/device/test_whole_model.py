@@ -17,6 +17,8 @@ from kvcompress.options import CompressOptions
 from kvcompress.runtime import attach as attach_module
 from kvcompress.runtime import fast, recording
 from kvcompress.runtime.attach import attachment_of
+from kvcompress_cli.generate import continue_prompt
+from kvcompress_cli.loading import load_compressed
 from tests.tiny_models import PAD, random_ids, save_tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: run tests/gpu")
@@ -32,18 +34,28 @@ REFERENCE = {"key_basis": "band", "keep": 0.5}
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: Any) -> Any:
-    """load(**options): a bfloat16 llama with heads of 64 channels on the GPU, its cache compressed."""
+def output(tmp_path_factory: Any) -> Any:
+    """output(**options): a compressed bfloat16 llama with heads of 64 channels, made once."""
     directory = tmp_path_factory.mktemp("gpu")
     source = save_tiny_checkpoint(directory / "source", "llama-bf16", head_dim=64, max_position_embeddings=1024)
     made: dict[str, Path] = {}
 
-    def loaded(**options: Any) -> Any:
-        output = made.setdefault(repr(options), directory / str(len(made)))
-        if not output.exists():
+    def compressed(**options: Any) -> Path:
+        target = made.setdefault(repr(options), directory / str(len(made)))
+        if not target.exists():
             chosen = CompressOptions(metric="weights", sinks=2, recent=5, **options)
-            kvcompress.compress(source, output, chosen)
-        model = kvcompress.load(output, device="cuda")
+            kvcompress.compress(source, target, chosen)
+        return target
+
+    return compressed
+
+
+@pytest.fixture(scope="module")
+def load(output: Any) -> Any:
+    """load(**options): the model of such an output on the GPU."""
+
+    def loaded(**options: Any) -> Any:
+        model = kvcompress.load(output(**options), device="cuda")
         model.generation_config.eos_token_id = None
         return model
 
@@ -143,6 +155,15 @@ def test_without_kernels_nothing_is_recorded(load: Any, monkeypatch: pytest.Monk
     assert caches[0].n_replays == 0
     growing = model.generate(ids, **options, **cache_argument(model, attachment_of(model).new_cache()))
     assert torch.equal(tokens[:, :110], growing[:, :110])
+
+
+def test_the_command_replays(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_compressed(output(**PATHS["frequency"]), base=None, device="cuda", dtype="auto")
+    caches = watched(monkeypatch)
+    loaded.model.generation_config.eos_token_id = None
+    result = continue_prompt(loaded, "the sea was calm " * 20, max_new_tokens=60)
+    assert result.new_tokens == 60 and caches[0].n_replays > 50
+    assert result.measured_bytes == caches[0].nbytes()
 
 
 def test_padded_prompts_take_the_growing_cache(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

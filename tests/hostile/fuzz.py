@@ -1,7 +1,7 @@
 """Damages every file that kvcompress reads, for as long as it is told: each case succeeds or is refused in one line.
 
     python -m tests.hostile.fuzz --cases 100000 --seed 1
-    python -m tests.hostile.fuzz --minutes 30
+    python -m tests.hostile.fuzz --minutes 30 --workers 8
     python -m tests.hostile.fuzz --replay plan:1:4711
 
 A case is named KIND:SEED:NUMBER and can be repeated alone. It fails if it raises anything but a KVCompressError, says
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
+import multiprocessing
 import os
 import random
 import resource
@@ -27,6 +29,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 SECONDS, BYTES = 10, 2 << 30
@@ -119,8 +122,13 @@ def run_batch(names: list[str], scratch: Path) -> Iterator[tuple[str, str]]:
         names = names[done:]
 
 
-def run(*, seed: int, cases: int | None, minutes: float | None, kinds: list[str], report: float = 30) -> list[str]:
-    """Return the failures, 'case: what', of so many cases or minutes; every kind has its share."""
+def run(
+    *, seed: int, cases: int | None, minutes: float | None, kinds: list[str], workers: int = 1, report: float = 30
+) -> list[str]:
+    """Return the failures, 'case: what', of so many cases or minutes; every kind has its share.
+
+    workers: processes that share the batches out. Which cases there are does not depend on them.
+    """
     from tests.hostile.fuzz_cases import prepare
 
     outcomes: Counter[str] = Counter()
@@ -132,21 +140,46 @@ def run(*, seed: int, cases: int | None, minutes: float | None, kinds: list[str]
             kinds * 4
         ):  # what is imported or compiled at a first use is there before processes are forked
             one_case(f"{kind}:0:{number}", Path(scratch))
-        number = 0
-        while (cases is None or number < cases) and (minutes is None or time.monotonic() < started + 60 * minutes):
-            n = _BATCH if cases is None else min(_BATCH, cases - number)
-            names = [f"{kinds[i % len(kinds)]}:{seed}:{i}" for i in range(number, number + n)]
-            number += n
-            for name, outcome in run_batch(names, Path(scratch)):
-                outcomes[outcome if outcome in ("success", "refused") else "failed"] += 1
-                if outcome not in ("success", "refused"):
-                    failures.append(f"{name}: {outcome}")
-                    print(f"FAILED {failures[-1]}", flush=True)
+        until = None if minutes is None else started + 60 * minutes
+        for name, outcome in _outcomes(_batches(seed, cases, until, kinds), Path(scratch), workers):
+            outcomes[outcome if outcome in ("success", "refused") else "failed"] += 1
+            if outcome not in ("success", "refused"):
+                failures.append(f"{name}: {outcome}")
+                print(f"FAILED {failures[-1]}", flush=True)
             if time.monotonic() > last + report:
                 last = time.monotonic()
-                print(f"{number} cases, {dict(outcomes)}, {last - started:.0f} s", flush=True)
+                print(f"{sum(outcomes.values())} cases, {dict(outcomes)}, {last - started:.0f} s", flush=True)
     print(f"{sum(outcomes.values())} cases, {dict(outcomes)}, {time.monotonic() - started:.0f} s", flush=True)
     return failures
+
+
+def _batches(seed: int, cases: int | None, until: float | None, kinds: list[str]) -> Iterator[list[str]]:
+    """Yield names of cases, kinds in turn, until there are as many as asked for or the time is over."""
+    for number in itertools.count(0, _BATCH):
+        n = _BATCH if cases is None else min(_BATCH, cases - number)
+        if n <= 0 or (until is not None and time.monotonic() > until):
+            return
+        yield [f"{kinds[i % len(kinds)]}:{seed}:{i}" for i in range(number, number + n)]
+
+
+def _outcomes(batches: Iterator[list[str]], scratch: Path, workers: int) -> Iterator[tuple[str, str]]:
+    """Yield (case, outcome) of every batch, in the order in which they end."""
+    if workers == 1:
+        for names in batches:
+            yield from run_batch(names, scratch)
+        return
+    running: set[Future[list[tuple[str, str]]]] = set()
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        for names in batches:
+            running.add(pool.submit(_whole_batch, names, scratch))
+            if len(running) > workers:  # one waits, so that nobody does
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from itertools.chain.from_iterable(future.result() for future in done)
+        yield from itertools.chain.from_iterable(future.result() for future in running)
+
+
+def _whole_batch(names: list[str], scratch: Path) -> list[tuple[str, str]]:
+    return list(run_batch(names, scratch / str(os.getpid())))
 
 
 def main() -> int:
@@ -156,6 +189,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kind", choices=sorted(KINDS), action="append")
     parser.add_argument("--replay", metavar="KIND:SEED:NUMBER")
     args = parser.parse_args()
@@ -168,7 +202,8 @@ def main() -> int:
         return 0
     cases = 1000 if args.cases is None and args.minutes is None else args.cases
     kinds = args.kind or list(KINDS)
-    return 1 if run(seed=args.seed, cases=cases, minutes=args.minutes, kinds=kinds) else 0
+    failures = run(seed=args.seed, cases=cases, minutes=args.minutes, kinds=kinds, workers=max(1, args.workers))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
