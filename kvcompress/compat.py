@@ -140,7 +140,7 @@ def use_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
     AttentionMaskInterface.register(name, sdpa_mask)
     before = Implementations(model)
     if uses_interface(model):
-        for config in {id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "config")}.values():
+        for config in {id(m.config): m.config for m in decoder_of(model).modules() if hasattr(m, "config")}.values():
             if hasattr(config, _IMPLEMENTATION):
                 config._attn_implementation_internal = name
     return before
@@ -211,6 +211,12 @@ def _with_state(compressed: Any, own: Any) -> Any:
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's text decoder."""
     return model.config.get_text_config(decoder=True)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return a model's text decoder; `get_decoder` gives any module of that name (ModernBERT's is a projection)."""
+    decoder = model.get_decoder()
+    return model.base_model if isinstance(decoder, nn.Linear) else decoder
 
 
 def own_attention(module: Any, implementation: str) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def _layers(model: Any) -> nn.ModuleList | None:
     """Return the decoder's list of layers, or None where it has none of the expected length."""
     n_layers = compat.text_config(model).num_hidden_layers
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    lists = [m for m in compat.decoder_of(model).modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     return lists[0] if lists else None
 
 
@@ -146,7 +146,7 @@ def _whole(model: Any, taps: Taps, ids: Tensor, tail: TailGradient) -> Gradients
 
 def decode(model: Any, taps: Taps, ids: Tensor) -> Any:
     """Return what the decoder makes of ids, with a cache of the taps."""
-    decoder = model.get_decoder()
+    decoder = compat.decoder_of(model)
     return decoder(input_ids=ids, use_cache=True, **compat.cache_argument(decoder, taps.cache()))
 
 

@@ -29,7 +29,7 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     try:
         parsed = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = auto_class(parsed).from_config(parsed, dtype=getattr(torch, dtype))
+            model = auto_class(parsed).from_config(parsed, dtype=torch.bfloat16)  # in which experts run there, too
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"

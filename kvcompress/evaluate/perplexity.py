@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcompress.calibration.text import CHARS_PER_TOKEN, documents
 from kvcompress.codec.distance import Distance, distance_of, watched
+from kvcompress.compat import decoder_of
 from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.evaluate.states import decoded_states
 from kvcompress.model.head import logits_of
@@ -122,7 +123,7 @@ class Original:
             return self._states[index].to(device)
         with torch.no_grad():
             ids = self.windows.ids[index : index + 1].to(device)
-            states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+            states: Tensor = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
         if self.remember:
             self._states[index] = states.cpu()
         return states

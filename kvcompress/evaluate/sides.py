@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.compat import Cache, DynamicCache
+from kvcompress.compat import Cache, DynamicCache, decoder_of
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.states import decoded_states
 from kvcompress.runtime.attach import Attachment, attachment_of
@@ -54,7 +54,7 @@ class Side:
         """
         with torch.no_grad():
             if self.attachment is None or self.attachment.plan.form == "folded":
-                states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False)[0]
+                states: Tensor = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
                 return states
             exact = {"sinks": self.sinks, "recent": self.recent}
             return decoded_states(self.model, self.attachment, ids, block=self.block, **exact)

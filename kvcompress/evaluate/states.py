@@ -21,10 +21,10 @@ def decoded_states(
     attention, older files) read the text with the real cache, which encodes BLOCK_TOKENS together, between two of
     its steps as generation token by token would: so nothing is seen exactly that generation sees compressed.
     """
-    decoder = model.get_decoder()
+    decoder = compat.decoder_of(model)
     if attachment.places.are_all_read or attachment.plan.form == "folded":
         with attachment.simulated(sinks=sinks, recent=recent, block=block):
-            states: Tensor = decoder(input_ids=ids, use_cache=False)[0]
+            states: Tensor = decoder(input_ids=ids, use_cache=True)[0]  # some pass a cache on only then
         return states
     cache = attachment.new_cache(sinks=sinks, recent=recent)
     stops = [*range(recent + BLOCK_TOKENS, ids.shape[1], BLOCK_TOKENS), ids.shape[1]]

@@ -13,17 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcompress.compat import GivenOutput
+from kvcompress.compat import GivenOutput, decoder_of
+from kvcompress.errors import UnsupportedModelError
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Return the logits [batch, n_tokens, vocabulary] of final hidden states [batch, n_tokens, d_model]."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder is model:  # transformers names none (Llama 4): then what comes out first are logits already
         return hidden
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     with standing_in([decoder], [lambda *_, **__: GivenOutput(last_hidden_state=hidden)]):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        try:
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not supported: its logits are not made of its decoder's last hidden states "
+                f"alone ({error}), so what its cache may lose is not known."
+            ) from error
     return logits
 
 
@@ -34,7 +41,7 @@ def after_layers(model: Any, layers: Sequence[nn.Module], hidden: Tensor, ids: T
         return (hidden,) if in_tuple else hidden
 
     with standing_in(layers, [passing] * len(layers)):
-        final: Tensor = model.get_decoder()(input_ids=ids, use_cache=False)[0]
+        final: Tensor = decoder_of(model)(input_ids=ids, use_cache=False)[0]
     return final
 
 

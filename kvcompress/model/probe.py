@@ -41,6 +41,7 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
     config = compat.text_config(model)
     try:
         run = _forward(model, _tokens(model, (1, _LENGTH)))
+        n_more = _step(model, run)
     except AttachmentError as error:
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported: its forward takes no cache of keys and values, so "
@@ -51,26 +52,8 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
             f"model type '{config.model_type}' is not supported: it does not run with a cache as transformers makes it "
             f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})"
         ) from error
-    layers, own = [], []
-    for index, layer in enumerate(run.cache_layers):
-        seen = run.updates.get(index)
-        if seen is None or not layer.grows:
-            own.append(
-                OwnLayer(index, layer.kind, layer.window, 0 if seen is None else seen.numbers, layer.state_bytes)
-            )
-        if seen is not None and layer.grows:
-            layers.append(_attention(index, run))
-            if layer.state_bytes:  # beside its keys and values
-                own.append(OwnLayer(index, layer.kind, state_bytes=layer.state_bytes))
-    if not layers and any(o.window for o in own):  # nothing but windows: then they are what there is to compress
-        layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
-        own = [o for o in own if not o.window]
-    if not layers:
-        kinds = ", ".join(sorted({o.kind for o in own})) or "none"
-        raise UnsupportedModelError(
-            f"model type '{config.model_type}' is not supported: no layer hands keys and values, and nothing else, to "
-            f"a cache that grows with the text, so there is nothing to compress (its cache layers: {kinds})."
-        )
+    _check_tokens(config, run, n_more)
+    layers, own = _layers(config, run)
     spec = ModelSpec(
         architecture=config.model_type,
         dtype=str(run.dtype).removeprefix("torch."),
@@ -83,6 +66,46 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
         attending=tuple(run.attending),
     )
     return proven(model, spec) if prove else spec
+
+
+def _check_tokens(config: Any, run: Recorded, n_more: int) -> None:
+    """Raise UnsupportedModelError unless a text's tokens are cached as they come. n_more: of one token more."""
+    handed = {u.key.shape[2] for u in run.updates.values()} | {_LENGTH}
+    if handed != {_LENGTH}:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: of a text of {_LENGTH} tokens it caches "
+            f"{max(handed)}, so which position a cached one has is not known."
+        )
+    if n_more != 1:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: given one token more, it caches {n_more}. It reads "
+            "the whole text at every step."
+        )
+
+
+def _layers(config: Any, run: Recorded) -> tuple[list[AttentionSpec], list[OwnLayer]]:
+    """Return the layers that are compressed, and the others."""
+    layers, own = [], []
+    for index, layer in enumerate(run.cache_layers):
+        seen = run.updates.get(index)
+        if seen is None or not layer.grows:
+            numbers = 0 if seen is None else seen.numbers
+            own.append(OwnLayer(index, layer.kind, layer.window, numbers, layer.state_bytes))
+        if seen is not None and layer.grows:
+            layers.append(_attention(index, run))
+            if layer.state_bytes:  # beside its keys and values
+                own.append(OwnLayer(index, layer.kind, state_bytes=layer.state_bytes))
+    plain = all(x.keeps_only_tokens for x in run.cache_layers)
+    if not layers and plain and any(o.window for o in own):  # nothing but windows: then they are what is compressed
+        layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
+        own = [o for o in own if not o.window]
+    if not layers:
+        kinds = ", ".join(sorted({o.kind for o in own})) or "none"
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: no layer hands keys and values, and nothing else, to "
+            f"a cache that grows with the text, so there is nothing to compress (its cache layers: {kinds})."
+        )
+    return layers, own
 
 
 def proven(model: Any, spec: ModelSpec) -> ModelSpec:
@@ -149,7 +172,7 @@ def keys_at_positions(model: Any) -> Keys:
 def takes_positions(model: Any) -> bool:
     """Return whether positions can be given: of other models (ALiBi, ...) keys do not turn."""
     parameters = inspect.signature(type(model).forward).parameters
-    decoder = inspect.signature(type(model.get_decoder()).forward).parameters
+    decoder = inspect.signature(type(compat.decoder_of(model)).forward).parameters
     return "position_ids" in parameters and "position_ids" in decoder
 
 
@@ -185,10 +208,23 @@ def _tokens(model: Any, shape: tuple[int, int]) -> Tensor:
 
 def _forward(model: Any, ids: Tensor, position: int | None = None) -> Recorded:
     given: dict[str, Any] = {} if position is None else {"position_ids": torch.full_like(ids, position)}
+    if not ids.is_meta:  # a mask is looked into
+        given["attention_mask"] = torch.ones_like(ids)
     with recorded(model) as run, torch.no_grad():
         given |= compat.cache_argument(model, run.cache)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
+        model(input_ids=ids, use_cache=True, **given)
     return run
+
+
+def _step(model: Any, run: Recorded) -> int:
+    """Return how many tokens a model hands to the cache of a run when it is given one token more."""
+    ids, seen = _tokens(model, (1, 1)), dict(run.updates)
+    given = {} if ids.is_meta else {"attention_mask": ids.new_ones(1, _LENGTH + 1)}
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **given, **compat.cache_argument(model, run.cache))
+    n_more = max((u.key.shape[2] for u in run.updates.values()), default=1)
+    run.updates.update(seen)
+    return n_more
 
 
 def _attention(index: int, run: Recorded) -> AttentionSpec:

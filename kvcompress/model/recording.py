@@ -47,12 +47,16 @@ class _Returned(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheLayer:
-    """A layer of the model's own cache: its class, its window, whether it grows with the text, its state in bytes."""
+    """A layer of the model's own cache: its class, its window, whether it grows with the text, its state in bytes.
+
+    keeps_only_tokens: beside that state.
+    """
 
     kind: str
     window: int | None
     grows: bool
     state_bytes: int
+    keeps_only_tokens: bool
 
 
 @dataclass
@@ -169,10 +173,11 @@ def _record_updates(layer: Any, index: int, run: Recorded, returned: dict[int, _
 
 def _cache_layer(layer: Any) -> CacheLayer:
     """Return what a cache layer is, after a forward."""
-    window = getattr(layer, "sliding_window", None)
+    window, keeps_only_tokens = getattr(layer, "sliding_window", None), compat.keeps_only_tokens(layer)
     return CacheLayer(
         kind=type(layer).__name__,
         window=window,
-        grows=window is None and getattr(layer, "keys", None) is not None and compat.keeps_only_tokens(layer),
+        grows=window is None and getattr(layer, "keys", None) is not None and keeps_only_tokens,
         state_bytes=compat.state_bytes(layer),
+        keeps_only_tokens=keeps_only_tokens,
     )

@@ -46,8 +46,8 @@ class Attachment:
                 setattr(attention_module(model, attention), FOLDED_BY, codecs)
             for reader in attention.readers:
                 setattr(model.get_submodule(reader), CODED, attention.layer)
-        self._entrance = Entrance(self, model.get_decoder())
-        model.get_decoder().forward = self._entrance
+        self._entrance = Entrance(self, compat.decoder_of(model))
+        compat.decoder_of(model).forward = self._entrance
         if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
             self._generate = model.generate
             model.generate = self._generate_compressed

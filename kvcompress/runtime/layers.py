@@ -78,7 +78,8 @@ def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site,
             f"the same tokens agrees to {alike:.2f} (1: the same; quantised and fine-tuned: above {_ALIKE}). "
             "Attach them to their own model."
         )
-    by = {rotation: Rotary.by(rotation, compat.device_of(model.get_decoder())) for rotation in set(planned.values())}
+    device = compat.device_of(compat.decoder_of(model))
+    by = {rotation: Rotary.by(rotation, device) for rotation in set(planned.values())}
     return {site: by[rotation] for site, rotation in planned.items()}
 
 
