@@ -3,6 +3,9 @@
 A shape is a type: a dataclass, a TypedDict, Literal, a tuple or list of shapes, `X | None`, int, float, str, bool, and
 `Annotated[int, Within(1, 8)]`. So a field and what it may be stand in one place, and nothing is computed, allocated
 or repeated by a number that was not compared with its limits.
+
+pydantic was weighed for the shapes: what bounds a file before it is parsed would stay here, its strict mode makes no
+dataclass of a parsed object and no tuple of a list, and it drops members that a TypedDict does not name.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from kvcompress.documents import DocumentError, parse_toml, read_text, shaped
 from kvcompress.errors import OptionError
@@ -33,6 +33,7 @@ GROUPED = "grouped"
 POLICY_NAMES = ("uniform", "middle", "energy", "loss")
 _MOST_RECIPE_BYTES = 1 << 16
 METRICS = ("fisher", "activation", "weights")
+_Options = TypeVar("_Options")
 
 
 #: What a choice of a number may be at least and at most.
@@ -165,6 +166,14 @@ def _is_whole(value: Any) -> bool:
 
 def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
     """Return the options of a TOML recipe, with overrides that are not None on top."""
+    return with_overrides(read_recipe(file, CompressOptions, texts="calibration"), **overrides)
+
+
+def read_recipe(file: Path, kind: type[_Options], *, texts: str) -> _Options:
+    """Return the options of a TOML recipe, a dataclass. texts: its list of texts, for which one alone may stand.
+
+    Raises OptionError with what is wrong.
+    """
     try:
         values = parse_toml(read_text(file, most=_MOST_RECIPE_BYTES))
     except FileNotFoundError as error:
@@ -173,18 +182,16 @@ def load_recipe(file: Path, **overrides: Any) -> CompressOptions:
         raise OptionError(f"recipe {file} cannot be read: {error.strerror}.") from error
     except DocumentError as error:
         raise OptionError(f"recipe {file} is not valid TOML: {error}.") from error
-    known = {f.name for f in fields(CompressOptions)}
+    known = {f.name for f in fields(cast(Any, kind))}
     unknown = sorted(set(values) - known)
     if unknown:
         raise OptionError(f"recipe {file} has an unknown key '{unknown[0]}'. Known keys: {', '.join(sorted(known))}.")
-    if "calibration" in values:
-        texts = values["calibration"]
-        values["calibration"] = [texts] if isinstance(texts, str) else texts
+    if isinstance(values.get(texts), str):
+        values[texts] = [values[texts]]
     try:
-        options: CompressOptions = shaped(values, CompressOptions)
+        return cast(_Options, shaped(values, kind))
     except DocumentError as error:
         raise OptionError(f"recipe {file}: {error}.") from error
-    return with_overrides(options, **overrides)
 
 
 def with_overrides(options: CompressOptions, **overrides: Any) -> CompressOptions:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import OptionError
+from kvcompress.options import read_recipe
 
 #: maps: means, encoders, decoders and steps, or the head mixing of a folded output; attention: projections and norms
 #: too (folded outputs); all: every weight (folded outputs).
@@ -17,6 +17,8 @@ DEFAULT_TEXT = ("builtin:prose", "builtin:code")
 #: Peak learning rate of weights. That of maps is relative: an entry moves in units of its row's own size.
 _WEIGHTS_RATE = {"maps": 0.0, "attention": 5e-4, "all": 5e-4}
 PRECISIONS = ("auto", "bf16", "float32")
+#: More tokens, steps or windows than anyone trains for.
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,8 @@ class HealOptions:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+                raise OptionError(f"{name} must be a whole number from {least} to {_MOST}, found {value!r}.")
         for name in ("maps_rate", "warmup", "weight_decay", "kl_loss", "hidden_loss", "text_loss"):
             _check_number(name, getattr(self, name), below=1.0 if name == "warmup" else None)
         if not (self.kl_loss or self.hidden_loss or self.text_loss):
@@ -92,19 +94,7 @@ class HealOptions:
 
 def load_heal_recipe(file: Path, **overrides: Any) -> HealOptions:
     """Return the options of a TOML recipe, with overrides that are not None on top. Raises OptionError."""
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"recipe {file} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"recipe {file} is not valid TOML: {error}.") from error
-    known = {f.name for f in fields(HealOptions)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise OptionError(f"recipe {file} has an unknown key '{unknown[0]}'. Known keys: {', '.join(sorted(known))}.")
-    if "text" in values:
-        values["text"] = (values["text"],) if isinstance(values["text"], str) else tuple(values["text"])
-    return with_heal_overrides(HealOptions(**values), **overrides)
+    return with_heal_overrides(read_recipe(file, HealOptions, texts="text"), **overrides)
 
 
 def with_heal_overrides(options: HealOptions, **overrides: Any) -> HealOptions:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
-from kvcompress.documents import DocumentError, read_json
+from kvcompress.documents import Count, DocumentError, Finite, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
+from kvcompress.plan import Name
 
 HEALING_FILE = "healing.json"
 _FORMAT_VERSION = 1
@@ -21,6 +22,42 @@ _TRAINED = {
     "attention": "the attention's projections, the head mixing and the norms",
     "all": "all weights and the head mixing",
 }
+
+
+class _Figures(TypedDict):
+    ratio: Finite
+    kl_nats: Finite
+
+
+class _Text(TypedDict):
+    before: _Figures
+    after: _Figures
+
+
+class _Protocol(TypedDict):
+    windows: Count
+    seq_len: Count
+    sinks: Count
+    recent: Count
+    dtype: Name
+
+
+class _Options(TypedDict):
+    head_norm: bool
+
+
+class _Stage(TypedDict):
+    train: Literal["maps", "attention", "all"]
+    kept: bool
+    tokens: Count
+    seconds: Finite
+    options: _Options
+    protocol: _Protocol
+    texts: Annotated[dict[str, _Text], Within(0, 1000)]
+
+
+class _Healing(TypedDict):
+    stages: Annotated[list[_Stage], Within(0, 1000)]
 
 
 def read_healing(directory: Path) -> list[dict[str, Any]]:
@@ -33,15 +70,12 @@ def read_healing(directory: Path) -> list[dict[str, Any]]:
         return []
     try:
         document = read_json(file)
-        version, stages = document["format_version"], list(document["stages"])
-        if version == _FORMAT_VERSION:
-            for stage in stages:
-                healing_words(stage), healing_rows(stage)
-    except (DocumentError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}). Heal again.") from error
-    if version != _FORMAT_VERSION:
-        raise CheckpointError(f"{file} has format version {version}; this kvcompress reads {_FORMAT_VERSION}.")
-    return stages
+        version = document.get("format_version")
+        if isinstance(version, int) and version != _FORMAT_VERSION:
+            raise CheckpointError(f"{file} has format version {version}; this kvcompress reads {_FORMAT_VERSION}.")
+        return list(shaped(document, _Healing)["stages"])
+    except (DocumentError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Heal again.") from error
 
 
 def write_healing(directory: Path, stages: list[dict[str, Any]]) -> None:

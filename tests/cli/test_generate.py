@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvcompress.compat import CACHE_NAMES, ForwardArguments
 from kvcompress.plan import Plan
 from kvcompress.runtime import attach, recording
 
@@ -99,3 +100,14 @@ def test_a_missing_file_is_one_line(fails, compressed, tmp_path, missing):
     output = shutil.copytree(compressed(), tmp_path / "copy")
     (output / missing).unlink()
     assert missing in fails("generate", output, "--prompt", PROMPT)
+
+
+def test_what_would_compress_nothing_is_one_line(fails, compressed, text, monkeypatch):
+    """A release of transformers that calls the cache something else: no command runs on as if nothing were wrong."""
+    monkeypatch.setattr(
+        ForwardArguments,
+        "with_cache",
+        lambda self, args, kwargs, cache: (args, {k: v for k, v in kwargs.items() if k not in CACHE_NAMES}),
+    )
+    for command in (["generate", compressed(), "--prompt", PROMPT], ["eval", compressed(), "--text", text]):
+        assert "nothing would be compressed" in fails(*command)

@@ -129,7 +129,7 @@ def run(
 
     workers: processes that share the batches out. Which cases there are does not depend on them.
     """
-    from tests.hostile.fuzz_cases import prepare
+    from tests.hostile.fuzz_material import prepare
 
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
@@ -183,7 +183,8 @@ def _whole_batch(names: list[str], scratch: Path) -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    from tests.hostile.fuzz_cases import KINDS, prepare
+    from tests.hostile.fuzz_cases import KINDS
+    from tests.hostile.fuzz_material import prepare
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int)

@@ -7,12 +7,11 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import kvcompress
@@ -24,19 +23,22 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.evaluate.answers import Answers
 from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.task_files import load_task
-from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations, record_evaluation
+from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
+from kvcompress.heal.options import HealOptions, load_heal_recipe
 from kvcompress.options import CompressOptions, load_recipe
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import make_plan
 from kvcompress.plan import PLAN_FILE, REPORT_FILE
 from kvcompress.publish import repository_contents
 from kvcompress.report import page
 from kvcompress.report.card import measured_section
 from kvcompress.report.comparison import comparison_table
 from kvcompress.report.comparison_page import comparison_page
+from kvcompress.report.healing import HEALING_FILE, healing_section, read_healing
 from kvcompress.report.stored import read_report
 from kvcompress.report.stored_comparison import COMPARISON_FILE, read_comparison
 from kvcompress.runtime.attach import attach, detach
 from kvcompress_cli.report import print_report
+from tests.hostile.fuzz_material import OUTPUTS, calibration_options, shared
 from tests.hostile.mutations import (
     damaged_bytes,
     damaged_json,
@@ -44,82 +46,9 @@ from tests.hostile.mutations import (
     damaged_safetensors,
     replace_file,
 )
-from tests.tiny_models import build_tokenizer, prose, save_tiny_checkpoint
 
 MAPS_FILE = "kv_maps.safetensors"
 _ROOT = Path(__file__).parents[2]
-_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
-_OUTPUTS: dict[str, dict[str, Any]] = {
-    "coded": {"recent": 4},
-    "turned": {"recent": 4, "turn": 32},
-    "ranks": {"recent": 4, "ranks_only": True},
-    "rotated": {"recent": 4, "key_basis": "frequency"},
-    "folded": {"key_basis": "frequency", "folded": True},
-    "maps": {"recent": 4, "maps_only": True},
-}
-shared = SimpleNamespace()
-
-
-def prepare(directory: Path) -> None:
-    """Make what is damaged: a model, outputs of every form, and a file of every other kind."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    page.charting_library = lambda: ""  # a megabyte in every page, and nothing of it is a stranger's
-    shared.root, shared.outside = directory, directory / "outside"
-    shared.outside.mkdir(parents=True)
-    shared.model_directory = save_tiny_checkpoint(directory / "model", "llama-gqa")
-    other = save_tiny_checkpoint(directory / "other-model", "llama-gqa", seed=1)
-    for name, options in _OUTPUTS.items():
-        chosen = CompressOptions(metric="weights", policy="uniform", keep=0.5, **options)
-        compress(shared.model_directory, directory / name, chosen)
-        compress(other, directory / f"other-{name}", chosen)
-        record_evaluation(directory / name, "perplexity", _perplexity())
-    save_tiny_checkpoint(directory / "sharded", "llama-sharded")
-    _text_files(directory)
-    options = _calibration()
-    with open_checkpoint(shared.model_directory) as checkpoint:
-        obtain_moments(checkpoint, directory / "moments" / "out", options, device="cpu")
-    (shared.moments,) = (directory / "moments").glob("kvcompress-moments-*.safetensors")
-    shared.model = kvcompress.load(directory / "coded")
-    detach(shared.model)
-    shared.tokenizer = build_tokenizer()
-    shared.tokenizer.chat_template = _TEMPLATE
-
-
-def _perplexity() -> dict[str, Any]:
-    figures = {"perplexity": {"original": 9.5, "compressed": 9.75, "ratio": 1.026}, "kl_nats": 0.02}
-    protocol = {"text": "a.txt", "text_sha256": "ab" * 32, "seq_len": 64, "windows": 3, "sinks": 4, "recent": 4}
-    return figures | {"top1_agreement": 0.98, "ratio_standard_error": 0.01, "protocol": protocol | {"dtype": "float32"}}
-
-
-def _calibration() -> CompressOptions:
-    return CompressOptions(calibration=(str(shared.root / "prose.txt"),), tokens=64, seq_len=32, recent=4)
-
-
-def _text_files(directory: Path) -> None:
-    (directory / "prose.txt").write_text(prose(300))
-    records = [{"text": prose(60, seed=i)} for i in range(6)]
-    records += [
-        {"messages": [{"role": "user", "content": prose(30)}, {"role": "assistant", "content": prose(30, seed=2)}]}
-    ]
-    records += [
-        {"prompt": prose(20), "completion": prose(20)},
-        {"conversations": [{"from": "human", "value": prose(9)}]},
-    ]
-    (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    tasks = [
-        {"query": "a", "choices": ["b", "c"], "gold": 1},
-        {"contexts": ["a", "b"], "target": "c", "gold": 0},
-        {"context": "a", "target": "b"},
-    ]
-    for i, task in enumerate(tasks):
-        (directory / f"task{i}.jsonl").write_text((json.dumps(task) + "\n") * 3)
-    (directory / "TASKS.json").write_text(json.dumps({f"task{i}.jsonl": {"format": "mc"} for i in range(1)}))
-    header = {"format": "kvcompress answers", "version": 1}
-    lines = [header, ["side", "request", [-1.5, True]], ["side", "text-1", "an answer"]]
-    (directory / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _copy(name: str, directory: Path, rng: random.Random, *, fingerprints: float = 0.25) -> Path:
@@ -138,7 +67,7 @@ def _copy(name: str, directory: Path, rng: random.Random, *, fingerprints: float
 
 
 def _some_output(rng: random.Random) -> str:
-    return rng.choice(list(_OUTPUTS))
+    return rng.choice(list(OUTPUTS))
 
 
 def _use(output: Path, rng: random.Random) -> None:
@@ -259,6 +188,17 @@ def report(rng: random.Random, directory: Path) -> None:
     _report(output)
 
 
+def healing(rng: random.Random, directory: Path) -> None:
+    """How an output was trained, and the recipe of a training."""
+    if rng.random() < 0.5:
+        text = rng.choice(sorted((_ROOT / "recipes" / "heal").glob("*.toml"))).read_bytes()
+        (directory / "recipe.toml").write_bytes(_damaged_recipe(text, HealOptions, rng))
+        load_heal_recipe(directory / "recipe.toml")
+        return
+    replace_file(directory / HEALING_FILE, _damaged_document((shared.root / HEALING_FILE).read_text(), rng))
+    healing_section(read_healing(directory))
+
+
 def comparison(rng: random.Random, directory: Path) -> None:
     file = directory / COMPARISON_FILE
     text = (_ROOT / "docs" / "comparison-smollm2" / COMPARISON_FILE).read_text()
@@ -292,8 +232,8 @@ def moments(rng: random.Random, directory: Path) -> None:
         Moments.load(file)
         return
     with open_checkpoint(shared.model_directory) as opened:
-        found = obtain_moments(opened, directory / "out", _calibration(), device="cpu")
-        make_plan(opened, found, _calibration())
+        found = obtain_moments(opened, directory / "out", calibration_options(), device="cpu")
+        make_plan(opened, found, calibration_options())
 
 
 def task(rng: random.Random, directory: Path) -> None:
@@ -317,29 +257,19 @@ def answers(rng: random.Random, directory: Path) -> None:
 
 def recipe(rng: random.Random, directory: Path) -> None:
     text = rng.choice(sorted((_ROOT / "recipes").glob("*.toml"))).read_bytes()
-    lines = text.splitlines()
-    if rng.random() < 0.5:  # a value of another field or kind
-        odd = (
-            b"[]",
-            b"{}",
-            b'"x"',
-            b"1e400",
-            b"nan",
-            b"true",
-            b"9" * 40,
-            b"-1",
-            b"0.5",
-            b"[[1]]",
-            b"1979-05-27",
-            b'"half"',
-        )
-        fields = list(CompressOptions.__dataclass_fields__)
-        lines.append(rng.choice(fields).encode() + b" = " + rng.choice(odd))
-        text = b"\n".join(lines)
-    else:
-        text = damaged_bytes(text, rng)
-    (directory / "recipe.toml").write_bytes(text)
+    (directory / "recipe.toml").write_bytes(_damaged_recipe(text, CompressOptions, rng))
     load_recipe(directory / "recipe.toml")
+
+
+_ODD_VALUES = (b"[]", b"{}", b'"x"', b"1e400", b"nan", b"true", b"9" * 40, b"-1", b"0.5", b"[[1]]", b"1979-05-27",
+               b'"half"')  # fmt: skip
+
+
+def _damaged_recipe(text: bytes, options: type, rng: random.Random) -> bytes:
+    if rng.random() < 0.5:  # a value of another field or kind
+        name = rng.choice([f.name for f in fields(options)])
+        return b"\n".join([*text.splitlines(), name.encode() + b" = " + rng.choice(_ODD_VALUES)])
+    return damaged_bytes(text, rng)
 
 
 def calibration(rng: random.Random, directory: Path) -> None:
@@ -372,7 +302,7 @@ def _lines(file: Path, rng: random.Random) -> None:
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     f.__name__: f
     for f in (
-        plan, maps, tensors, mixed, links, weights, report, comparison, checkpoint, moments, task, answers, recipe,
-        calibration,
+        plan, maps, tensors, mixed, links, weights, report, healing, comparison, checkpoint, moments, task, answers,
+        recipe, calibration,
     )
 }  # fmt: skip

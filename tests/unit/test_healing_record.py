@@ -48,7 +48,17 @@ def test_the_card_says_that_something_was_trained() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"format_version": 1}', '{"format_version": 1, "stages": [{}]}', '{"format_version": 1, "stages": 3}'],
+    [
+        "",
+        "[]",
+        '{"format_version": 1}',
+        '{"format_version": 1, "stages": [{}]}',
+        '{"format_version": 1, "stages": 3}',
+        json.dumps({"format_version": 1, "stages": [STAGE | {"train": []}]}),
+        json.dumps({"format_version": 1, "stages": [STAGE | {"tokens": 1 << 62}]}),
+        json.dumps({"format_version": 1, "stages": [STAGE | {"texts": {"a": {"before": None, "after": {}}}}]}),
+        json.dumps({"format_version": 1, "stages": [STAGE | {"protocol": {"windows": 8}}]}),
+    ],
 )
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / HEALING_FILE).write_text(text)
@@ -98,6 +108,7 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         ({"text": ()}, "at least one text source"),
         ({"text": ("a", "a")}, "named twice"),
         ({"tokens": 0}, "tokens must be"),
+        ({"tokens": 1 << 60}, "tokens must be"),
         ({"maps_rate": -1.0}, "maps_rate must be"),
         ({"warmup": 1.0}, "below 1"),
         ({"kl_loss": 0.0}, "nothing would be trained"),
@@ -113,5 +124,9 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("epochs = 3\n")
     with pytest.raises(OptionError, match="unknown key 'epochs'"):
         load_heal_recipe(tmp_path / "r.toml")
-    with pytest.raises(OptionError, match="cannot be read"):
+    with pytest.raises(OptionError, match="does not exist"):
         load_heal_recipe(tmp_path / "none.toml")
+    with (tmp_path / "r.toml").open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(OptionError, match="1,000,000,000 bytes"):
+        load_heal_recipe(tmp_path / "r.toml")
