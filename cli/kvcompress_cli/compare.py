@@ -12,7 +12,7 @@ from kvcompress_cli import flags, terminal
 
 _DEFAULTS = CompressOptions()
 _KEEPS = "0.5,0.25,0.125,0.0625"
-_METHODS = "default,palu,mea-half,kvtc,kivi,hqq,quanto,fp8,turboquant,per-token-head,fp4"
+_METHODS = "default,palu,mea-half,kvtc,kvtc-deflate,kq-svd,xkv,kivi,hqq,quanto,fp8,turboquant,per-token-head,fp4"
 _TEXT = "Calibration of our methods"
 
 
@@ -35,8 +35,8 @@ def compare(
         str,
         typer.Option(
             metavar="M,M,...",
-            help="default, palu, mea-half, kvtc, a recipe.toml; peers: kivi, hqq, quanto, fp8, turboquant, "
-            "per-token-head, fp4, or one such as hqq-2bit.",
+            help="default, palu, mea-half, kvtc, kvtc-deflate, kq-svd, xkv, a recipe.toml; peers: kivi, hqq, "
+            "quanto, fp8, turboquant, per-token-head, fp4, or one such as hqq-2bit.",
         ),
     ] = _METHODS,
     out: Annotated[

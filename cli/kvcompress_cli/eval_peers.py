@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 NAMES = (
     "hqq-4bit, hqq-2bit, hqq-4bit-once, hqq-2bit-once, quanto-4bit, quanto-2bit, quanto-4bit-once, "
     "quanto-2bit-once, kivi-4bit, kivi-2bit, fp8, fp8-unscaled, turboquant-k8v4, turboquant-k8v4-all-layers, "
-    "turboquant-4bit_nc, turboquant-4bit_nc-all-layers, turboquant-3bit_nc, turboquant-3bit_nc-all-layers, "
-    "int8-per-token-head, fp8-per-token-head, nvfp4, ultraquant"
+    "turboquant-4bit_nc, turboquant-4bit_nc-all-layers, turboquant-k3v4_nc, turboquant-k3v4_nc-all-layers, "
+    "turboquant-3bit_nc, turboquant-3bit_nc-all-layers, int8-per-token-head, fp8-per-token-head, nvfp4, ultraquant, "
+    "ultraquant-all-layers"
 )
 
 
@@ -30,7 +31,8 @@ def measure_peer(
     dtype: str,
 ) -> Evaluation:
     """Return the library's evaluation of a peer, with progress on stderr. residual: its exact window, or its own."""
-    from kvcompress.evaluate.peers import evaluate_peer, find_peer
+    from kvcompress.evaluate.peer_run import evaluate_peer
+    from kvcompress.evaluate.peers import find_peer
     from kvcompress.evaluate.perplexity import Original, Windows
     from kvcompress_cli.loading import opened_model
     from kvcompress_cli.progress import stage_progress

@@ -74,7 +74,7 @@ def obtain_moments(
     if file.is_file():
         return _loaded(file, checkpoint)
     load = functools.cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
-    windows = _calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
+    windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     device = "cpu" if workers or streams else protocol["device"]  # where sums are kept
     moments = _started(checkpoint, protocol, partial, len(windows.ids), device)
@@ -197,9 +197,10 @@ def _source_digest(source: str) -> str:
     return digest.hexdigest()
 
 
-def _calibration_windows(
+def calibration_windows(
     model: Callable[[], Any], tokenizer: Any, options: CompressOptions, report: Progress
 ) -> Mixture:
+    """Return the windows that are calibrated on; model: gives the model, where text is sampled from it."""
     shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
     sampled = None
     if n := shares.get(calibration_text.SELF):

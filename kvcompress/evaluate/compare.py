@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 import transformers
 
 from kvcompress import __version__
-from kvcompress.calibration.calibrate import obtain_moments
+from kvcompress.calibration.calibrate import calibration_windows, obtain_moments
 from kvcompress.calibration.moments import Moments
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
@@ -29,21 +27,22 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.compat import cache_argument
-from kvcompress.errors import BudgetError, OptionError
-from kvcompress.evaluate.front import pareto, verdicts
+from kvcompress.errors import BudgetError, OptionError, UnsupportedModelError
+from kvcompress.evaluate.compare_document import LENGTHS, document_of, figures_of
+from kvcompress.evaluate.deflate import deflated_nbytes
 from kvcompress.evaluate.methods import Cell, cells_of
-from kvcompress.evaluate.peers import evaluate_peer
-from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
+from kvcompress.evaluate.peer_kqsvd import Grams, collect_grams, kqsvd_plan
+from kvcompress.evaluate.peer_run import evaluate_peer
+from kvcompress.evaluate.peers import Peer
+from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan, source_name
+from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.report.stored_comparison import COMPARISON_FILE as COMPARISON_FILE
-from kvcompress.report.stored_comparison import FORMAT_VERSION, read_comparison
+from kvcompress.report.stored_comparison import read_comparison
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 
-#: Context lengths for which the whole cache's bytes are stated.
-LENGTHS = (2048, 8192, 32768, 131072)
 Progress = Callable[[str, int, int], None]
 
 
@@ -93,7 +92,8 @@ def compare(
     cells = request.cells()
     with open_checkpoint(source) as checkpoint:
         for cell in cells:
-            if cell.peer and not cell.peer.form:  # a format that cannot store such heads is a row that says so
+            # a format that cannot store such heads, or a budget that is too small, is a row that says so
+            if isinstance(cell.peer, Peer) and not cell.peer.form:
                 cell.peer.check(checkpoint.spec, request.seq_len)
                 cell.peer.new_cache(1, torch.float32)  # raises where its package is missing
         _check_window(request)
@@ -101,7 +101,13 @@ def compare(
         bench = _Bench(checkpoint, output, request, device, dtype, report)
         keys = [bench.key(cell) for cell in cells]
         done = {key: row for key, row in _finished(output / COMPARISON_FILE).items() if key in keys}
-        document = _document(bench, request, [done[key] for key in keys if key in done], len(cells))
+
+        def document_now() -> dict[str, Any]:
+            rows = [done[key] for key in keys if key in done]
+            found = document_of(checkpoint, request.to_json(), bench.protocol, device, rows)
+            return found | {"complete": len(rows) == len(cells)}
+
+        document = document_now()
         n_windows = bench.windows.ids.shape[0]
         for index, (key, cell) in enumerate(zip(keys, cells, strict=True)):
 
@@ -111,7 +117,7 @@ def compare(
             if key not in done:
                 reached(0)
                 done[key] = {"key": key, **bench.measure(cell, reached)}
-                document = _document(bench, request, [done[key] for key in keys if key in done], len(cells))
+                document = document_now()
                 _write(document, output)
             reached(n_windows)
         _write(document, output)  # also where an earlier, larger request had measured every cell
@@ -185,7 +191,7 @@ class _Bench:
         row: dict[str, Any] = {"method": cell.method, "kind": cell.kind, "keep_asked": cell.keep}
         try:
             figures = self._peer(cell, progress) if cell.peer else self._planned(cell, progress)
-        except (BudgetError, OptionError) as error:
+        except (BudgetError, OptionError, UnsupportedModelError) as error:
             return row | {"impossible": str(error)}
         return row | figures | {"seconds": time.monotonic() - started}
 
@@ -195,7 +201,7 @@ class _Bench:
         spec = self.checkpoint.spec
         result = evaluate_peer(self.model, self.original, cell.peer, spec, progress=progress)
         cache = result.protocol["cache"]
-        return _figures(result) | {
+        return figures_of(result) | {
             "bytes_per_token": cache["bytes_per_token"],
             "cache_bytes": {str(n): cell.peer.cache_bytes(spec, n) for n in LENGTHS},
             "measured_bytes": {"tokens": self.request.seq_len, "bytes": cache["bytes_at_seq_len"]},
@@ -203,23 +209,38 @@ class _Bench:
 
     def _planned(self, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
         assert cell.options is not None
-        moments = self._moments_for(cell.options)
-        plan, maps, _ = make_plan(self.checkpoint, moments, cell.options)
+        plan, maps = self._plan(cell.method, cell.options)
         attach_plan(self.model, plan, maps)
         try:
             result = evaluate_attached(self.model, self.original, progress=progress)
         finally:
             detach(self.model)
-        per_token, measured = self._measured_bytes(plan, maps)
-        return _figures(result) | {
+        per_token, measured = self._measured_bytes(plan, maps, deflated=cell.method.endswith("-deflate"))
+        shrunk = per_token - plan.compressed_bytes_per_token if cell.method.endswith("-deflate") else 0.0
+        return figures_of(result) | {
+            "keep": per_token / plan.original_bytes_per_token if shrunk else result.keep,
             "bytes_per_token": per_token,
-            "cache_bytes": {str(n): plan.cache_bytes(n) for n in LENGTHS},
+            "cache_bytes": {str(n): plan.cache_bytes(n) + round(shrunk * plan.n_encoded(n)) for n in LENGTHS},
             "measured_bytes": {"tokens": self.request.seq_len, "bytes": measured},
             "maps_bytes": plan.maps_bytes,
             "predicted_loss": plan.predicted_loss,
             "loss_in_nats": plan.loss_in_nats,
             "options": plan.options,
         }
+
+    def _plan(self, method: str, options: CompressOptions) -> tuple[Plan, dict[Site, SiteMaps]]:
+        """Return what a method makes of the calibration."""
+        if method == "kq-svd":
+            return kqsvd_plan(self.checkpoint, self.model, self._grams, options)
+        return make_plan(self.checkpoint, self._moments_for(options), options)[:2]
+
+    @cached_property
+    def _grams(self) -> dict[int, Grams]:
+        """What KQ-SVD reads of the calibration text, which is that of all methods."""
+        detach(self.model)
+        tokenizer, options = load_tokenizer(self.checkpoint.path), self.request.options
+        windows = calibration_windows(lambda: self.model, tokenizer, options, self.report)
+        return collect_grams(self.model, windows.ids, sinks=options.sinks)
 
     def _moments_for(self, options: CompressOptions) -> Moments:
         key = "weights" if options.metric == "weights" else f"{options.group} {options.band}"
@@ -235,10 +256,11 @@ class _Bench:
             )
         return self._moments[key]
 
-    def _measured_bytes(self, plan: Plan, maps: dict[Site, SiteMaps]) -> tuple[float, int]:
+    def _measured_bytes(self, plan: Plan, maps: dict[Site, SiteMaps], *, deflated: bool) -> tuple[float, int]:
         """Return (bytes a token beyond the window, bytes in all of one window) from the storages of real caches.
 
         They are filled in the checkpoint's dtype, with the first window and with half of it, cut at a whole block.
+        deflated: what they take at rest, see deflate.py.
         """
         n_tokens = self.windows.ids.shape[1]
         shorter = n_tokens - BLOCK_TOKENS * max(1, n_tokens // 2 // BLOCK_TOKENS)
@@ -250,59 +272,7 @@ class _Bench:
                 ids, decoder = self.windows.ids[:1, :n].to(self.device), self.stored_model.get_decoder()
                 with torch.no_grad():
                     decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, cache))
-                sizes[n] = cache.nbytes()
+                sizes[n] = deflated_nbytes(cache) if deflated else cache.nbytes()
         finally:
             detach(self.stored_model)
         return (sizes[n_tokens] - sizes[shorter]) / (n_tokens - shorter), sizes[n_tokens]
-
-
-def _figures(result: Evaluation) -> dict[str, Any]:
-    return {
-        "keep": result.keep,
-        "ratio": result.perplexity["ratio"],
-        "ratio_standard_error": result.ratio_standard_error,
-        "kl_nats": result.kl_nats,
-        "top1_agreement": result.top1_agreement,
-        "perplexity": result.perplexity["compressed"],
-        "original_perplexity": result.perplexity["original"],
-        "log_ratios": list(result.log_ratios),
-        "sinks": result.protocol["sinks"],
-        "recent": result.protocol["recent"],
-    }
-
-
-def _document(bench: _Bench, request: Request, rows: list[dict[str, Any]], n_cells: int) -> dict[str, Any]:
-    """Return compare.json: what was compared, on what and where, the finished cells, and verdicts on them."""
-    spec = bench.checkpoint.spec
-    measured = [r for r in rows if "ratio" in r]
-    return {
-        "format_version": FORMAT_VERSION,
-        "model": source_name(bench.checkpoint.source),
-        "model_fingerprint": bench.checkpoint.fingerprint(),
-        "architecture": spec.architecture,
-        "original": {
-            "dtype": spec.dtype,
-            "bytes_per_token": spec.cache_bytes_per_token,
-            "cache_bytes": {str(n): n * spec.cache_bytes_per_token for n in LENGTHS},
-            "perplexity": measured[0]["original_perplexity"] if measured else None,
-        },
-        "protocol": bench.protocol | {"sinks": request.options.sinks, "recent": request.options.recent},
-        "request": request.to_json(),
-        "machine": _machine(bench.device),
-        "complete": len(rows) == n_cells,
-        "cells": rows,
-        "verdicts": {figure: verdicts(rows, figure) for figure in ("ratio", "kl_nats")},
-        "front": {figure: pareto(rows, figure) for figure in ("ratio", "kl_nats")},
-    }
-
-
-def _machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
-    return {
-        "device": name,
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "kvcompress": __version__,
-    }

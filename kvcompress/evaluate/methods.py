@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvcompress.errors import OptionError
+from kvcompress.evaluate.peer_xkv import Xkv
 from kvcompress.evaluate.peers import PEERS, Peer
 from kvcompress.options import CompressOptions, load_recipe
 
@@ -19,6 +20,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     # PCA of un-rotated keys and of values, bits by what is left of the squared error (arXiv 2511.01815). Here a layer's
     # own keys and values are mixed, as a live cache needs them, where the paper mixes all layers'; no entropy coding.
     "kvtc": {"metric": "activation", "policy": "loss"},
+    "kvtc-deflate": {"metric": "activation", "policy": "loss"},  # the same, its codes deflated where they are counted
     "mea-half": {
         "key_basis": "head",
         "value_basis": "head",
@@ -28,10 +30,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "ranks_only": True,
     },
 }
+#: Published methods in files of their own: evaluate/peer_kqsvd.py, evaluate/peer_xkv.py.
+OWN_FILES = ("kq-svd", "xkv")
 OURS: dict[str, dict[str, Any]] = {"default": {}}
 #: A family stands for all of its peers.
 FAMILIES = ("kivi", "hqq", "quanto", "fp8", "turboquant", "per-token-head", "fp4")
-ALL_METHODS = (*OURS, *PUBLISHED, *FAMILIES)
+ALL_METHODS = (*OURS, *PUBLISHED, *OWN_FILES, *FAMILIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,11 @@ class Cell:
     method: str
     kind: Kind
     options: CompressOptions | None = None
-    peer: Peer | None = None
+    peer: Peer | Xkv | None = None
 
     @property
     def keep(self) -> float | None:
-        """The budget asked for; None for a peer."""
+        """The budget asked for; None for a peer that has the one it has."""
         return None if self.options is None else self.options.keep
 
     def to_json(self) -> dict[str, Any]:
@@ -57,7 +61,7 @@ class Cell:
 def cells_of(methods: Iterable[str], keeps: Iterable[float], options: CompressOptions) -> list[Cell]:
     """Return the cells of all methods: ours and published ones at every budget, peers once each.
 
-    methods: default, palu, mea-half, a peer, a family of peers, or a recipe (FILE.toml). options: how to calibrate,
+    methods: default, a published one, a peer, a family of peers, or a recipe (FILE.toml). options: how to calibrate,
     sinks and window; a recipe's own are replaced by these, so that all methods see the same calibration.
     Raises OptionError for a method that is none of these.
     """
@@ -70,7 +74,9 @@ def cells_of(methods: Iterable[str], keeps: Iterable[float], options: CompressOp
             cells.extend(Cell(p.name, "peer", peer=p) for p in peers)
             continue
         kind, name, chosen = _options_of(method, options)
-        cells.extend(Cell(name, kind, options=replace(chosen, keep=keep)) for keep in keeps)
+        for keep in keeps:
+            peer = Xkv(keep, options.sinks, options.recent) if method == "xkv" else None
+            cells.append(Cell(name, kind, options=replace(chosen, keep=keep), peer=peer))
     return list(dict.fromkeys(cells))
 
 
@@ -79,6 +85,8 @@ def _options_of(method: str, options: CompressOptions) -> tuple[Kind, str, Compr
         return "ours", method, replace(options, **OURS[method])
     if method in PUBLISHED:
         return "published", method, replace(options, **PUBLISHED[method])
+    if method in OWN_FILES:
+        return "published", method, replace(options, ranks_only=True)
     if method.endswith(".toml"):
         names = ("calibration", "tokens", "seq_len", "sinks", "recent", "seed")
         recipe = load_recipe(Path(method), **{n: getattr(options, n) for n in names})

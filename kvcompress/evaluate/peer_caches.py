@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvcompress.compat import Cache, DynamicLayer, quantised_layer
 from kvcompress.errors import OptionError
+from kvcompress.runtime.places import own_nbytes, trimmed
 
 #: Numbers that share a scale and a zero: transformers' default for hqq and quanto, the paper's for KIVI.
 GROUP = {"hqq": 64, "quanto": 64, "kivi": 32}
@@ -41,9 +42,13 @@ class PeerCache(Cache):
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def nbytes(self) -> int:
-        """Bytes of all storages that the cache holds, each counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self.layers)}
-        return sum(storages.values())
+        """Bytes of all storages that the cache holds, each counted once; a model's own windows hold no token more."""
+        own = [layer for layer in self.layers if layer.is_sliding]
+        for layer in own:
+            trimmed(layer)
+        ours = _tensors([layer for layer in self.layers if not layer.is_sliding])
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ours}
+        return sum(storages.values()) + sum(own_nbytes(layer) for layer in own)
 
 
 def _tensors(holder: Any) -> Iterator[Tensor]:
@@ -211,8 +216,8 @@ class KiviLayer(DynamicLayer):
         n_leaving = max(0, self.keys.shape[2] - self.residual) // size * size
         if n_leaving == 0:
             return
-        keys = _by_token(self.keys[:, :, :n_leaving]).unflatten(1, (-1, size))  # [batch, groups, 32, numbers]
-        values = _by_token(self.values[:, :, :n_leaving]).unflatten(2, (-1, size))  # [batch, tokens, groups, 32]
+        keys = by_token(self.keys[:, :, :n_leaving]).unflatten(1, (-1, size))  # [batch, groups, 32, numbers]
+        values = by_token(self.values[:, :, :n_leaving]).unflatten(2, (-1, size))  # [batch, tokens, groups, 32]
         self.old_keys.append(_quantise(keys, 2, self.bits))
         self.old_values.append(_quantise(values, 3, self.bits))
         self.n_old += n_leaving
@@ -227,7 +232,7 @@ class KiviLayer(DynamicLayer):
         return torch.cat([*flat, exact], dim=2)
 
 
-def _by_token(x: Tensor) -> Tensor:
+def by_token(x: Tensor) -> Tensor:
     """[batch, heads, n_tokens, head_dim] -> [batch, n_tokens, heads * head_dim]."""
     return x.transpose(1, 2).flatten(2)
 

@@ -2,7 +2,8 @@
 
 NVFP4 (NVIDIA, arXiv 2509.25149; vLLM's `nvfp4`): a scale in e4m3 for 16 neighbouring numbers, one float32 scale for
 all, here vLLM's default of 1. UltraQuant (vLLM's `ultraquant_4bit`): a power of two for 32 neighbours, as in the
-OCP's MX formats (arXiv 2310.10537), keys rotated by a Hadamard matrix first.
+OCP's MX formats (arXiv 2310.10537), keys rotated by a Hadamard matrix first; vLLM leaves the first and the last two
+layers exact there, too. (It also rounds queries to e4m3 before they meet rotated keys, which is left out here.)
 """
 
 from __future__ import annotations

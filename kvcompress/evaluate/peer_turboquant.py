@@ -102,5 +102,6 @@ def lloyd_max(head_dim: int, bits: int) -> Tensor:
 PRESETS = {
     "k8v4": TurboQuant(8, 4, renormalised=False),
     "4bit_nc": TurboQuant(4, 4),
+    "k3v4_nc": TurboQuant(3, 4),
     "3bit_nc": TurboQuant(3, 3),
 }

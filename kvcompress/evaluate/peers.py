@@ -1,23 +1,19 @@
 """Peers: quantised caches that people use today, measured in the same way as ours.
 
-A peer's cache is filled and read as generation does it. transformers' layers quantise everything anew whenever their
-residual window is full; between two such moments tokens see each other exactly. So decoding token by token equals
-forwards over chunks that end where the window is full, and that is what runs here: the real cache object, no
-simulation of it. (Chunks differ from single tokens by the order of floating-point sums only; a test compares them.)
+Here is what each is, in which chunks it decodes, and what it takes in bytes; peer_run.py runs them.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from kvcompress.compat import cache_argument
+from kvcompress.compat import DynamicLayer
 from kvcompress.errors import OptionError
 from kvcompress.evaluate import peer_fp4, peer_per_token_head, peer_turboquant
 from kvcompress.evaluate.peer_caches import (
@@ -28,11 +24,11 @@ from kvcompress.evaluate.peer_caches import (
     QuantisedOnce,
     hqq_layer,
     quanto_layer,
-    without_emptying,
 )
-from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
 from kvcompress.evaluate.token_formats import TokenFormat, TokenLayer
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec
+from kvcompress.runtime.layers import places_of
+from kvcompress.runtime.places import Places
 
 #: Bytes of a group's scale and zero together, in 16-bit dtypes; hqq and quanto keep them in the cache's own dtype.
 _KIVI_SCALES = 4
@@ -42,8 +38,6 @@ TOKEN_FORMATS: dict[str, TokenFormat] = {
     **{f"{name}-per-token-head": form for name, form in peer_per_token_head.FORMATS.items()},
     **peer_fp4.FORMATS,
 }
-#: Windows decoded at once on a GPU, where a window alone leaves it waiting for kernels to start.
-GPU_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +55,30 @@ class Peer:
     form: str = ""
     exact_layers: int = 0
 
+    sinks: ClassVar[int] = 0  # first tokens that are exact
+
     @property
     def name(self) -> str:
         if self.form:
-            every_layer = self.family == "turboquant" and not self.exact_layers
+            every_layer = self.form.startswith(("turboquant", "ultraquant")) and not self.exact_layers
             return f"{self.form}{'-all-layers' * every_layer}"
         return self.family if self.family.startswith("fp8") else f"{self.family}-{self.bits}bit{'-once' * self.once}"
 
-    def new_cache(self, n_layers: int, stored: torch.dtype) -> PeerCache:
-        """Return an empty cache that stores in the dtype `stored`. Raises OptionError if its package is missing."""
+    @property
+    def at_once(self) -> int | None:
+        """Windows that may be decoded together: one where a scale is that of a whole text, else any number."""
+        return 1 if self.family == "fp8" else None
+
+    def cache_for(self, model: Any, spec: ModelSpec, ids: Tensor) -> PeerCache:
+        """Return an empty cache for texts ids [batch, n_tokens]; layers that a model keeps a window in stay its own."""
+        return self.new_cache(len(spec.layers), getattr(torch, spec.dtype), places_of(model, spec))
+
+    def new_cache(self, n_layers: int, stored: torch.dtype, places: Places | None = None) -> PeerCache:
+        """Return an empty cache that stores in the dtype `stored`. Raises OptionError if its package is missing.
+
+        places: where the n_layers layers stand among the model's own, by default everywhere.
+        """
+        places = places or Places.all_of(n_layers)
         make = {
             "hqq": lambda: hqq_layer(self.bits, self.residual),
             "quanto": lambda: quanto_layer(self.bits, self.residual),
@@ -78,20 +87,26 @@ class Peer:
             "fp8-unscaled": lambda: Fp8Layer(scaled=False),
             "token": lambda: TokenLayer(TOKEN_FORMATS[self.form]),
         }["token" if self.form else self.family]
-        layers = [QuantisedOnce(make()) if self.once else make() for _ in range(n_layers)]
-        for i in self._exact(n_layers):
-            layers[i] = DynamicLayer()
-        return PeerCache(layers, stored)
+        once = lambda: QuantisedOnce(make()) if self.once else make()  # noqa: E731
+        exact = self._exact(places.layers, n_layers if places.own is None else len(places.own()))
+        return PeerCache(places.filled([DynamicLayer if i in exact else once for i in places.layers]), stored)
 
     @property
     def keeps_window(self) -> bool:
         """Whether the latest tokens are exact: not where each is quantised as it comes."""
         return not (self.form or self.family.startswith("fp8"))
 
-    def _exact(self, n_layers: int) -> list[int]:
-        """Return which layers are exact, as vLLM chooses them: the first and the last, never more than all."""
-        n = min(self.exact_layers, n_layers // 2)
-        return sorted({*range(n), *range(n_layers - n, n_layers)})
+    def _exact(self, layers: Sequence[int], depth: int) -> set[int]:
+        """Return which of the layers are exact, as vLLM chooses them: the model's first and last, never more than all.
+
+        depth: all layers of the model, those with windows or states included.
+        """
+        n = min(self.exact_layers, depth // 2)
+        return {i for i in layers if i < n or i >= depth - n}
+
+    def _exact_of(self, spec: ModelSpec) -> set[int]:
+        numbers = [*(a.layer for a in spec.layers), *(o.layer for o in spec.own_layers)]
+        return self._exact([a.layer for a in spec.layers], 1 + max(numbers))
 
     def chunks(self, n_tokens: int) -> list[slice]:
         """Return the forwards that equal decoding: the first fills the window, the later ones end where it is full.
@@ -122,19 +137,18 @@ class Peer:
     def bytes_per_token(self, spec: ModelSpec) -> float:
         """Return what a quantised token takes in all layers: codes, scales and zeros."""
         if self.form:
-            exact = set(self._exact(len(spec.layers)))
-            layer = {i: 2 * a.width * DTYPE_BYTES[spec.dtype] for i, a in enumerate(spec.layers)}
-            coded = {
-                i: a.n_kv_heads * TOKEN_FORMATS[self.form].head_bytes(a.head_dim) for i, a in enumerate(spec.layers)
-            }
+            exact = self._exact_of(spec)
+            layer = {a.layer: 2 * a.width * DTYPE_BYTES[spec.dtype] for a in spec.layers}
+            coded = {a.layer: a.n_kv_heads * TOKEN_FORMATS[self.form].head_bytes(a.head_dim) for a in spec.layers}
             return sum(layer[i] if i in exact else coded[i] for i in layer)
         return spec.cache_numbers_per_token * self._bytes_per_number(DTYPE_BYTES[spec.dtype])
 
     def cache_bytes(self, spec: ModelSpec, n_tokens: int) -> int:
-        """Return the bytes of a cache of n_tokens: quantised ones, exact window, scales."""
+        """Return the bytes of a cache of n_tokens: quantised ones, exact window, scales, the model's own layers."""
         exact = self.n_exact(n_tokens)
         scales = 2 * 4 * len(spec.layers) if self.family == "fp8" else 0
-        return round((n_tokens - exact) * self.bytes_per_token(spec)) + exact * spec.cache_bytes_per_token + scales
+        quantised = round((n_tokens - exact) * self.bytes_per_token(spec))
+        return quantised + exact * spec.cache_bytes_per_token + scales + spec.own_bytes(n_tokens)
 
     def measured_bytes_per_token(self, spec: ModelSpec) -> float:
         """Return the same from the storages of real caches: one layer filled with 1024 and with 2048 tokens.
@@ -149,7 +163,7 @@ class Peer:
             states = torch.ones(1, attention.n_kv_heads, n_tokens, attention.head_dim)
             cache.update(states, states, 0)
             sizes.append(cache.nbytes())
-        n_exact = len(self._exact(len(spec.layers)))
+        n_exact = len(self._exact_of(spec))
         exact = n_exact * spec.cache_bytes_per_token / len(spec.layers)
         return (len(spec.layers) - n_exact) * (sizes[1] - sizes[0]) / 1024 + exact
 
@@ -199,13 +213,16 @@ PEERS = {
         Peer("fp8-unscaled", 8, residual=0),
         *(
             Peer("turboquant", bits, residual=0, form=f"turboquant-{preset}", exact_layers=layers)
-            for preset, bits in (("k8v4", 8), ("4bit_nc", 4), ("3bit_nc", 3))
+            for preset, bits in (("k8v4", 8), ("4bit_nc", 4), ("k3v4_nc", 3), ("3bit_nc", 3))
             for layers in (peer_turboquant.EXACT_LAYERS, 0)
         ),
         Peer("per-token-head", 8, residual=0, form="int8-per-token-head"),
         Peer("per-token-head", 8, residual=0, form="fp8-per-token-head"),
         Peer("fp4", 4, residual=0, form="nvfp4"),
-        Peer("fp4", 4, residual=0, form="ultraquant"),
+        *(
+            Peer("fp4", 4, residual=0, form="ultraquant", exact_layers=layers)
+            for layers in (peer_turboquant.EXACT_LAYERS, 0)
+        ),
     )
 }
 
@@ -219,62 +236,3 @@ def find_peer(name: str, *, residual: int | None = None) -> Peer:
     if not PEERS[name].keeps_window:
         raise OptionError(f"cache {name} keeps no token exactly: leave out --recent.")
     return replace(PEERS[name], residual=residual)
-
-
-def evaluate_peer(
-    model: Any,
-    original: Original,
-    peer: Peer,
-    spec: ModelSpec,
-    *,
-    batch: int | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Return how decoding with a peer's cache compares with the original, on the windows of `original`.
-
-    model: the uncompressed model with nothing attached; its dtype may be wider than the checkpoint's, the cache
-    stores in the checkpoint's. batch: windows decoded at once, 8 on a GPU and 1 elsewhere by default; one at a time
-    for fp8, whose scale is that of a text. (hqq ends its search for zeros by the mean error of the whole batch.)
-    `protocol["cache"]` says what was stored, and a window's bytes measured at its end.
-    """
-    seq_len = original.windows.ids.shape[1]
-    peer.check(spec, seq_len)
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    batch = 1 if peer.family == "fp8" else batch or (GPU_BATCH if on_gpu else 1)
-    measured = 0
-
-    def decoded(ids: Tensor) -> Tensor:
-        nonlocal measured
-        cache = peer.new_cache(len(spec.layers), getattr(torch, spec.dtype))
-        states = decoded_states(model, ids, peer, cache)
-        measured = cache.nbytes() // len(ids)
-        return states
-
-    per_token = peer.measured_bytes_per_token(spec)
-    cache = {"name": peer.name, "stored_dtype": spec.dtype, "bytes_per_token": per_token, "windows_at_once": batch}
-    result = compare_states(
-        model,
-        original,
-        decoded,
-        keep=per_token / spec.cache_bytes_per_token,
-        protocol={"sinks": 0, "recent": peer.residual, "cache": cache},
-        batch=batch,
-        progress=progress,
-    )
-    cache["bytes_at_seq_len"] = measured
-    return result
-
-
-def decoded_states(model: Any, ids: Tensor, peer: Peer, cache: PeerCache) -> Tensor:
-    """Return the final hidden states [n, n_tokens, d_model] that decoding ids [n, n_tokens] with the cache gives."""
-    states = []
-    decoder = model.get_decoder()
-    on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
-    with torch.no_grad(), without_emptying() if on_gpu else nullcontext():
-        for chunk in peer.chunks(ids.shape[1]):
-            positions = torch.arange(chunk.start, chunk.stop, device=ids.device)[None]
-            output = decoder(
-                input_ids=ids[:, chunk], position_ids=positions, use_cache=True, **cache_argument(decoder, cache)
-            )
-            states.append(output.last_hidden_state)
-    return torch.cat(states, 1)

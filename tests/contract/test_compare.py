@@ -8,20 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
+from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError, OutputError
 from kvcompress.evaluate import compare as module
 from kvcompress.evaluate.compare import COMPARISON_FILE, Request, compare
+from kvcompress.evaluate.compare_document import joined
 from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import cells_of
-from kvcompress.evaluate.peers import PEERS, evaluate_peer, find_peer
+from kvcompress.evaluate.peer_run import evaluate_peer
+from kvcompress.evaluate.peers import PEERS, find_peer
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.report.comparison import comparison_table, headline, name_of
 from kvcompress.runtime.load import load
+from tests.tiny_models import build_tokenizer
 
 MODEL = "llama-mha"
 OPTIONS = CompressOptions(tokens=512, seq_len=256, sinks=2, recent=8)
@@ -195,6 +200,54 @@ def test_what_cannot_be_compared_is_refused_at_once(tiny_checkpoint: Any, reques
         with pytest.raises(OptionError, match=message):
             compare(tiny_checkpoint(MODEL), tmp_path / "out", request_of(*methods, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_comparisons_of_other_methods_on_the_same_windows_are_joined(
+    tiny_checkpoint: Any, request_of: Any, tmp_path: Path
+) -> None:
+    methods = (("default", "kq-svd"), ("xkv", "kvtc-deflate"), ("fp8",))
+    whole = compare(tiny_checkpoint(MODEL), tmp_path / "whole", request_of(*(m for some in methods for m in some)))
+    parts = [compare(tiny_checkpoint(MODEL), tmp_path / some[0], request_of(*some)) for some in methods]
+    found = joined(parts)
+    for document in (whole, found):
+        for cell in document["cells"]:
+            cell.pop("seconds", None)
+    assert found == whole
+    assert row(whole, "kvtc-deflate at 0.5")["bytes_per_token"] < 0.5 * whole["original"]["bytes_per_token"]
+    assert row(whole, "xkv at 0.25")["kind"] == row(whole, "kq-svd at 0.25")["kind"] == "published"
+    with pytest.raises(OptionError, match="share a cell"):
+        joined([parts[0], parts[0]])
+    with pytest.raises(OptionError, match="different protocol"):
+        joined([parts[0], parts[1] | {"protocol": {}}])
+
+
+def test_layers_with_a_window_stay_the_models_own_in_every_method(request_of: Any, tmp_path: Path) -> None:
+    """Gemma 3: one layer of two keeps a window; and a method that must know the weights is a row that says so."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 64, "layer_types": kinds}
+    config = transformers.Gemma3TextConfig(**sizes, **heads, max_position_embeddings=512)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    request = request_of("kq-svd", "xkv", "mea-half", "kivi-4bit", "nvfp4", "turboquant-4bit_nc", keeps=(0.5,))
+    document = compare(tmp_path / "model", tmp_path / "out", request)
+    own = 3 * 2 * 2 * 32 * 63  # bytes: layers, parts, bf16, numbers, tokens that transformers keeps of a window of 64
+    assert document["original"]["bytes_per_token"] == 384
+    assert document["original"]["cache_bytes"]["2048"] == 2048 * 384 + own
+    assert "which weights make" in row(document, "mea-half at 0.5")["impossible"] and document["complete"]
+    for name, left in (("kq-svd at 0.5", 0.5), ("xkv at 0.5", 0.5), ("kivi-4bit", 5 / 16), ("nvfp4", 4.5 / 16)):
+        cell = row(document, name)
+        assert cell["bytes_per_token"] == pytest.approx(left * 384, rel=0.04)
+        assert cell["measured_bytes"]["bytes"] > own
+    # vLLM's exact layers are counted over all of the model's, so two of the three that grow are exact
+    assert row(document, "turboquant-4bit_nc")["bytes_per_token"] == 2 * 128 + 2 + 16 + 16 + 4
+    cache = find_peer("kivi-4bit").cache_bytes(read_model_spec_of(tmp_path / "model"), 256)
+    assert row(document, "kivi-4bit")["measured_bytes"]["bytes"] == cache
+
+
+def read_model_spec_of(directory: Path) -> Any:
+    with open_checkpoint(directory) as checkpoint:
+        return checkpoint.spec
 
 
 def test_names_stand_for_cells(tmp_path: Path) -> None:
