@@ -22,11 +22,11 @@ from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make
 from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.distance import distance_of_samples
-from kvcompress.errors import BudgetError, OutputError, UnsupportedModelError
+from kvcompress.errors import BudgetError, OptionError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
 from kvcompress.fold.grouping import choose_groups, group_sizes
 from kvcompress.model.model_spec import Site
-from kvcompress.options import GROUPED, CompressOptions
+from kvcompress.options import BLOCK_TOKENS, GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
@@ -137,6 +137,7 @@ def make_plan(
         rotations=rotations,
         signature=moments.signature,
         own_layers=spec.own_layers,
+        window=spec.window,
     )
     return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
 
@@ -217,6 +218,12 @@ def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOption
         group_sizes(checkpoint.spec.layers[0].n_kv_heads, options.per_group)  # raises where heads cannot be split so
     for basis in (key_basis(checkpoint, options), value_basis(checkpoint, options)):
         basis.blocks(checkpoint.spec.layers[0])  # raises for a group or a band that does not divide
+    window, exact = checkpoint.spec.window, options.recent + BLOCK_TOKENS
+    if window is not None and window - 1 <= exact and not options.folded:
+        raise OptionError(
+            f"every layer keeps a window of {window} tokens, and with --recent {options.recent} up to {exact - 1} stay "
+            "exact: nothing would be compressed. Lower --recent."
+        )
     if options.folded and checkpoint.spec.foldable_obstacle:
         raise UnsupportedModelError(
             f"{checkpoint.source} cannot be folded: {checkpoint.spec.foldable_obstacle}. "

@@ -17,8 +17,8 @@ from kvcompress.model.rotation import Rotation
 from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
 from kvcompress.options import GAIN_BITS, LEVELS, is_turn
 
-#: Version 4 adds rotations and layers of the model's own; an output that needs neither is written as version 3.
-FORMAT_VERSION, READ_VERSIONS = 4, (3, 4)
+#: Version 4 adds rotations and layers of the model's own, 5 a window; each is written as the oldest that can say it.
+FORMAT_VERSION, READ_VERSIONS = 5, (3, 4, 5)
 PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
 
@@ -60,6 +60,15 @@ class Calibration(TypedDict):
 def n_encoded(n_tokens: int, recent: int) -> int:
     """Return how many of n_tokens are encoded: whole blocks of those older than the recent window."""
     return max(0, n_tokens - recent) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def n_dropped(n_tokens: int, n_encoded: int, window: int | None, turn: int = 1) -> int:
+    """Return how many of n_tokens are no longer held, for the next one sees the last window - 1 of them.
+
+    Whole blocks, or where keys are in longer turns whole turns, among those that are encoded.
+    """
+    step = max(BLOCK_TOKENS, turn)
+    return 0 if window is None else min(max(0, n_tokens - (window - 1)), n_encoded) // step * step
 
 
 def runs(bits: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -147,6 +156,8 @@ class Plan:
     own_layers: tuple[OwnLayer, ...] = ()
     #: By which the model and its relatives (quantised, fine-tuned) are known; none in earlier outputs, or without text.
     signature: Annotated[tuple[float, ...], Within(0, 1024)] = ()
+    #: Where every layer has a sliding window: its tokens, the one that attends included. What left it is not held.
+    window: Annotated[int, Within(2, 1 << 40)] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -184,6 +195,15 @@ class Plan:
         """Return how many of a sequence's tokens are stored encoded."""
         return n_encoded(n_tokens, self.recent)
 
+    @property
+    def turn(self) -> int:
+        """Tokens whose keys are un-rotated by one position, the most of any site."""
+        return max(s.turn for s in self.sites)
+
+    def n_dropped(self, n_tokens: int) -> int:
+        """Return how many of a sequence's first tokens are no longer held; see the function n_dropped."""
+        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.window, self.turn)
+
     def cache_bytes(self, n_tokens: int, *, exact_number_bytes: int | None = None) -> int:
         """Return the bytes that the cache of one sequence of n_tokens takes: packed codes, sinks, window, positions.
 
@@ -193,17 +213,19 @@ class Plan:
         size = exact_number_bytes or DTYPE_BYTES[self.dtype]
         if self.form == "folded":
             return n_tokens * sum(s.rank for s in self.sites) * size
-        encoded = self.n_encoded(n_tokens)
+        own = self.own_bytes(n_tokens, exact_number_bytes)
+        encoded, dropped = self.n_encoded(n_tokens), self.n_dropped(n_tokens)
+        n_exact = n_tokens - encoded + (self.sinks if encoded and dropped < self.sinks else 0)
+        n_tokens, encoded = n_tokens - dropped, encoded - dropped  # those that are held
         whole_layers = {s.layer for s in self.sites} - {s.layer for s in self.sites if not s.exact}
-        total = (4 * n_tokens if self.needs_positions else 0) + self.own_bytes(n_tokens, exact_number_bytes)
+        total = 4 * n_tokens if self.needs_positions else 0
         for s in self.sites:
             if s.layer in whole_layers:
                 total += n_tokens * s.width * size
                 continue
-            n_exact = n_tokens - encoded + (self.sinks if encoded else 0)
             encoded_bits = 8 * s.width * size if s.exact else s.bits_per_token
             total += encoded * encoded_bits // 8 + n_exact * s.width * size
-        return total
+        return total + own
 
     def own_bytes(self, n_tokens: int, exact_number_bytes: int | None = None) -> int:
         """Return the bytes of the layers that are not compressed, after n_tokens of one sequence."""
@@ -212,17 +234,18 @@ class Plan:
 
     def original_bytes(self, n_tokens: int) -> int:
         """Return the bytes of the model's own cache after n_tokens of one sequence, windows and states as they are."""
-        return n_tokens * self.original_bytes_per_token + self.own_bytes(n_tokens)
+        held = n_tokens if self.window is None else min(n_tokens, self.window - 1)
+        return held * self.original_bytes_per_token + self.own_bytes(n_tokens)
 
     def rotation_of(self, site: SitePlan) -> Rotation | None:
         return None if site.rotation is None else self.rotations[site.rotation]
 
     def save(self, directory: Path) -> None:
         """Write kv_plan.json, to be done after the maps and weights beside it, whose fingerprints it states."""
-        version = FORMAT_VERSION if self.rotations or self.own_layers else 3
+        version = 5 if self.window else 4 if self.rotations or self.own_layers else 3
         document = {"format_version": version, **asdict(self)}
         document["files"] = fingerprints(directory)
-        for name in ("files", "rotations", "own_layers", "signature"):
+        for name in ("files", "rotations", "own_layers", "signature", "window"):
             if not document[name]:
                 del document[name]
         for site in document["sites"]:
@@ -246,7 +269,7 @@ class Plan:
             version = document.pop("format_version", None)
             if version is not None and version not in READ_VERSIONS:
                 raise CheckpointError(
-                    f"{file} has format version {version}; this kvcompress reads versions 3 and {FORMAT_VERSION}. "
+                    f"{file} has format version {version}; this kvcompress reads versions 3 to {FORMAT_VERSION}. "
                     "Use the kvcompress that wrote it, or compress again."
                 )
             return _checked(document, version)

@@ -83,7 +83,7 @@ def continue_prompt(
         new_tokens=len(new),
         seconds=seconds,
         measured_bytes=allocated_bytes(cache),
-        original_bytes=cache.get_seq_length() * loaded.plan.original_bytes_per_token,
+        original_bytes=loaded.plan.original_bytes(cache.get_seq_length()),
     )
 
 

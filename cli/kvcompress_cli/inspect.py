@@ -65,9 +65,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "key_norm": any(a.key_norm for a in spec.layers),
         "weight_bytes": checkpoint.weight_bytes,
         "cache_bytes_per_token": per_token,
-        "cache_bytes": [
-            {"tokens": n, "bytes": n * per_token + spec.own_bytes(n), "compressed": _reached(spec, n)} for n in CONTEXTS
-        ],
+        "cache_bytes": [{"tokens": n, "bytes": spec.cache_bytes(n), "compressed": _reached(spec, n)} for n in CONTEXTS],
         "forms": {name: _possibility(obstacle) for name, obstacle in form_obstacles(spec).items()},
         "key_bases": {name: _possibility(obstacle) for name, obstacle in key_basis_obstacles(first).items()},
         "latent_group": {"kv_heads": group, "block_width": group * first.head_dim},
@@ -90,7 +88,8 @@ def _why_own(layer: OwnLayer) -> str:
 
 def _reached(spec: ModelSpec, n_tokens: int) -> int:
     """Return about how many bytes the cache takes at keep 0.125, windows and states as they are."""
-    return int(_KEEP * n_tokens * spec.cache_bytes_per_token) + spec.own_bytes(n_tokens)
+    own = spec.own_bytes(n_tokens)
+    return int(_KEEP * (spec.cache_bytes(n_tokens) - own)) + own
 
 
 def form_obstacles(spec: ModelSpec) -> dict[str, str | None]:
@@ -144,7 +143,7 @@ def _print(document: dict[str, Any]) -> None:
     for why, n in kept.items():
         grid.add_row("", f"{n} layers stay as they are: each {why}")
     if document["layers_with_sliding_window"] and not document["own_layers"]:
-        grid.add_row("", "every layer has a sliding window; the sizes count every token")
+        grid.add_row("", "every layer has a sliding window; what is in it is compressed, and no more is held")
     if document["read_by"] != "config.json":
         grid.add_row("", "read by running the model; how keys turn with the position is proven when it is compressed")
     group = document["latent_group"]

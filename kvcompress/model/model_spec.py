@@ -162,6 +162,11 @@ class ModelSpec:
         return {site: rotation for site, rotation in found.items() if rotation is not None}
 
     @property
+    def window(self) -> int | None:
+        """The window that every compressed layer has: where all layers have one, what is in it is compressed."""
+        return self.layers[0].sliding_window
+
+    @property
     def cache_numbers_per_token(self) -> int:
         """Numbers that each further token adds to the cache."""
         return sum(a.of(part).width for a in self.layers for part in PARTS)
@@ -170,6 +175,11 @@ class ModelSpec:
     def cache_bytes_per_token(self) -> int:
         """Bytes that each further token adds to the model's own cache, all layers, in the model's own dtype."""
         return self.cache_numbers_per_token * DTYPE_BYTES[self.dtype]
+
+    def cache_bytes(self, n_tokens: int) -> int:
+        """Return the bytes of the model's own cache after n_tokens of one sequence; of a window one less is kept."""
+        held = n_tokens if self.window is None else min(n_tokens, self.window - 1)
+        return held * self.cache_bytes_per_token + self.own_bytes(n_tokens)
 
     def own_bytes(self, n_tokens: int) -> int:
         """Return the bytes of the layers that are not compressed, after n_tokens of one sequence."""

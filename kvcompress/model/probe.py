@@ -97,6 +97,12 @@ def _layers(config: Any, run: Recorded) -> tuple[list[AttentionSpec], list[OwnLa
                 own.append(OwnLayer(index, layer.kind, state_bytes=layer.state_bytes))
     plain = all(x.keeps_only_tokens for x in run.cache_layers)
     if not layers and plain and any(o.window for o in own):  # nothing but windows: then they are what is compressed
+        windows = {o.window for o in own if o.window}
+        if len(windows) > 1:
+            raise UnsupportedModelError(
+                f"model type '{config.model_type}' is not supported: each layer keeps a window, of {min(windows)} to "
+                f"{max(windows)} tokens. Windows are compressed where all are the same."
+            )
         layers = [replace(_attention(o.layer, run), sliding_window=o.window) for o in own if o.window]
         own = [o for o in own if not o.window]
     if not layers:

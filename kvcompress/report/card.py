@@ -136,7 +136,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _sizes(plan: Plan) -> str:
-    rows = ((n, n * plan.original_bytes_per_token, plan.cache_bytes(n)) for n in CONTEXTS)
+    rows = ((n, plan.original_bytes(n), plan.cache_bytes(n)) for n in CONTEXTS)
     return "\n".join(f"| {tokens(n)} | {size(o)} | {size(c)} | {percent(c / o)} |" for n, o, c in rows)
 
 

@@ -68,7 +68,7 @@ class Attachment:
         sinks = self.plan.sinks if sinks is None else sinks
         recent = self.plan.recent if recent is None else recent
         if capacity is None:
-            return CompressedCache(self.codecs, sinks=sinks, recent=recent, places=self.places)
+            return CompressedCache(self.codecs, sinks=sinks, recent=recent, places=self.places, window=self.plan.window)
         self.check_capacity(capacity)
         return StaticCache(self.codecs, sinks=sinks, recent=recent, capacity=capacity)
 

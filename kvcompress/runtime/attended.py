@@ -25,6 +25,9 @@ class AttendedCache(compat.Cache):
         """Note the tokens that a forward brings, before any layer sees them; positions: [batch or 1, n_new]."""
         raise NotImplementedError
 
+    def end(self) -> None:
+        """Note that a forward has come to its end."""
+
     @calls.untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

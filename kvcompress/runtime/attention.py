@@ -169,7 +169,7 @@ def tiled_attention(
     None where every query sees every token. softcap, s_aux: see model.recording.plain_attention.
     """
     batch, n_heads, n_queries, head_dim = query.shape
-    codecs, n_encoded, n_tokens = layer.codecs, layer.n_encoded, layer.get_seq_length()
+    codecs, n_encoded, n_tokens = layer.codecs, layer.n_encoded, layer.n_held
     groups = n_heads // codecs.n_kv_heads
     rows = query.float().reshape(batch, codecs.n_kv_heads, groups * n_queries, head_dim) * scaling
     bias = additive_mask(mask, batch, n_queries, n_tokens, query.device)
@@ -189,8 +189,8 @@ def tiled_attention(
     assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
     sink_slots = layer.tokens.sink_slots().to(query.device)
     old_bias = bias[..., :n_encoded].clone()
-    in_cache = sink_slots.clamp(max=n_encoded - 1)[:, None, None].expand(-1, old_bias.shape[1], n_queries, -1)
-    is_encoded = (sink_slots < n_encoded)[:, None, None]
+    in_cache = sink_slots.clamp(0, n_encoded - 1)[:, None, None].expand(-1, old_bias.shape[1], n_queries, -1)
+    is_encoded = ((sink_slots >= 0) & (sink_slots < n_encoded))[:, None, None]
     if sink_slots.numel():
         sink_bias = old_bias.gather(-1, in_cache).masked_fill(~is_encoded, float("-inf"))
         old_bias = _mask_slots(old_bias, in_cache, is_encoded)

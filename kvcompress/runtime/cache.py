@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import compat
+from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attended import AttendedCache
@@ -19,6 +20,8 @@ from kvcompress.runtime.tokens import TokenLine
 
 class CompressedLayer(compat.CacheLayer):
     """One layer's cache. Tokens lie in order: `n_encoded` packed in blocks of 32, then the recent ones exactly.
+
+    Where every layer of the model has a sliding window, `n_dropped` have left it; what is held counts from there on.
 
     The sinks of a sequence (its first real tokens, so that left padding does not use them up) are encoded as well
     but kept exactly beside, and attention uses the exact copy.
@@ -33,7 +36,7 @@ class CompressedLayer(compat.CacheLayer):
 
     def __init__(self, codecs: LayerKernels, tokens: TokenLine) -> None:
         super().__init__()
-        self.codecs, self.tokens = codecs, tokens
+        self.codecs, self.tokens, self.n_dropped = codecs, tokens, 0
         self.packed_keys = self.packed_values = None
         self.sink_keys: Tensor | None = None  # [batch, heads, sinks, head_dim]
         self.sink_values: Tensor | None = None
@@ -61,10 +64,15 @@ class CompressedLayer(compat.CacheLayer):
         return self.keys, self.values
 
     def evict(self) -> None:
-        """Encode whole blocks of tokens that have left the recent window."""
-        n_leaving = self.tokens.n_encoded(self.get_seq_length()) - self.n_encoded
-        if self.codecs.exact or n_leaving <= 0:
-            return
+        """Encode whole blocks of tokens that have left the recent window; drop those that have left the model's own."""
+        n_leaving = self.tokens.n_encoded(self.get_seq_length()) - self.n_encoded - self.n_dropped
+        if n_leaving > 0 and not self.codecs.exact:
+            self._encode_oldest(n_leaving)
+        n_dead = self.tokens.n_dropped(self.get_seq_length()) - self.n_dropped
+        if n_dead > 0:
+            self._drop(n_dead)
+
+    def _encode_oldest(self, n_leaving: int) -> None:
         keys, values = self.keys[:, :, :n_leaving], self.values[:, :, :n_leaving]
         positions = self.key_positions(self.n_encoded, self.n_encoded + n_leaving)
         self._keep_sinks(keys, values)
@@ -72,6 +80,16 @@ class CompressedLayer(compat.CacheLayer):
         append(self, CompressedLayer.packed_values, self.codecs.pack_values(values, positions))
         # clone, so that the storage of the encoded tokens is freed
         self.keys, self.values = self.keys[:, :, n_leaving:].clone(), self.values[:, :, n_leaving:].clone()
+
+    def _drop(self, n: int) -> None:
+        self.n_dropped += n
+        if self.packed_keys is None or self.packed_values is None:
+            self.keys, self.values = self.keys[:, :, n:].clone(), self.values[:, :, n:].clone()
+            return
+        self.packed_keys = self.packed_keys[:, n // BLOCK_TOKENS :].clone()
+        self.packed_values = self.packed_values[:, n // BLOCK_TOKENS :].clone()
+        if self.tokens.sinks_are_gone(self.n_dropped) and self.sink_keys is not None and self.sink_values is not None:
+            self.sink_keys, self.sink_values = self.sink_keys[:, :, :0].clone(), self.sink_values[:, :, :0].clone()
 
     def key_positions(self, first: int, stop: int) -> Tensor:
         """Return the positions by which the layer's keys of slots first..stop are un-rotated: [batch, stop - first]."""
@@ -91,10 +109,16 @@ class CompressedLayer(compat.CacheLayer):
         self.sink_values = torch.where(leaving, _gathered(values, place), self.sink_values)
 
     def get_seq_length(self) -> int:
-        return self.n_encoded + self.keys.shape[-2] if self.is_initialized else 0
+        return self.n_dropped + self.n_held if self.is_initialized else 0
+
+    @property
+    def n_held(self) -> int:
+        """Tokens that are held, encoded or exact."""
+        return self.n_encoded + self.keys.shape[-2]
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        return self.get_seq_length() + compat.n_queries(query_length), 0
+        held = self.n_held if self.is_initialized else 0
+        return held + compat.n_queries(query_length), self.n_dropped
 
     def get_max_length(self) -> int:
         return -1
@@ -103,6 +127,8 @@ class CompressedLayer(compat.CacheLayer):
         """Drop tokens from the end: `tokens` of them if negative, down to a length of `tokens` if positive."""
         if not self.is_initialized or tokens == 0:
             return
+        if self.n_dropped:
+            raise OptionError("tokens have left the model's sliding window: the cache cannot go back to before that.")
         length = self.get_seq_length()
         keep = min(length, length + tokens if tokens < 0 else tokens)
         if keep >= self.n_encoded:
@@ -137,7 +163,7 @@ class CompressedLayer(compat.CacheLayer):
         return keys.contiguous(), values.contiguous()
 
     def reset(self) -> None:
-        self.is_initialized = False
+        self.is_initialized, self.n_dropped = False, 0
         self.keys = self.values = None
         self.packed_keys = self.packed_values = self.sink_keys = self.sink_values = None
 
@@ -192,17 +218,29 @@ def _gathered(x: Tensor, tokens: Tensor) -> Tensor:
 class CompressedCache(AttendedCache):
     """A transformers Cache whose layers store packed codes. Made by `attach`; `generate` uses it by itself."""
 
-    def __init__(self, codecs: list[LayerKernels], *, sinks: int, recent: int, places: Places | None = None) -> None:
-        """places: where the codecs' layers stand among the model's own, by default everywhere."""
+    def __init__(
+        self,
+        codecs: list[LayerKernels],
+        *,
+        sinks: int,
+        recent: int,
+        places: Places | None = None,
+        window: int | None = None,
+    ) -> None:
+        """places: where the codecs' layers stand among the model's own, by default everywhere. window: of each."""
         self.places = places or Places.all_of(len(codecs))
         needs_positions = any(c.key is not None for c in codecs)
-        self.tokens = tokens = TokenLine(sinks, recent, counts_bytes=needs_positions)
+        turn = max(c.turn for c in codecs)
+        self.tokens = tokens = TokenLine(sinks, recent, counts_bytes=needs_positions, sliding_window=window, turn=turn)
         kinds = [CompressedLayer if n else RebuiltLayer for n in self.places.readers]
         make = [partial(kind, c, tokens) for kind, c in zip(kinds, codecs, strict=True)]
         super().__init__(layers=self.places.filled(make))
 
     def begin(self, positions: Tensor, batch: int, mask: Any) -> None:
         self.tokens.append(positions, batch)
+
+    def end(self) -> None:
+        self.tokens.drop()
 
     def nbytes(self) -> int:
         """Bytes of all storages: codes, sinks, window, room to grow, positions where keys are encoded, own layers."""

@@ -58,6 +58,8 @@ class Entrance:
         with calls.running(call):
             output = self._forward(*args, **kwargs)
         call.prove(expected, self._decoder)
+        if cache is not None:
+            cache.end()
         return output
 
     def _n_attending(self, cache: AttendedCache | None) -> int:

@@ -32,6 +32,8 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
     Of a mask only what its last query sees is used: all queries see the same packed tokens, and recent ones causally.
     """
     codecs = layer.codecs
+    if layer.n_dropped:  # slots no longer count from the first token, which angle tables do
+        return None
     if codecs.turn > 1:
         return _turned(layer, query, mask, scaling)
     batch, n_heads, n_queries, head_dim = query.shape
@@ -130,5 +132,5 @@ def _exact(layer: CompressedLayer, mask: Tensor) -> ExactTokens:
 
 def _visible(layer: CompressedLayer, mask: Tensor | None, batch: int) -> Visible:
     return layer.tokens.visible(
-        mask, n_encoded=layer.n_encoded, n_tokens=layer.get_seq_length(), batch=batch, device=layer.keys.device
+        mask, n_encoded=layer.n_encoded, n_tokens=layer.n_held, batch=batch, device=layer.keys.device
     )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.errors import OptionError
 from kvcompress.kernels.arguments import Angles, angle_table
 from kvcompress.model.rope import Rotary
-from kvcompress.plan import n_encoded
+from kvcompress.plan import n_dropped, n_encoded
 from kvcompress.runtime.counters import Counters
 
 
@@ -42,8 +43,12 @@ class TokenLine:
 
     counters: Counters | None = None  # of a cache of a fixed capacity
 
-    def __init__(self, sinks: int, recent: int, *, counts_bytes: bool) -> None:
+    def __init__(
+        self, sinks: int, recent: int, *, counts_bytes: bool, sliding_window: int | None = None, turn: int = 1
+    ) -> None:
+        """sliding_window: that of every layer, if all have one: what has left it is dropped; slots count from there."""
         self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
+        self.sliding_window, self.turn, self.dropped = sliding_window, turn, 0
         self._positions: Tensor | None = None  # [batch, n_tokens], int32
         self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
         self._origin = torch.zeros(1, dtype=torch.int32)  # [batch], the position of slot 0, counted back from there
@@ -69,8 +74,25 @@ class TokenLine:
         else:
             self._positions = torch.cat([self._positions, new], 1)
 
+    def drop(self) -> None:
+        """Drop what all layers have dropped, at the end of a forward."""
+        n = 0 if self._positions is None else self.n_dropped(self.dropped + self._positions.shape[1]) - self.dropped
+        if n > 0 and self._positions is not None:
+            self._positions = self._positions[:, n:].clone()
+            self._start, self._origin = self._start - n, self._origin + n
+            self.dropped += n
+
     def n_encoded(self, n_tokens: int) -> int:
+        """Return how many of all tokens that came are encoded by now, those since dropped included."""
         return n_encoded(n_tokens, self.recent)
+
+    def n_dropped(self, n_tokens: int) -> int:
+        """Return how many of all tokens that came are dropped by now."""
+        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.sliding_window, self.turn)
+
+    def sinks_are_gone(self, n_dropped: int) -> bool:
+        """Return whether the sinks of every sequence are among the first n_dropped tokens."""
+        return n_dropped > 0 and bool((self._start + self.dropped + self.sinks <= n_dropped).all())
 
     def key_positions(self, first: int, stop: int, turn: int) -> Tensor:
         """Return the position of the first token of the turn of each slot in first..stop: [batch, stop - first].
@@ -94,10 +116,17 @@ class TokenLine:
         return self._origin
 
     def sink_slots(self) -> Tensor:
-        """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks]."""
+        """Return where each sequence's sinks lie, counted from the first token of the cache: [batch, sinks].
+
+        Below 0: dropped; none are named once all are.
+        """
+        if self.sinks_are_gone(self.dropped):
+            return self._start.new_zeros(len(self._start), 0)
         return self._start[:, None] + torch.arange(self.sinks, device=self._start.device)
 
     def crop(self, length: int) -> None:
+        if self.dropped and length < self.dropped + self.positions.shape[1]:
+            raise OptionError("tokens have left the model's sliding window: the cache cannot go back to before that.")
         self._positions = None if length == 0 else self.positions[:, :length].clone()
 
     def change_batch(self, function: Any) -> None:
@@ -106,7 +135,7 @@ class TokenLine:
             self._start, self._origin = function(self._start), function(self._origin)
 
     def clear(self) -> None:
-        self._positions = None
+        self._positions, self.dropped = None, 0
 
     def nbytes(self) -> int:
         counted = self._positions is not None and self.counts_bytes
@@ -133,14 +162,14 @@ class TokenLine:
         if mask is not None:
             row = mask[:, 0, -1, :n_tokens].expand(batch, -1)
             visible = row if row.dtype == torch.bool else row > torch.finfo(torch.float16).min
-        sinks_seen = visible.gather(1, sinks.clamp(max=n_tokens - 1)) & (sinks < n_encoded)
+        sinks_seen = visible.gather(1, sinks.clamp(0, n_tokens - 1)) & (sinks >= 0) & (sinks < n_encoded)
         self._visible = Visible(
             sizes,
             mask,
             self.start,
             exact=torch.cat([sinks_seen, visible[:, n_encoded:]], 1).to(torch.uint8),
             packed=None if mask is None else visible[:, :n_encoded].to(torch.uint8).contiguous(),
-            first=(self.start.to(device) + sinks.shape[1]).to(torch.int32).expand(batch).contiguous(),
+            first=(self.start.to(device) + sinks.shape[1]).clamp_min(0).to(torch.int32).expand(batch).contiguous(),
             last=torch.full((batch,), n_encoded, dtype=torch.int32, device=device),
         )
         return self._visible

@@ -89,7 +89,7 @@ def test_maps_are_written_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_golden_plan_is_read() -> None:
-    assert FORMAT_VERSION == 4
+    assert FORMAT_VERSION == 5
     assert Plan.load(GOLDEN / "v3") == golden_plan()
 
 

@@ -88,9 +88,10 @@ def check(model: Any, directory: Path, finding: Finding) -> None:
     with mock.patch.object(SitePlan, "exact", False):
         whole = CompressOptions(keep=1.0, ranks_only=True, policy="uniform", **options)
         plan = compress(directory / "model", directory / "whole", whole, device="cpu").plan
-        own = generated(model)
+        n_new = (plan.window or RECENT) + _BEYOND
+        own = generated(model, n_new)
         describe(finding, plan, kvcompress.attach(model, directory / "whole"))
-        assert_same(own, generated(model))
+        assert_same(own, generated(model, n_new))
     kvcompress.detach(model)
     plan = compress(
         directory / "model", directory / "quarter", CompressOptions(keep=0.25, **options), device="cpu"
@@ -102,12 +103,11 @@ def check(model: Any, directory: Path, finding: Finding) -> None:
     assert 0.2 < ratio < 1e4, f"the ratio of perplexities is {ratio}"
 
 
-def generated(model: Any) -> Any:
+def generated(model: Any, n_new: int) -> Any:
     """Return greedy tokens and logits of a left-padded batch, 40 tokens beyond the window."""
     ids = torch.randint(3, 300, (2, _PROMPT), generator=torch.Generator().manual_seed(7))
     mask = torch.ones_like(ids)
     ids[0, :5], mask[0, :5] = PAD, 0
-    n_new = RECENT + _BEYOND
     with torch.no_grad():
         return model.generate(
             ids,

@@ -158,7 +158,7 @@ DAMAGES = {
     "an unknown field": damaged(lambda d: d | {"surprise": 1}),
     "a turn that no blocks fill": damaged(lambda d: d | {"sites": [d["sites"][0] | {"turn": 48}]}),
     "an earlier version": damaged(lambda d: d | {"format_version": 2}),
-    "a later version": damaged(lambda d: d | {"format_version": 5}),
+    "a later version": damaged(lambda d: d | {"format_version": 6}),
 }
 
 
@@ -167,7 +167,7 @@ def test_damaged_files(tmp_path: Path, damage: str) -> None:
     plan().save(tmp_path)
     DAMAGES[damage](tmp_path / PLAN_FILE)
     with pytest.raises(
-        CheckpointError, match="this kvcompress reads versions 3 and 4" if "er version" in damage else "damaged"
+        CheckpointError, match="this kvcompress reads versions 3 to 5" if "er version" in damage else "damaged"
     ) as error:
         Plan.load(tmp_path)
     assert "\n" not in str(error.value) and PLAN_FILE in str(error.value)
