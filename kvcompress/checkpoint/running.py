@@ -29,16 +29,19 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     try:
         parsed = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = auto_class(parsed).from_config(parsed, dtype=torch.bfloat16)  # in which experts run there, too
+            model = auto_class(parsed).from_config(parsed, dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"
         ) from error
-    try:
-        spec = probe(model.eval(), prove=False)
-    except NotRun:  # it may need real numbers
-        spec = probe(load_weights(path, dtype="auto"), prove=False)
-    return replace(spec, dtype=dtype)
+    for running in dict.fromkeys((dtype, "bfloat16")):  # there experts run in bfloat16 alone
+        try:
+            spec = probe(model.to(getattr(torch, running)), prove=False)
+        except NotRun:
+            continue
+        if running == dtype or not any(o.state_bytes for o in spec.own_layers):
+            return replace(spec, dtype=dtype)
+    return replace(probe(load_weights(path, dtype="auto"), prove=False), dtype=dtype)  # it needs real numbers
 
 
 def is_quantised(config: dict[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def document_of(
         "original": {
             "dtype": spec.dtype,
             "bytes_per_token": spec.cache_bytes_per_token,
-            "cache_bytes": {str(n): n * spec.cache_bytes_per_token + spec.own_bytes(n) for n in LENGTHS},
+            "cache_bytes": {str(n): spec.cache_bytes(n) for n in LENGTHS},
             "perplexity": measured[0]["original_perplexity"] if measured else None,
         },
         "protocol": protocol | {name: asked[name] for name in ("sinks", "recent")},

@@ -52,12 +52,21 @@ _LATENT_HEADS = {"num_key_value_heads": 4, "head_dim": 8}
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_groups": 1},
     "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "nemotron_h": {"n_groups": 2},
 }
@@ -83,7 +92,7 @@ def small_config(model_type: str, **changes: Any) -> Any:
             kinds = list(dict.fromkeys(names[field]))
             sizes[field] = (kinds * N_LAYERS)[:N_LAYERS]
     config = type(target)(**(sizes | _OF_TYPE.get(model_type, {}) | changes))
-    if all(layer.is_sliding for layer in DynamicCache(config=config).layers):  # then windows are compressed
+    if all(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers):  # it is compressed
         config.sliding_window = WINDOW
     return config
 
