@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
 from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
 from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
+from kvcompress.choose.side_by_side import side_by_side
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.distance import distance_of_samples
 from kvcompress.errors import BudgetError, OptionError, OutputError, UnsupportedModelError
@@ -88,9 +90,11 @@ def compress(
             memory=memory,
             progress=report,
         )
-        plan, maps, spectra = make_plan(checkpoint, moments, options, report)
-        with atomic_directory(output, force=force) as scratch:
+        with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
+            copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
+            plan, maps, spectra = make_plan(checkpoint, moments, options, report)
             report("write", 0, 1)
+            copying.result()
             _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
         report("write", 1, 1)
     return CompressionResult(plan, output, time.monotonic() - started)
@@ -148,12 +152,14 @@ def _fit_sites(
     """Return every site's basis, fitted to its moments."""
     spec = checkpoint.spec
     bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
-    fitted: dict[Site, FittedSite] = {}
-    for i, site in enumerate(spec.sites):
-        fitted[site] = fit_site(bases[site.part], moments.sites[site], spec.attention(site), site.part, options)
-        if progress:
-            progress("fit", i + 1, len(spec.sites))
-    return fitted
+
+    def fitted(site: Site) -> FittedSite:
+        return fit_site(bases[site.part], moments.sites[site], spec.attention(site), site.part, options)
+
+    report = progress or (lambda *_: None)
+    done = lambda n: report("fit", n, len(spec.sites))  # noqa: E731
+    widest = max(spec.width(site) for site in spec.sites)
+    return dict(zip(spec.sites, side_by_side(fitted, spec.sites, width=widest, done=done), strict=True))
 
 
 def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
@@ -238,14 +244,18 @@ def _check_weights_finite(checkpoint: Checkpoint) -> None:
             checkpoint.site_weight(site)
 
 
+def _copy_files(checkpoint: Checkpoint, options: CompressOptions, target: Path) -> None:
+    """Copy of the source what the output has as it is: everything; of a fold, all but the weights; or nothing."""
+    if options.folded or not options.maps_only:
+        weights = [] if options.folded else [entry.file for entry in checkpoint.tensors.values()]
+        copy_checkpoint(checkpoint.path, target, weights=frozenset(weights))
+
+
 def _write(
     checkpoint: Checkpoint, plan: Plan, maps: dict[Site, SiteMaps], document: dict[str, Any], target: Path
 ) -> None:
     if plan.form == "folded":
-        copy_checkpoint(checkpoint.path, target, weights=frozenset())
         write_folded_weights(checkpoint, maps, target)
-    elif not plan.options["maps_only"]:
-        copy_checkpoint(checkpoint.path, target, weights=frozenset(e.file for e in checkpoint.tensors.values()))
     save_maps(maps, target / MAPS_FILE)
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

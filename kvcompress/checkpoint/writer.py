@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +30,10 @@ _WEIGHT_SUFFIXES += (
     ".nemo",
     ".engine",
 )
+#: Files that are copied at once: one alone leaves memory and disk waiting.
+_COPIES = 4
+#: Linux' request to share blocks (XFS, Btrfs).
+_FICLONE = 0x40049409
 #: No copy of anything: what a PEFT adapter adds.
 _ADAPTERS = frozenset({"adapter_model.safetensors"})
 
@@ -132,7 +138,20 @@ def copy_checkpoint(source: Path, target: Path, *, weights: frozenset[str], skip
         if str(relative) not in weights and not outside.isdisjoint([relative, *relative.parents]):
             check_links(source)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, target / relative)
+    with ThreadPoolExecutor(_COPIES) as pool:
+        for _ in pool.map(_copy_file, [source / f for f in copied], [target / f for f in copied]):
+            pass
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file; where the file system can, both share the blocks on disk until one of them is changed."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError), source.open("rb") as given, target.open("wb") as made:
+            fcntl.ioctl(made, _FICLONE, given.fileno())
+            return
+    shutil.copyfile(source, target)
 
 
 def _files(directory: Path) -> list[Path]:

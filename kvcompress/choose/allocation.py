@@ -11,6 +11,7 @@ from kvcompress.bases import Components
 from kvcompress.calibration.moments import Moments
 from kvcompress.choose.bits import BitCurve, bit_curve
 from kvcompress.choose.fitting import FittedSite
+from kvcompress.choose.side_by_side import side_by_side
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
 from kvcompress.options import GAIN_BITS, LEVELS, CompressOptions
 from kvcompress.policies import POLICIES, Policy, SiteCurve
@@ -47,18 +48,19 @@ def choose_bits(
 ) -> dict[Site, Choice]:
     """Return what sites keep when the budget is shared out in bits, after what the gains of tokens take."""
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
-    curves = [
-        bit_curve(
+
+    def curve_of(site: Site) -> BitCurve:
+        return bit_curve(
             site,
-            fit,
+            fitted[site],
             moments.sites[site],
             spec.attention(site),
             full_bits=full_bits,
             at_a_time=options.at_a_time,
             in_nats=options.metric == "fisher",
         )
-        for site, fit in fitted.items()
-    ]
+
+    curves = side_by_side(curve_of, list(fitted), width=max(spec.width(site) for site in fitted))
     budget = int(options.keep * spec.cache_numbers_per_token * full_bits + 1e-9)
     if budget < sum(c.curve.width for c in curves):
         budget -= GAIN_BITS * len(curves)

@@ -13,7 +13,7 @@ _DARK = ("#e6edf3", "#30363d", ["#58a6ff", "#8b949e", "#f0883e"])
 _FAMILIES = {"ours": "kvcompress", "published": "published low-rank methods", "peer": "quantised caches"}
 _TICKS = [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]
 #: Variants that differ from their parents by less than a point's size.
-_VARIANTS = ("-once", "-unscaled")
+_VARIANTS = ("-once", "-unscaled", "-all-layers", "-per-token-head")
 
 
 def pareto_svg(document: dict[str, Any], *, dark: bool = False) -> str:
@@ -99,7 +99,7 @@ def _point(cell: dict[str, Any], original: float) -> dict[str, Any]:
         "left": cell["bytes_per_token"] / original,
         "kl": max(cell["kl_nats"], 1e-6),
         "family": _FAMILIES.get(cell["kind"], _FAMILIES["peer"]),
-        "line": cell["method"].rsplit("-", 1)[0] if quantised else cell["method"],
+        "line": cell["method"].split("-")[0] if quantised else cell["method"],
         "label": name_of(cell) if cell["kind"] == "published" else label,
         "below": cell["method"].startswith("quanto"),
     }

@@ -11,11 +11,19 @@ const SERIES = [
   { name: "hqq, each token once", colour: "var(--s2)", shape: "cross", of: (c) => c.method.startsWith("hqq"), label: bits },
   { name: "quanto", colour: "var(--s3)", shape: "triangle-up", of: (c) => /^quanto-\dbit$/.test(c.method), label: bits },
   { name: "quanto, each token once", colour: "var(--s3)", shape: "triangle-down", of: (c) => c.method.startsWith("quanto"), label: bits },
+  { name: "TurboQuant", colour: "var(--s4)", shape: "square", of: (c) => /^turboquant(?!.*all-layers)/.test(c.method), label: preset },
+  { name: "TurboQuant, no exact layers", colour: "var(--s4)", shape: "cross", of: (c) => c.method.startsWith("turboquant"), label: preset },
+  { name: "FP4", colour: "var(--s5)", shape: "diamond", of: (c) => /^(nvfp4|ultraquant)/.test(c.method), label: preset },
+  { name: "8 bits, a scale a token", colour: "var(--ink)", shape: "diamond", of: (c) => c.method.endsWith("per-token-head"), label: preset },
   { name: "fp8", colour: "var(--ink)", shape: "triangle-right", of: () => true, label: () => "fp8" },
 ];
 
 function bits(cell) {
   return cell.method.match(/\d(?=bit)/)[0] + " bit";
+}
+
+function preset(cell) {
+  return cell.method.replace(/^turboquant-|-all-layers$|-per-token-head$/g, "");
 }
 
 const FIGURES = {

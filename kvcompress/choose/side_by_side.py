@@ -1,0 +1,46 @@
+"""Sites fitted side by side: each is a chain of small matrices, which one processor works through as fast as many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Memory that fits at work may take together, and how many float64 matrices of a site's blocks one of them holds.
+_MEMORY, _MATRICES = 8 << 30, 16
+_MOST = 16
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Sequence[Item], *, width: int, done: Callable[[int], None] | None = None
+) -> list[Result]:
+    """Return function(item) of every item, in order, in as many threads as torch may use, each with one processor.
+
+    width: numbers of the widest site, which bounds how many fit in memory. done: told how many are finished.
+    """
+    n = min(_MOST, len(items), torch.get_num_threads(), max(1, _MEMORY // (_MATRICES * 8 * width**2)))
+    results = []
+    with _one_processor(n > 1), ThreadPoolExecutor(max(1, n)) as pool:
+        for result in pool.map(function, items) if n > 1 else map(function, items):
+            results.append(result)
+            if done:
+                done(len(results))
+    return results
+
+
+@contextmanager
+def _one_processor(wanted: bool) -> Iterator[None]:
+    """Within the block torch uses one processor in this thread and in those that begin; as before afterwards."""
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

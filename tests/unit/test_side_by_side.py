@@ -1,0 +1,53 @@
+"""Sites fitted side by side: the results are those of one after the other, and torch's threads are as they were."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from kvcompress.choose import side_by_side as module
+from kvcompress.choose.side_by_side import side_by_side
+
+
+@pytest.fixture
+def three_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_from_several_threads(three_threads: object) -> None:
+    seen: set[int] = set()
+    together = threading.Barrier(3, timeout=20)
+
+    def square(x: int) -> int:
+        seen.add(threading.get_ident())
+        assert torch.get_num_threads() == 1
+        if x < 3:
+            together.wait()  # passes only if three are at work at once
+        return x * x
+
+    told: list[int] = []
+    assert side_by_side(square, range(7), width=8, done=told.append) == [x * x for x in range(7)]
+    assert len(seen) == 3 and told == [1, 2, 3, 4, 5, 6, 7]
+    assert torch.get_num_threads() == 3
+
+
+def test_wide_sites_are_fitted_one_after_the_other(three_threads: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MEMORY", 16 * 8 * 100**2)
+    seen: set[int] = set()
+    side_by_side(lambda _: seen.add(threading.get_ident()), range(4), width=100)
+    assert seen == {threading.get_ident()}
+    assert torch.get_num_threads() == 3
+
+
+def test_an_error_comes_out_and_threads_are_as_before(three_threads: object) -> None:
+    def fails(x: int) -> None:
+        raise ValueError(f"site {x}")
+
+    with pytest.raises(ValueError, match="site 0"):
+        side_by_side(fails, range(3), width=8)
+    assert torch.get_num_threads() == 3
