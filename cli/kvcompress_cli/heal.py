@@ -67,6 +67,9 @@ def heal(
     gradient_checkpointing: Annotated[
         bool | None, _option("gradient_checkpointing", "Recompute layers: less memory, more time.", _TRAINING)
     ] = None,
+    deterministic: Annotated[
+        bool | None, _option("deterministic", "The same bits every time, on a GPU too; slower there.", _TRAINING)
+    ] = None,
     precision: Annotated[
         str | None, _option("precision", f"One of {', '.join(PRECISIONS)}; auto is bf16 on a GPU.", _TRAINING)
     ] = None,

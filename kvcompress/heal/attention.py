@@ -27,14 +27,19 @@ _UNKNOWN = ("softcap", "s_aux", "sinks")
 
 
 class Chunk(NamedTuple):
-    """What some queries see: keys before n_coded compressed, those at `near` [n_near] exactly, where bias is 0.
+    """What some queries see: keys before n_coded compressed, those of the slices `near` exactly, where bias is 0.
 
-    bias: [1 or batch, 1, groups * n_queries, n_coded + n_near], -inf for what a query does not see so.
+    bias: [1 or batch, 1, groups * n_queries, n_coded + those near], -inf for what a query does not see so.
     """
 
     n_coded: int
-    near: Tensor
+    near: tuple[slice, ...]
     bias: Tensor
+
+    def seen(self, coded: Tensor, exact: Tensor) -> Tensor:
+        """Return what the queries see of [batch, heads, n_tokens, width]: slices, whose gradients need no sorting."""
+        parts = [exact[:, :, rows] for rows in self.near]
+        return torch.cat([coded[:, :, : self.n_coded], *(part.to(coded.dtype) for part in parts)], 2)
 
 
 @dataclass
@@ -64,10 +69,11 @@ class Switch:
         """
         n_coded = max(0, stop - 1 - self.recent)
         place = torch.arange(stop, device=like.device)
-        near = torch.cat([place[: self.sinks], place[max(self.sinks, start - self.recent) :]])
+        slices = (slice(0, min(self.sinks, stop)), slice(max(self.sinks, start - self.recent), stop))
+        near = torch.cat([place[rows] for rows in slices])
         key = (start, stop, groups, like.dtype, like.device)
         if mask is None and key in self._biases:
-            return Chunk(n_coded, near, self._biases[key])
+            return Chunk(n_coded, slices, self._biases[key])
         query = place[start:stop, None]
         coded = (place[:n_coded] >= self.sinks) & (place[:n_coded] < query - self.recent)
         exact = (near <= query) & ((near < self.sinks) | (near >= query - self.recent))
@@ -79,7 +85,7 @@ class Switch:
         bias = bias.repeat(1, 1, groups, 1)
         if mask is None:
             self._biases[key] = bias
-        return Chunk(n_coded, near, bias)
+        return Chunk(n_coded, slices, bias)
 
 
 def healing_attention(
@@ -127,15 +133,15 @@ def decode_faithful(
     outputs = []
     for start in range(0, n_tokens, _QUERIES):
         stop = min(start + _QUERIES, n_tokens)
-        n_coded, near, bias = switch.chunk(start, stop, groups=groups, like=query, mask=mask)
-        chunk = functional.scaled_dot_product_attention(
+        chunk = switch.chunk(start, stop, groups=groups, like=query, mask=mask)
+        output = functional.scaled_dot_product_attention(
             by_group[:, :, :, start:stop].flatten(2, 3),
-            torch.cat([coded_key[:, :, :n_coded], key[:, :, near].to(query.dtype)], 2),
-            torch.cat([coded_value[:, :, :n_coded], value[:, :, near].to(query.dtype)], 2),
-            attn_mask=bias,
+            chunk.seen(coded_key, key),
+            chunk.seen(coded_value, value),
+            attn_mask=chunk.bias,
             scale=scaling,
         )
-        outputs.append(chunk.unflatten(2, (groups, stop - start)))
+        outputs.append(output.unflatten(2, (groups, stop - start)))
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2)
 
 

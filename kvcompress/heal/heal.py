@@ -72,7 +72,11 @@ def heal(
     trainers = _import_trainer()
     scratch = output.parent / f".{output.name}.training"
     arguments = trainers.training_arguments(options, scratch, device=device)
-    with _original(directory, plan, base) as source, _explained_memory(options):
+    with (
+        _original(directory, plan, base) as source,
+        _explained_memory(options),
+        trainers.repeatable(options.deterministic),
+    ):
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
         student = Student.of(directory, plan, source, device=arguments.device, dtype=dtype)
         texts = texts or _texts(student, source, options)

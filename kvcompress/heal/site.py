@@ -11,7 +11,7 @@ against the error of one bit would drown a component of eight), and the first fo
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from kvcompress.options import GAIN_BITS
 #: they are (`share`, whose heads are copied).
 Shape = Literal["free", "channels", "complex", "fixed"]
 _TINY = 1e-8
+#: Tokens of one program of the kernel that chooses gains.
+GAIN_TOKENS = 8
 #: The relative error that stands for that of components which are not quantised: of coded sites, of folded ones.
 _UNQUANTISED_ERROR = {"coded": 0.1, "folded": 1.0}
 
@@ -40,6 +42,7 @@ class TrainableSite(nn.Module):
     place: Tensor
     gather: Tensor
     component: Tensor
+    numbers: Tensor
     encoder_unit: Tensor
     decoder_unit: Tensor
     mean_unit: Tensor | None
@@ -67,6 +70,7 @@ class TrainableSite(nn.Module):
             "gather": numbers,
             "place": numbers.argsort(),
             "component": component,
+            "numbers": blocks[block],
             **_units(maps),
         }
         for name, tensor in constants.items():
@@ -128,23 +132,15 @@ class TrainableSite(nn.Module):
         return self._expand(self.quantised(z), self._padded(self.current_decoder() * step))
 
     def decode(self, z: Tensor) -> Tensor:
-        """z: [..., R] -> D z [..., n], of a site that is not quantised."""
-        return self._expand(z, self._padded(self.current_decoder()))
+        """z: [..., R] -> D z [..., n], of a site that is not quantised: one product, whatever its blocks."""
+        rows = self.current_decoder()
+        n_numbers = len(self.gather)
+        whole = rows.new_zeros(len(rows), n_numbers).scatter(1, self.numbers, rows)
+        return z @ whole
 
     def quantised(self, z: Tensor) -> Tensor:
         """Return what the cache keeps of z [..., R], in units of the steps, gains applied; gradients pass through."""
-        first = self.n_numbers
-        if first == z.shape[-1]:
-            return self._rounded(z)
-        with torch.no_grad():
-            g = gain(chosen_gain(z[..., first:].float(), self.half_range.float())).unsqueeze(-1).to(z.dtype)
-        scaled = z / g
-        u = scaled[..., first:]
-        with torch.no_grad():
-            stored = dequantise(quantise(u, self.half_range), self.half_range)
-            inside = u.abs() <= self.half_range
-        passed = stored + (u - u.detach()) * inside
-        return torch.cat([self._rounded(scaled[..., :first]), passed], -1) * g
+        return _Stored.apply(z, self.half_range, self.rounds_to_half)
 
     def trained_maps(self) -> SiteMaps:
         """Return the maps as they are now, on the CPU and in the dtypes of the file."""
@@ -169,15 +165,6 @@ class TrainableSite(nn.Module):
             mean=None if mean is None else mean.float().cpu(),
         )
 
-    def _rounded(self, z: Tensor) -> Tensor:
-        """Return numbers as their storage rounds them; the gradient passes through."""
-        if not self.rounds_to_half:
-            return z
-        limit = torch.finfo(torch.float16).max
-        with torch.no_grad():
-            stored = z.clamp(-limit, limit).half().to(z.dtype)
-        return stored + (z - z.detach())
-
     def _padded(self, rows: Tensor) -> Tensor:
         """Return rows [R, w] block by block: [n_blocks, slots, w]."""
         n_blocks, slots, width = self.layout
@@ -200,8 +187,50 @@ class TrainableSite(nn.Module):
         return x.flatten(-2)[..., self.place]
 
 
+class _Stored(torch.autograd.Function):
+    """What the cache gives back of latents; the gradient passes, but not where a quantiser clips."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, half: Tensor, rounds_to_half: bool) -> Tensor:
+        """z: [..., R] in units of the steps; half: 2^(bits - 1) of the last components, which are quantised."""
+        first = z.shape[-1] - len(half)
+        ctx.first, inside = first, None
+        out = torch.empty_like(z)
+        scaled = z
+        if len(half):
+            g = gain(chosen_gain(z[..., first:].float(), half.float())).unsqueeze(-1).to(z.dtype)
+            scaled = z / g
+            u = scaled[..., first:]
+            torch.mul(dequantise(quantise(u, half), half), g, out=out[..., first:])
+            inside = u.abs() <= half
+        if first:
+            numbers = scaled[..., :first]
+            if rounds_to_half:
+                limit = torch.finfo(torch.float16).max
+                numbers = numbers.clamp(-limit, limit).half().to(z.dtype)
+            out[..., :first] = numbers * g if len(half) else numbers
+        ctx.save_for_backward(inside)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        if inside is None:
+            return grad, None, None
+        if ctx.first:
+            return torch.cat([grad[..., : ctx.first], grad[..., ctx.first :] * inside], -1), None, None
+        return grad * inside, None, None
+
+
 def chosen_gain(z: Tensor, half: Tensor) -> Tensor:
-    """Return quantise.best_gain(z, half) up to rounding, with half of its passes over z."""
+    """Return quantise.best_gain(z, half) up to rounding: by one kernel on a GPU, else with half of its passes."""
+    if z.is_cuda and (n_tokens := z[..., 0].numel()) % GAIN_TOKENS == 0:
+        from kvcompress.kernels.packing import gain_kernel  # Triton comes with torch's builds for GPUs alone
+
+        z, codes = z.contiguous(), torch.empty(z.shape[:-1], dtype=torch.uint8, device=z.device)
+        width = z.shape[-1]
+        gain_kernel[(n_tokens // GAIN_TOKENS,)](z, half, codes, width, 0, width, WIDTH=32, TOKENS=GAIN_TOKENS)
+        return codes
     best = torch.zeros(z.shape[:-1], dtype=torch.uint8, device=z.device)
     least = torch.full(z.shape[:-1], float("inf"), device=z.device)
     below, above = -half, half - 1

@@ -75,15 +75,9 @@ class Student:
     def distillation(self, options: HealOptions, windows: Tensor) -> Distillation:
         """Return what the Trainer trains; the run time is detached. windows: text to set new head norms by."""
         spec = read_model_spec(self.model.config.to_dict())
-        codecs = attachment_of(self.model).codecs
         paths = [a.projection("value").module.rpartition(".")[0] for a in spec.layers]
         modules = [self.model.get_submodule(path) for path in paths]
-        planned = {site.site: site for site in self.plan.sites}
-        self.layers = []
-        for attention, codec in zip(spec.layers, codecs, strict=True):
-            plans = {part: planned[Site(attention.layer, part)] for part in PARTS}
-            maps = {part: None if p.exact else self.maps[p.site] for part, p in plans.items()}
-            self.layers.append(TrainableLayer(codec, plans, maps).to(self.model.device))
+        self.layers = trainable_layers(self.model, self.plan, self.maps)
         detach(self.model)
         switch = Switch(self.plan.sinks, self.plan.recent, self.plan.form == "folded")
         norms: list[HeadNorm] = []
@@ -117,6 +111,16 @@ class Student:
         else:
             use_own_attention(self.model)
             attach_plan(self.model.eval(), *read_output(directory))
+
+
+def trainable_layers(model: Any, plan: Plan, maps: dict[Site, SiteMaps]) -> list[TrainableLayer]:
+    """Return a trainable layer for each layer of a model that a plan is attached to, on the model's device."""
+    planned, layers = {site.site: site for site in plan.sites}, []
+    for index, codec in enumerate(attachment_of(model).codecs):
+        plans = {part: planned[Site(index, part)] for part in PARTS}
+        found = {part: None if p.exact else maps[p.site] for part, p in plans.items()}
+        layers.append(TrainableLayer(codec, plans, found).to(model.device))
+    return layers
 
 
 def trained_parameters(model: Any, attentions: list[str], train: str) -> list[str]:

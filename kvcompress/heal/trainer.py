@@ -6,8 +6,10 @@ What transformers may rename of its Trainer is named here alone.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +102,14 @@ class HealingTrainer(Trainer):
         result = {}
         for source, windows in self.held_out.items():
             sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=device)
-            for first in range(0, -(-len(windows) // n_ranks) * n_ranks, n_ranks):
-                index = min(first + rank, len(windows) - 1)  # every rank runs as often, whatever is left for it
+            share = -(-len(windows) // n_ranks)  # every rank runs as often, whatever is left for it
+            own = windows[rank * share : (rank + 1) * share]
+            at_once = self.args.per_device_train_batch_size
+            for first in range(0, share, at_once):
+                ids = own[first : first + at_once]
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-                    figures = model(input_ids=windows[index : index + 1].to(device))["figures"]
-                sums += figures if first + rank < len(windows) else 0.0
+                    figures = model(input_ids=(ids if len(ids) else windows[:1]).to(device))["figures"]
+                sums += figures if len(ids) else 0.0
             sums = self.accelerator.reduce(sums, reduction="sum") if n_ranks > 1 else sums
             n_tokens = windows.shape[0] * (windows.shape[1] - 1)
             result[source] = dict(zip(FIGURES, (sums / n_tokens).tolist(), strict=True))
@@ -231,6 +236,24 @@ def make_trainer(model: Distillation, texts: HealTexts, arguments: TrainingArgum
     with model.without_new_norms():
         trainer.before = trainer.measure()
     return trainer
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Within the block, if wanted, torch's kernels on a GPU give the same bits for the same input."""
+    if not wanted:
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read at its first call
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def last_checkpoint(scratch: Path) -> str | None:

@@ -176,6 +176,17 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_deterministic_training_leaves_torch_as_it_was(output: Any, texts: tuple[str, ...], tmp_path: Path) -> None:
+    seen: list[bool] = []
+    few = replace(FEW, tokens=4 * SEQ_LEN, deterministic=True)
+    run(output(BLIND), tmp_path / "healed", few, texts, progress=lambda _: seen.append(_deterministic()))
+    assert seen and all(seen) and not _deterministic()
+
+
+def _deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_got_no_better_is_written_as_it_was(output: Any, texts: tuple[str, ...], tmp_path: Path) -> None:
     directory = output(CODED)
     result = run(directory, tmp_path / "healed", replace(FEW, maps_rate=3.0, warmup=0.0), texts)
