@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint.loading import auto_class, load_weights
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.model.model_spec import DTYPE_BYTES
+from kvcompress.model.config_fields import storage_dtype
 
 if TYPE_CHECKING:
     from kvcompress.model.model_spec import ModelSpec
@@ -25,7 +25,7 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
 
     from kvcompress.model.probe import NotRun, probe
 
-    dtype = _storage_dtype(config)
+    dtype = storage_dtype(config)
     try:
         parsed = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -47,16 +47,6 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
 def is_quantised(config: dict[str, Any]) -> bool:
     """Return whether a parsed config.json says that its weights are quantised."""
     return bool(config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config"))
-
-
-def _storage_dtype(config: dict[str, Any]) -> str:
-    """Return the dtype that the model computes and caches in, as its configuration or its text decoder's says."""
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    found = [c.get(name) for c in (config, inner or {}) for name in ("dtype", "torch_dtype")]
-    name = str(next((n for n in found if n), "float32")).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise UnsupportedModelError(f"config.json: dtype {name} is not supported. Supported: {', '.join(DTYPE_BYTES)}.")
-    return name
 
 
 def _first_line(error: BaseException) -> str:

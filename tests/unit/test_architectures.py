@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvcompress.errors import CheckpointError, KVCompressError, UnsupportedModelError
+from kvcompress.model import architectures
 from kvcompress.model.architectures import FAMILIES as READERS
 from kvcompress.model.architectures import is_read, read_model_spec
 from kvcompress.model.model_spec import ModelSpec, Site
@@ -204,3 +205,10 @@ def test_specs_fit_the_models_that_transformers_builds(tiny_checkpoint: Any, tin
     cache = model(torch.tensor([[5, 6, 7]])).past_key_values
     whole = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
     assert whole == 3 * 4 * spec.cache_numbers_per_token
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_a_family_is_a_short_file(family: str) -> None:
+    """What running a model shows is not read: a reader says which weights make keys and values, and no more."""
+    file = Path(architectures.__file__).with_name(f"{family}.py")
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 40

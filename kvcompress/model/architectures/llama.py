@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from kvcompress.model.architectures.common import separate_projections
 from kvcompress.model.model_spec import ModelSpec
+from kvcompress.model.projections import separate_projections
 
 
 def read(config: dict[str, Any]) -> ModelSpec:

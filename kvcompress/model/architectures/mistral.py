@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvcompress.model.architectures.common import positive_int, separate_projections
+from kvcompress.model.config_fields import positive_int
 from kvcompress.model.model_spec import ModelSpec
+from kvcompress.model.projections import separate_projections
 
 
 def read(config: dict[str, Any]) -> ModelSpec:

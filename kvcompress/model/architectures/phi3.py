@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvcompress.model.architectures.common import build_model_spec, head_counts, positive_int, rotary_dim
+from kvcompress.model.config_fields import head_counts, positive_int, rotary_dim
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Projection
+from kvcompress.model.projections import build_model_spec
 
 
 def read(config: dict[str, Any]) -> ModelSpec:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvcompress.model.architectures.common import separate_projections, sliding_by_layer_types
+from kvcompress.model.config_fields import sliding_by_layer_types
 from kvcompress.model.model_spec import ModelSpec
+from kvcompress.model.projections import separate_projections
 
 
 def read(config: dict[str, Any]) -> ModelSpec:

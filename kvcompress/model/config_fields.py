@@ -1,11 +1,11 @@
-"""Reading of config.json fields that the families share, with errors that name the field."""
+"""Fields of config.json, read with errors that name them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kvcompress.errors import CheckpointError, UnsupportedModelError
-from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, ModelSpec, OwnLayer, Projection
+from kvcompress.model.model_spec import DTYPE_BYTES
 
 #: RoPE kinds whose frequencies depend on the length seen so far: a cached key cannot be un-rotated later.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -81,69 +81,13 @@ def per_layer(field: str, values: Any, n_layers: int) -> list[Any]:
 
 
 def storage_dtype(config: dict[str, Any]) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """Return the dtype that a model computes and caches in, as its configuration or its text decoder's says."""
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    found = [c.get(name) for c in (config, inner or {}) for name in ("dtype", "torch_dtype")]
+    name = str(next((n for n in found if n), "float32")).removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise UnsupportedModelError(f"config.json: dtype {name} is not supported. Supported: {', '.join(DTYPE_BYTES)}.")
     return name
-
-
-def build_model_spec(config: dict[str, Any], layers: list[AttentionSpec]) -> ModelSpec:
-    sliding = [a for a in layers if a.sliding_window]
-    if len(sliding) == len(layers):  # nothing but windows: then they are what there is to compress
-        sliding = []
-    return ModelSpec(
-        architecture=config["model_type"],
-        dtype=storage_dtype(config),
-        hidden_size=positive_int(config, "hidden_size"),
-        vocab_size=positive_int(config, "vocab_size"),
-        layers=tuple(a for a in layers if a not in sliding),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        own_layers=tuple(
-            OwnLayer(a.layer, "DynamicSlidingWindowLayer", a.sliding_window, 2 * a.width) for a in sliding
-        ),
-    )
-
-
-def separate_projections(
-    config: dict[str, Any],
-    *,
-    bias: bool = False,
-    key_norm: bool = False,
-    rotary_layers: list[bool] | None = None,
-    sliding_layers: list[bool] | None = None,
-) -> ModelSpec:
-    """Return the spec of a model with llama's tensor names: self_attn.{k,v}_proj, RoPE in half-split pairs."""
-    n_heads, n_kv_heads, head_dim = head_counts(config)
-    n_layers = positive_int(config, "num_hidden_layers")
-    width = n_kv_heads * head_dim
-    rotary = rotary_dim(config, head_dim)
-    layers = []
-    for i in range(n_layers):
-        attention = f"model.layers.{i}.self_attn"
-        projections = {
-            part: Projection(
-                weight=f"{attention}.{part[0]}_proj.weight",
-                bias=f"{attention}.{part[0]}_proj.bias" if bias else None,
-                module=f"{attention}.k_norm" if key_norm and part == "key" else f"{attention}.{part[0]}_proj",
-                start=0,
-                stop=width,
-            )
-            for part in ("key", "value")
-        }
-        layers.append(
-            AttentionSpec(
-                layer=i,
-                n_heads=n_heads,
-                n_kv_heads=n_kv_heads,
-                head_dim=head_dim,
-                rotary_dim=rotary if rotary_layers is None or rotary_layers[i] else 0,
-                key_norm=key_norm,
-                sliding_window=config.get("sliding_window") if sliding_layers and sliding_layers[i] else None,
-                key=projections["key"],
-                value=projections["value"],
-            )
-        )
-    return build_model_spec(config, layers)
 
 
 def sliding_by_layer_types(config: dict[str, Any]) -> list[bool]:
