@@ -224,10 +224,9 @@ def _forward(model: Any, ids: Tensor, position: int | None = None) -> Recorded:
 
 def _step(model: Any, run: Recorded) -> int:
     """Return how many tokens a model hands to the cache of a run when it is given one token more."""
-    ids, seen = _tokens(model, (1, 1)), dict(run.updates)
-    given = {} if ids.is_meta else {"attention_mask": ids.new_ones(1, _LENGTH + 1)}
+    seen = dict(run.updates)
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **given, **compat.cache_argument(model, run.cache))
+        model(input_ids=_tokens(model, (1, 1)), use_cache=True, **compat.cache_argument(model, run.cache))
     n_more = max((u.key.shape[2] for u in run.updates.values()), default=1)
     run.updates.update(seen)
     return n_more
