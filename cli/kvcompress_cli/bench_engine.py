@@ -28,7 +28,7 @@ def bench_engine(
     workload = EngineWorkload((*sequences, (None, longest)), prompt=longest, continuation=min(2048, longest // 2))
     rows = time_engine(
         shape, keeps, workload, caches=[c for c in caches.split(",") if c], turn=turn, device=where,
-        say=lambda name: print(f"running {name} in vLLM", file=sys.stderr, flush=True),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if json:
         terminal.print_json({"shape": shape, "engine": "vllm", "caches": [row.to_json() for row in rows]})

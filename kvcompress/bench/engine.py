@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from kvcompress.errors import OptionError
 #: What vLLM itself can keep, by the name of its kv_cache_dtype; ours is "kvcompress".
 CACHES = ("bf16", "fp8", "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
 OURS = "kvcompress"
+#: Begins a line of kvcompress.vllm.measure that says a measurement.
+MEASURED = "measured "
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ def time_engine(
 ) -> list[EngineTiming]:  # fmt: skip
     """Return a timing for each of vLLM's caches and for ours at each keep, in the order in which they ran.
 
-    arguments: more of vLLM's LLM. Raises OptionError for an unknown shape or cache, and for what vLLM lacks on a CPU.
+    vLLM's exact cache comes first and ours next, so that a run that is cut short has compared them. arguments: more of
+    vLLM's LLM; say: gets a line when a cache is begun, and for each of its measurements as it comes. Raises
+    OptionError for an unknown shape or cache, and for what vLLM lacks on a CPU.
     """
     if shape not in SHAPES:
         raise OptionError(f"shape '{shape}' is unknown. Choose from {', '.join(SHAPES)}.")
@@ -74,12 +79,14 @@ def time_engine(
         raise OptionError("vLLM has low-bit caches on GPUs alone. Leave out all but bf16 from --caches.")
     timings = []
     with tempfile.TemporaryDirectory() as scratch:
-        for cache, keep in [*((c, None) for c in caches), *((OURS, keep) for keep in keeps)]:
-            say(f"{cache}{'' if keep is None else f' at {keep:g}'}")
+        exact, others = ([(c, None) for c in caches if (c == "bf16") == first] for first in (True, False))
+        for cache, keep in [*exact, *((OURS, keep) for keep in keeps), *others]:
+            name = f"{cache}{'' if keep is None else f' at {keep:g}'}"
+            say(f"running {name} in vLLM")
             directory = Path(scratch) / f"{cache}-{keep}"
             write_random_model(directory, SHAPES[shape], keep, workload.length, turn=turn, device=device)
             settings = _settings(directory, cache, workload, arguments or {}, device)
-            timings.append(_run(cache, keep, settings, directory))
+            timings.append(_run(cache, keep, settings, directory, say))
     return timings
 
 
@@ -118,13 +125,23 @@ def _settings(
     }
 
 
-def _run(cache: str, keep: float | None, settings: dict[str, Any], directory: Path) -> EngineTiming:
+def _run(
+    cache: str, keep: float | None, settings: dict[str, Any], directory: Path, say: Callable[[str], None]
+) -> EngineTiming:
+    """Return what one cache measured; of one that failed on the way, what it had measured by then and why."""
     files = [directory / name for name in ("settings.json", "result.json")]
     files[0].write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "kvcompress.vllm.measure", *map(str, files)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode or not files[1].is_file():
-        lines = [line for line in finished.stderr.splitlines() if "Error" in line] or finished.stderr.splitlines()[-1:]
-        return EngineTiming(cache, keep, failure=lines[-1].strip() if lines else f"exit {finished.returncode}")
-    found = json.loads(files[1].read_text(encoding="utf-8"))
-    return EngineTiming(cache, keep, **(found | {"steps": tuple(found["steps"])}))
+    last: deque[str] = deque(maxlen=400)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line)
+            if line.startswith(MEASURED):
+                say(f"{cache} {keep or ''}: {line.removeprefix(MEASURED).strip()}")
+    found = json.loads(files[1].read_text(encoding="utf-8")) if files[1].is_file() else {"steps": []}
+    failure = None
+    if process.returncode:
+        lines = [line for line in last if "Error" in line] or [line for line in last if line.strip()][-1:]
+        failure = lines[-1].strip() if lines else f"exit {process.returncode}"
+    return EngineTiming(cache, keep, failure=failure, **(found | {"steps": tuple(found["steps"])}))

@@ -20,6 +20,9 @@ from kvcompress.evaluate.sides import Side, both_sides, dtype_name
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attachment_of
 
+#: Prompts that the run time continues in one batch.
+_AT_ONCE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class EngineAgreement:
@@ -53,9 +56,12 @@ def evaluate_engine(
     prompts, digest = evaluation_windows(tokenizer, text, prompt_tokens, n_prompts)
     windows, _ = evaluation_windows(tokenizer, text, seq_len, n_windows)
     length = max(prompt_tokens + new_tokens, seq_len) + 1
+    # All prompts are read in one step: a second chunk of a prompt would see the first one packed.
+    at_once = max(8192, prompts.numel() + len(windows))
+    own = {"dtype": dtype_name(model), "max_model_len": length, "max_num_batched_tokens": at_once}
     settings = {
         "model": str(directory),
-        "arguments": {"dtype": dtype_name(model), "max_model_len": length} | (arguments or {}),
+        "arguments": own | (arguments or {}),
         "prompts": prompts.tolist(),
         "new_tokens": new_tokens,
         "given": windows.tolist(),
@@ -100,19 +106,19 @@ def run_engine(settings: dict[str, Any]) -> dict[str, Any]:
 def _follows(side: Side, prompts: Tensor, written: Tensor) -> Tensor:
     """Return where the run time's next token is the one written, given those before: bool [prompts, new tokens].
 
-    With the real cache and token by token, as in generation.
+    With the real cache and token by token, as in generation, _AT_ONCE prompts at a time: all are equally long.
     """
     hits = []
     with torch.no_grad(), side.reading():
-        for prompt, tokens in zip(prompts, written, strict=True):
-            cache, ids = cache_argument(side.model, side.new_cache()), prompt[None].to(side.device)
+        for ids, tokens in zip(prompts.split(_AT_ONCE), written.split(_AT_ONCE), strict=True):
+            cache, ids = cache_argument(side.model, side.new_cache()), ids.to(side.device)
             best = []
-            for token in tokens.tolist():
+            for i in range(tokens.shape[1]):
                 logits = side.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
-                best.append(int(logits[0, -1].argmax()))
-                ids = torch.tensor([[token]], device=side.device)
-            hits.append(torch.tensor(best) == tokens)
-    return torch.stack(hits)
+                best.append(logits[:, -1].argmax(-1).cpu())
+                ids = tokens[:, i : i + 1].to(side.device)
+            hits.append(torch.stack(best, 1) == tokens)
+    return torch.cat(hits)
 
 
 def _perplexity(model: Any, windows: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvcompress.kernels.chunk import RebuiltLayer, RebuiltSite
@@ -11,6 +12,52 @@ from kvcompress.kernels.paged import ExactPages, PagedLayer, applies, turn_angle
 from kvcompress.kernels.paged_rotated import RotatedLayer
 from kvcompress.kernels.rebuild import Rotation
 from kvcompress.kernels.site import kernels_apply, whole_rotation
+
+
+def why_not_paged(codecs: LayerKernels, *, n_heads: int, page_blocks: int, device: torch.device) -> str | None:
+    """Return why paged_layer takes no such keys in turns, None where it does. page_blocks: of a packed page."""
+    if codecs.key_site is None or codecs.value_site is None:
+        return "a part of it is kept whole"
+    if codecs.turn == 1:
+        return "keys are not in turns"
+    if not compiler_works(device):
+        return "the kernels need an NVIDIA GPU and NVRTC"
+    keys, values, rotary = codecs.key_site.grouped, codecs.value_site.grouped, codecs.rotary
+    if keys is None or values is None:
+        return "its rows have no tiles"
+    if rotary is None or not whole_rotation(rotary, codecs.head_dim):
+        return "RoPE turns no head as a whole"
+    sizes = n_heads, codecs.n_kv_heads, codecs.head_dim, keys.layout, values.layout
+    if not applies(*sizes, turn=codecs.turn, page_blocks=page_blocks, device=device):
+        return f"the kernels take no {n_heads} heads of {codecs.head_dim} in groups of this size"
+    return None
+
+
+def why_not_rotated(codecs: LayerKernels, *, page_blocks: int, device: torch.device) -> str | None:
+    """Return why rotated_layer takes no such keys, None where it does: those that are encoded after RoPE."""
+    reason = why_not_rebuilt(codecs, device)
+    if reason is not None:
+        return reason
+    assert codecs.key_site is not None
+    if codecs.key_site.codec.mean is not None or (codecs.rotary is not None and not codecs.cached_rotated):
+        return "keys are encoded before RoPE"
+    if codecs.key_site.codec.tiles is not None or page_blocks % 4:
+        return f"its rows lie in tiles, or a page holds {page_blocks} blocks, no multiple of 4"
+    return None
+
+
+def why_not_rebuilt(codecs: LayerKernels, device: torch.device) -> str | None:
+    """Return why rebuilt_layer takes no such layer, None where it does."""
+    keys, values, rotary = codecs.key_site, codecs.value_site, codecs.rotary
+    if not kernels_apply(device):
+        return "the kernels need an NVIDIA GPU and Triton"
+    if keys is None or values is None:
+        return "a part of it is kept whole"
+    if not (keys.packable and values.packable):
+        return "components have bits that the kernels do not know"
+    if rotary is not None and not whole_rotation(rotary, codecs.head_dim):
+        return "RoPE turns a part of a head only"
+    return None
 
 
 def paged_layer(
@@ -28,15 +75,12 @@ def paged_layer(
 
     key_words, value_words: of paged.page_words. n_tokens: of the longest sequence; most_exact: see PagedLayer.
     """
-    device, page_blocks = exact.keys.device, key_words.shape[1]
-    if codecs.key_site is None or codecs.value_site is None or codecs.turn == 1 or not compiler_works(device):
+    device = exact.keys.device
+    if why_not_paged(codecs, n_heads=n_heads, page_blocks=key_words.shape[1], device=device) is not None:
         return None
+    assert codecs.key_site is not None and codecs.value_site is not None and codecs.rotary is not None
     keys, values, rotary = codecs.key_site.grouped, codecs.value_site.grouped, codecs.rotary
-    if keys is None or values is None or rotary is None or not whole_rotation(rotary, codecs.head_dim):
-        return None
-    sizes = n_heads, codecs.n_kv_heads, codecs.head_dim, keys.layout, values.layout
-    if not applies(*sizes, turn=codecs.turn, page_blocks=page_blocks, device=device):
-        return None
+    assert keys is not None and values is not None
     return PagedLayer(
         codecs.key_site.grouped_site(keys, key_words),
         codecs.value_site.grouped_site(values, value_words),
@@ -60,16 +104,10 @@ def rotated_layer(
     most_exact: int,
 ) -> RotatedLayer | None:
     """Return a layer for rotated_attention, or None where its keys are not encoded after RoPE; see paged_layer."""
-    keys, values = codecs.key_site, codecs.value_site
-    if keys is None or values is None or not (keys.packable and values.packable and kernels_apply(exact.keys.device)):
+    if why_not_rotated(codecs, page_blocks=key_words.shape[1], device=exact.keys.device) is not None:
         return None
-    if keys.codec.mean is not None or (codecs.rotary is not None and not codecs.cached_rotated):
-        return None
-    if keys.codec.tiles is not None or key_words.shape[1] % 4:
-        return None
-    mean = codecs.rotated_mean
-    if mean is not None and (codecs.rotary is None or not whole_rotation(codecs.rotary, codecs.head_dim)):
-        return None
+    keys, values, mean = codecs.key_site, codecs.value_site, codecs.rotated_mean
+    assert keys is not None and values is not None
     n_sinks = exact.sink_keys.shape[1]
     return RotatedLayer(
         keys.site(key_words, mean=mean),
@@ -86,11 +124,10 @@ def rebuilt_layer(
     codecs: LayerKernels, key_words: Tensor, value_words: Tensor, exact: ExactPages, scaling: float
 ) -> RebuiltLayer | None:
     """Return a layer for chunk_attention, or None where a part is not packed in numbers of 16 bits or fewer."""
+    if why_not_rebuilt(codecs, exact.keys.device) is not None:
+        return None
     keys, values, rotary = codecs.key_site, codecs.value_site, codecs.rotary
-    if keys is None or values is None or not (keys.packable and values.packable and kernels_apply(exact.keys.device)):
-        return None
-    if rotary is not None and not whole_rotation(rotary, codecs.head_dim):
-        return None
+    assert keys is not None and values is not None
     if rotary is None:
         mean, rotation = keys.codec.mean, None
     elif codecs.cached_rotated:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import OptionError
+from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.layout import BLOCK_TOKENS
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.rope import Rotary
@@ -29,6 +30,30 @@ class EncodedSite:
     source: Tensor
     words: Tensor
     rotary: Rotary | None
+
+    def encode(self, sources: Tensor, destinations: Tensor, positions: Tensor) -> None:
+        self.kernels.pack_pages(self.source, self.words, sources, destinations, self.rotary, positions)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRotatedKeys:
+    """Pages of keys that are encoded after RoPE, whose mean turns with the position: that is taken off in torch.
+
+    source, words: as of EncodedSite.
+    """
+
+    codecs: LayerKernels
+    source: Tensor
+    words: Tensor
+
+    def encode(self, sources: Tensor, destinations: Tensor, positions: Tensor) -> None:
+        from kvcompress.kernels.encode import pack_latents, project
+
+        site = self.codecs.key_site
+        assert site is not None, "keys that are kept whole are not encoded"
+        keys = self.source[sources.clamp_min(0).long()].flatten(0, 1).transpose(0, 1)
+        latents = project(self.codecs.centred_keys(keys[None], positions), site.dense.encoder)
+        pack_latents(latents, site.site(self.words), tiles=site.codec.tiles, destinations=destinations)
 
 
 @dataclass(slots=True)
@@ -47,7 +72,7 @@ class RecordedEncoding:
     sites: all of one model; their pages must stay where they are.
     """
 
-    def __init__(self, sites: Sequence[EncodedSite], *, n_streams: int = _STREAMS) -> None:
+    def __init__(self, sites: Sequence[EncodedSite | EncodedRotatedKeys], *, n_streams: int = _STREAMS) -> None:
         self._sites, self._lists = list(sites), dict[int, _Lists]()
         self._device = self._sites[0].source.device
         recorded = self._device.type == "cuda"
@@ -84,7 +109,7 @@ class RecordedEncoding:
 
     def _encode(self, lists: _Lists) -> None:
         for site in self._sites:
-            _encode_site(site, lists)
+            site.encode(lists.sources, lists.destinations, lists.positions)
 
     def _recorded(self, lists: _Lists) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -94,11 +119,7 @@ class RecordedEncoding:
                 stream.wait_stream(main)
             for i, site in enumerate(self._sites):
                 with torch.cuda.stream(self._streams[i % len(self._streams)]):
-                    _encode_site(site, lists)
+                    site.encode(lists.sources, lists.destinations, lists.positions)
             for stream in self._streams:
                 main.wait_stream(stream)
         return graph
-
-
-def _encode_site(site: EncodedSite, lists: _Lists) -> None:
-    site.kernels.pack_pages(site.source, site.words, lists.sources, lists.destinations, site.rotary, lists.positions)

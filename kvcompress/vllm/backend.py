@@ -3,35 +3,31 @@ pages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvcompress.errors import OptionError
 from kvcompress.vllm import reference
-from kvcompress.vllm.fused import FusedLayer, FusedModel, why_not_fused
+from kvcompress.vllm.attention import PackedAttention
+from kvcompress.vllm.fused import FusedLayer, FusedModel, why_not_fused, why_rebuilt
 from kvcompress.vllm.layers import CompressedAttention, CompressedModel
 from kvcompress.vllm.names import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     KVCacheLayout,
     MultipleOf,
     exact_attention,
-    get_forward_context,
     init_logger,
-    reshape_and_cache_flash,
 )
 from kvcompress.vllm.specs import ExactSpec
 from kvcompress.vllm.steps import EncodeClock, Step
 
 _logger = init_logger("vllm.kvcompress")
-#: What FusedModel allocates beside the pages, at most: absorbed queries, sums, a tile of rebuilt tokens.
-_KERNEL_BYTES = 1 << 29
 
 
 @dataclass(slots=True)
@@ -49,10 +45,10 @@ class PackedBuilder(AttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """Steps of generation are recorded where the kernels take all layers; the reference reads the host's
-        numbers."""
-        fused = reason_for_reference(vllm_config) is None
-        return AttentionCGSupport.UNIFORM_BATCH if fused else AttentionCGSupport.NEVER
+        """Steps of generation are recorded where kernels decode all layers; what else there is reads numbers of the
+        host."""
+        slow = reason_for_reference(vllm_config) or reason_for_rebuilding(vllm_config)
+        return AttentionCGSupport.UNIFORM_BATCH if slow is None else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -72,9 +68,8 @@ class ExactBuilder(PackedBuilder):
         self.most_queries = 1 + vllm_config.num_speculative_tokens
         self.reorder_batch_threshold = self.most_queries  # generation comes first in a batch
         self._clock = EncodeClock(kv_cache_spec.recent, self.most_queries)
-        reason = reason_for_reference(vllm_config)
-        if reason is not None and device.type != "cpu":
-            _logger.warning("kvcompress: attention runs in its slow torch reference: %s.", reason)
+        if device.type != "cpu":
+            _warn(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -108,6 +103,9 @@ class ExactBuilder(PackedBuilder):
         """Encode if it is due; note which first tokens are of generation. starts: the step's, on the host."""
         if due:
             fused.encode_completed(step)
+        if not fused.recordable:
+            step.chunks = fused.contexts(step)
+            return
         is_chunk = (starts[1:] - starts[:-1]) > self.most_queries
         n_rows = int(is_chunk.int().argmax()) if bool(is_chunk.any()) else len(is_chunk)
         # A recorded step has its own number of tokens, those of padding included.
@@ -143,12 +141,33 @@ def compressed_layers(config: Any) -> Any:
 def reason_for_reference(config: Any) -> str | None:
     """Return why a model's attention runs in the reference, None where the kernels take all of its layers."""
     dtype, sinks = config.model_config.dtype, model_of(config).source.plan.sinks
-    for layer in compressed_layers(config):
-        own = layer.kvcompress
-        reason = why_not_fused(own.codecs, layer.num_heads, own.layout.n_blocks, sinks, own.device, dtype)
-        if reason is not None:
-            return f"{layer.layer_name}: {reason}"
-    return None
+    return _first_reason(config, lambda layer, own: why_not_fused(own.codecs, sinks, own.device, dtype))
+
+
+def reason_for_rebuilding(config: Any) -> str | None:
+    """Return why generation attends as prompts do, to rebuilt pages; None where kernels decode all layers."""
+    return _first_reason(
+        config, lambda layer, own: why_rebuilt(own.codecs, layer.num_heads, own.layout.n_blocks, own.device)
+    )
+
+
+def _first_reason(config: Any, reason_of: Callable[[Any, CompressedAttention], str | None]) -> str | None:
+    reasons = ((layer, reason_of(layer, layer.kvcompress)) for layer in compressed_layers(config))
+    return next((f"{layer.layer_name}: {reason}" for layer, reason in reasons if reason is not None), None)
+
+
+def _warn(config: Any) -> None:
+    """Say in the log what is slower than it might be, and why."""
+    reason = reason_for_reference(config)
+    if reason is not None:
+        _logger.warning("kvcompress: attention runs in its slow torch reference: %s.", reason)
+        return
+    reason = reason_for_rebuilding(config)
+    if reason is not None:
+        _logger.warning(
+            "kvcompress: generation rebuilds a sequence's pages for each of its tokens, which is slow: %s. "
+            "compress --for vllm makes a plan that is decoded without.", reason,
+        )  # fmt: skip
 
 
 def fused_of(model: CompressedModel, config: Any) -> FusedModel | None:
@@ -217,92 +236,3 @@ class ExactBackend(PackedBackend):
     @staticmethod
     def get_builder_cls() -> type:
         return ExactBuilder
-
-
-class PackedAttention(AttentionImpl):
-    """Stores a step's tokens, encodes what they complete, and attends to packed and exact ones."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        **more: Any,
-    ) -> None:
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        refused = {
-            "ALiBi": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
-            "a soft cap of its scores": bool(logits_soft_cap),
-            f"attention of type {attn_type}": attn_type != "decoder",
-            "the cache of another layer": kv_sharing_target_layer_name is not None,
-            "learned sinks": more.get("sinks") is not None,
-        }
-        for what, found in refused.items():
-            if found:
-                raise OptionError(
-                    f"a layer of the compressed model has {what}, which compressed attention lacks in vLLM."
-                )
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: PackedMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query: [n_tokens, heads, head_dim]; key, value: [n_tokens, KV heads, head_dim]; output like query,
-        written."""
-        if attn_metadata is None:  # a run that only measures memory: what the kernels will keep counts as used
-            if output.is_cuda:
-                torch.empty(_KERNEL_BYTES, dtype=torch.uint8, device=output.device)
-            return output.fill_(0)
-        compressed: CompressedAttention = layer.kvcompress
-        step: Step = get_forward_context().attn_metadata[compressed.exact.name]
-        tokens = slice(0, step.n_tokens)
-        query, key, value = query[tokens], key[tokens], value[tokens]
-        if compressed.model.fused is not None:
-            self._forward_fused(compressed.model.fused, compressed, step, query, key, value, output, layer)
-            return output
-        cache = compressed.cache(kv_cache)
-        reference.store_exact(cache, key, value, step.slots[tokens])
-        # All are encoded before any attends: a sequence may share pages that another one fills in this very step.
-        for row in step.rows:
-            if step.is_chunk(row):
-                reference.encode_chunk(cache, row, key[row.new], value[row.new])
-        for row in step.rows:
-            attended = reference.attend(cache, row, query[row.new], key[row.new], value[row.new], self.scale)
-            output[row.new] = attended.reshape(output[row.new].shape).to(output.dtype)
-        return output
-
-    def _forward_fused(
-        self, fused: FusedModel, compressed: CompressedAttention, step: Step, query: Tensor, key: Tensor,
-        value: Tensor, output: Tensor, layer: Any,
-    ) -> None:  # fmt: skip
-        """The same by kernels. A step of generation reads no number of the host."""
-        own = fused.layers[compressed.exact.name]
-        slots = step.slots[: step.n_tokens]
-        reshape_and_cache_flash(
-            key, value, own.exact.keys, own.exact.values, slots, "auto", layer._k_scale, layer._v_scale
-        )
-        n = step.n_generating
-        for row, _ in step.chunks:
-            reference.encode_chunk(own.cache, row, key[row.new], value[row.new])
-        output = output.view(-1, self.num_heads, self.head_size)
-        if step.query_tokens is not None:
-            fused.attend(own, query[:n], step.query_tokens, output[:n])
-        for row, context in step.chunks:
-            output[row.new] = fused.attend_chunk(own, context, query[row.new], key[row.new], value[row.new])

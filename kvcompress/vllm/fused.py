@@ -11,13 +11,19 @@ from torch import Tensor
 
 from kvcompress.kernels.chunk import Attend, Context, RebuiltLayer, Tiles, chunk_attention
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.kernels.nvrtc import compiler_works
-from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, applies, paged_attention, workspace_for
-from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
+from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, paged_attention, workspace_for
+from kvcompress.kernels.paged_layer import (
+    paged_layer,
+    rebuilt_layer,
+    rotated_layer,
+    why_not_paged,
+    why_not_rebuilt,
+    why_not_rotated,
+)
+from kvcompress.kernels.paged_rotated import ExactPlaces, RotatedLayer, rotated_attention
 from kvcompress.kernels.paged_step import StepTokens, begin_step
 from kvcompress.kernels.paged_workspace import Workspace
-from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
-from kvcompress.kernels.site import kernels_apply, whole_rotation
+from kvcompress.kernels.recorded_encoding import EncodedRotatedKeys, EncodedSite, RecordedEncoding
 from kvcompress.model.model_spec import Part
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import exact_parts
@@ -25,37 +31,31 @@ from kvcompress.vllm.reference import LayerCache, Row
 from kvcompress.vllm.steps import Step
 
 
-def why_not_fused(
-    codecs: LayerKernels, n_heads: int, n_blocks: int, sinks: int, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Return why the decode kernels do not take a layer, None where they do. n_blocks: of a packed page."""
-    if not kernels_apply(device) or not compiler_works(device):
-        return "kernels need an NVIDIA GPU, Triton and NVRTC"
+def why_not_fused(codecs: LayerKernels, sinks: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels do not take a layer at all, None where they do."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"kernels take float16 and bfloat16, the model runs in {str(dtype).removeprefix('torch.')}"
-    if codecs.turn == 1:
-        return "keys are not in turns (compress --for vllm)"
     if sinks > BLOCK_TOKENS:
         return f"there are {sinks} sinks, more than {BLOCK_TOKENS}"
-    if codecs.key_site is None or codecs.value_site is None or codecs.rotary is None:
-        return "a part of it is kept whole"
-    keys, values = codecs.key_site.grouped, codecs.value_site.grouped
-    if keys is None or values is None or not whole_rotation(codecs.rotary, codecs.head_dim):
-        return "its rows have no tiles, or RoPE turns a part of a head only"
-    sizes = n_heads, codecs.n_kv_heads, codecs.head_dim, keys.layout, values.layout
-    if not applies(*sizes, turn=codecs.turn, page_blocks=n_blocks, device=device):
-        return f"kernels take no {n_heads} heads of {codecs.head_dim} in groups of this size (compress --for vllm)"
-    return None
+    return why_not_rebuilt(codecs, device)
+
+
+def why_rebuilt(codecs: LayerKernels, n_heads: int, n_blocks: int, device: torch.device) -> str | None:
+    """Return why generation must rebuild a layer's pages as a prompt's chunk does, None where a kernel decodes from
+    them. n_blocks: of a packed page."""
+    if codecs.cached_rotated:
+        return why_not_rotated(codecs, page_blocks=n_blocks, device=device)
+    return why_not_paged(codecs, n_heads=n_heads, page_blocks=n_blocks, device=device)
 
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One layer's pages as the kernels take them."""
+    """One layer's pages as the kernels take them. decode: None where generation rebuilds pages as chunks do."""
 
     cache: LayerCache
     words: Mapping[Part, Tensor]
     exact: ExactPages
-    decode: PagedLayer
+    decode: PagedLayer | RotatedLayer | None
     chunk: RebuiltLayer
 
     @classmethod
@@ -68,22 +68,26 @@ class FusedLayer:
         words: dict[Part, Tensor] = {
             part: cache.layout.rows(cache.packed, part).view(torch.int32) for part in ("key", "value")
         }
-        decode = paged_layer(
+        most_exact = cache.sinks + recent + BLOCK_TOKENS - 1 + most_queries
+        decode: PagedLayer | RotatedLayer | None = paged_layer(
             cache.codecs, words["key"], words["value"], exact, n_heads=n_heads, scaling=scaling, n_tokens=n_tokens,
-            most_exact=cache.sinks + recent + BLOCK_TOKENS - 1 + most_queries,
+            most_exact=most_exact,
+        ) or rotated_layer(
+            cache.codecs, words["key"], words["value"], exact, scaling=scaling, n_tokens=n_tokens,
+            most_exact=most_exact,
         )  # fmt: skip
         chunk = rebuilt_layer(cache.codecs, words["key"], words["value"], exact, scaling)
-        assert decode is not None and chunk is not None
+        assert chunk is not None
         return cls(cache, words, exact, decode, chunk)
 
     @property
-    def encoded_sites(self) -> list[EncodedSite]:
+    def encoded_sites(self) -> list[EncodedSite | EncodedRotatedKeys]:
         codecs = self.cache.codecs
         assert codecs.key_site is not None and codecs.value_site is not None
-        return [
-            EncodedSite(codecs.key_site, self.exact.keys, self.words["key"], codecs.rotary),
-            EncodedSite(codecs.value_site, self.exact.values, self.words["value"], None),
-        ]
+        values = EncodedSite(codecs.value_site, self.exact.values, self.words["value"], None)
+        if codecs.cached_rotated:
+            return [EncodedRotatedKeys(codecs, self.exact.keys, self.words["key"]), values]
+        return [EncodedSite(codecs.key_site, self.exact.keys, self.words["key"], codecs.rotary), values]
 
 
 class FusedModel:
@@ -97,19 +101,29 @@ class FusedModel:
         self.layers, self._attend_exactly = dict(layers), attend
         first = next(iter(self.layers.values()))
         device, self.pages = first.exact.keys.device, first.cache.exact.data_ptr()
-        self.workspace: Workspace = workspace_for([layer.decode for layer in self.layers.values()], most_tokens)
+        decoded = [layer.decode for layer in self.layers.values()]
+        paged = [decode for decode in decoded if isinstance(decode, PagedLayer)]
+        self.workspace: Workspace | None = workspace_for(paged, most_tokens) if paged else None
+        #: Whether a CUDA graph may record a step of generation: it reads no number of the host.
+        self.recordable = None not in decoded
+        self._first_rotated = next((decode for decode in decoded if isinstance(decode, RotatedLayer)), None)
+        self._places: ExactPlaces | None = None
         self.tiles = Tiles.of(first.exact)
         self._encoding = RecordedEncoding([site for layer in self.layers.values() for site in layer.encoded_sites])
         self._into = StepTokens.of(most_tokens, most_rows, device)
 
     def begin(self, step: Step, n_tokens: int) -> QueryTokens:
         """Note a step's query tokens of generation, its first n_tokens ones, and share the work out among them."""
-        into, n_rows = self._into, len(step.lengths)
-        begin_step(
-            step.starts, step.lengths, step.exact_table, recent=step.recent, n_tokens=n_tokens, into=into,
-            workspace=self.workspace,
-        )  # fmt: skip
-        own = slice(0, n_tokens)
+        into, n_rows, own = self._into, len(step.lengths), slice(0, n_tokens)
+        if self.workspace is not None:
+            begin_step(
+                step.starts, step.lengths, step.exact_table, recent=step.recent, n_tokens=n_tokens, into=into,
+                workspace=self.workspace,
+            )  # fmt: skip
+        else:
+            token = torch.arange(n_tokens, dtype=torch.int32, device=into.rows.device)
+            into.rows[own], into.lengths[own], into.encoded[own] = step.query_tokens_of(token)
+            into.sinks[:n_rows] = step.exact_table[:, 0]
         return QueryTokens(
             into.rows[own], into.lengths[own], into.encoded[own], step.packed_table, step.exact_table,
             into.sinks[:n_rows],
@@ -126,10 +140,19 @@ class FusedModel:
 
     def attend(self, layer: FusedLayer, query: Tensor, tokens: QueryTokens, out: Tensor) -> None:
         """Write attention of a step's query tokens of generation into `out`, [n, heads, head_dim] like query."""
-        paged_attention(layer.decode, query, tokens, self.workspace, out)
+        decode = layer.decode
+        if isinstance(decode, PagedLayer):
+            assert self.workspace is not None
+            paged_attention(decode, query, tokens, self.workspace, out)
+            return
+        assert decode is not None, "without a kernel that decodes, all rows are attended to as chunks"
+        if decode is self._first_rotated:  # anew in every forward, so that a CUDA graph records it
+            self._places = ExactPlaces.of(decode, tokens)
+        rotated_attention(decode, query, tokens, out, places=self._places)
 
     def contexts(self, step: Step) -> list[tuple[Row, Context]]:
-        """Return the rows whose new tokens come after those of generation, and what is cached before each."""
+        """Return the rows that are attended to as chunks, those whose new tokens come after the n_generating first
+        ones, and what is cached before each."""
         found = []
         for row in step.rows:
             if row.start >= step.n_generating:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+#: Begins a line that says a measurement, which kvcompress.bench.engine shows as it comes.
+MEASURED = "measured "
 #: Steps before the timed ones, and timed ones; no prompt ends within them.
 WARM_UP, TIMED = 8, 32
 
@@ -131,8 +133,8 @@ class _Skipped:
         return getattr(self._model, name)
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return tokens that fit, steps, and times to a first token.
+def measure(settings: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measure tokens that fit, steps, and times to a first token; each time that one more is known, all go to `keep`.
 
     settings: model (a directory), arguments (of LLM), workloads (pairs of batch or null, and context), prompt and
     continuation (tokens, 0: not timed).
@@ -147,7 +149,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         if continuation:
             engine.first_token_seconds(ids + engine.prompt(continuation))
             found["continued_seconds"] = engine.first_token_seconds(ids + engine.prompt(continuation))
-        _say(found)
+    _say({name: value for name, value in found.items() if name != "steps"})
+    keep(found)
     for workload in (Workload(*w) for w in settings["workloads"]):
         batch = workload.batch or max(1, engine.tokens_that_fit // workload.context)
         seconds, running = engine.step_seconds(batch, workload.context)
@@ -161,11 +164,11 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
             }
         )
         _say(found["steps"][-1])
-    return found
+        keep(found)
 
 
 def _say(found: dict[str, Any]) -> None:
-    sys.stderr.write(f"measured {json.dumps(found)}\n")
+    sys.stderr.write(f"{MEASURED}{json.dumps(found)}\n")
     sys.stderr.flush()
 
 
@@ -175,7 +178,11 @@ def _device() -> str:
 
 def main() -> None:
     settings, result = Path(sys.argv[1]), Path(sys.argv[2])
-    result.write_text(json.dumps(measure(json.loads(settings.read_text(encoding="utf-8")))), encoding="utf-8")
+
+    def keep(found: dict[str, Any]) -> None:
+        result.write_text(json.dumps(found), encoding="utf-8")
+
+    measure(json.loads(settings.read_text(encoding="utf-8")), keep)
 
 
 if __name__ == "__main__":

@@ -69,23 +69,30 @@ def encode_chunk(cache: LayerCache, row: Row, key: Tensor, value: Tensor) -> Non
     used = (stop - first) * BLOCK_TOKENS - early
     key, value = key[:used].transpose(0, 1), value[:used].transpose(0, 1)
     if early:
-        keys, values = exact_parts(cache.exact[row.exact[first]])
+        keys, values = _exact_block(cache, row, first)
         key = torch.cat([keys[:, :early].to(key.dtype), key], 1)
         value = torch.cat([values[:, :early].to(value.dtype), value], 1)
-    blocks = torch.arange(first, stop, device=key.device)
-    _encode(cache, key[None], value[None], blocks, row.pages)
+    _encode(cache, key[None], value[None], first, row.pages)
 
 
 def encode_block(cache: LayerCache, row: Row, block: int) -> None:
     """Encode a complete block of a row's earlier tokens from its exact page."""
-    keys, values = exact_parts(cache.exact[row.exact[block]])
-    _encode(cache, keys[None], values[None], torch.tensor([block], device=keys.device), row.pages)
+    keys, values = _exact_block(cache, row, block)
+    _encode(cache, keys[None], values[None], block, row.pages)
 
 
-def _encode(cache: LayerCache, keys: Tensor, values: Tensor, blocks: Tensor, pages: Tensor) -> None:
-    """keys, values: [1, heads, n_blocks * 32, head_dim]; blocks: [n_blocks], neighbours."""
-    first = int(blocks[0]) * BLOCK_TOKENS
+def _exact_block(cache: LayerCache, row: Row, block: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values in the exact page of a block: [heads, 32, head_dim] each."""
+    # A list of one page: to take one by a number on the device would wait for the device.
+    return exact_parts(cache.exact[row.exact[block : block + 1]][0])
+
+
+def _encode(cache: LayerCache, keys: Tensor, values: Tensor, block: int, pages: Tensor) -> None:
+    """keys, values: [1, heads, n_blocks * 32, head_dim], of block `block` and its followers. Nothing waits for the
+    device: in a prompt's chunk the host launches the next layers meanwhile."""
+    first = block * BLOCK_TOKENS
     positions = torch.arange(first, first + keys.shape[2], dtype=torch.int32, device=keys.device)
+    blocks = torch.arange(block, block + keys.shape[2] // BLOCK_TOKENS, device=keys.device)
     turn = cache.codecs.turn
     packed_keys = cache.codecs.pack_keys(keys, (positions // turn * turn)[None])
     packed_values = cache.codecs.pack_values(values)

@@ -1,0 +1,200 @@
+"""Does vLLM write the same text whatever it does meanwhile? Each way of running an output in a process of its own.
+
+    python recipes/measure_vllm.py OUT --text FILE [--dtype float16] [--ways graphs eager ...] [--json]
+
+All ways are given the same prompts of random lengths, greedy. Printed is the share of the written tokens that the
+original model in transformers writes next itself, given the same text, and what another token lacks in log-likelihood;
+so the plan should lose next to nothing (`compress --keep 0.5`, or `--keep 1 --ranks-only`). The way `off` is vLLM
+without compression, which says what rounding alone costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS: dict[str, dict[str, Any]] = {
+    "off": {"additional_config": {"kvcompress": "off"}},
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "no-prefix-caching": {"enable_prefix_caching": False},
+    "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 32},
+    "preemption": {"small": True},
+    "arrivals": {"arrive": True, "max_num_seqs": 32},
+    "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
+    "two-gpus": {"tensor_parallel_size": 2},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--text", required=True, help="a file that prompts are cut from")
+    parser.add_argument("--original", type=Path, help="the uncompressed model, where OUT holds maps alone")
+    parser.add_argument("--ways", nargs="+", default=[w for w in WAYS if w != "two-gpus"], choices=WAYS)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=400, help="tokens of a prompt, at most")
+    parser.add_argument("--new-tokens", type=int, default=200)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        write(*(Path(x) for x in options.child))
+        return
+    prompts = cut_prompts(options)
+    judge = Judge(options.original or options.output, options.dtype)
+    first: list[list[int]] | None = None
+    for way in options.ways:
+        started = time.perf_counter()
+        found = run(options, way, prompts)
+        if "texts" not in found:
+            print(f"{way:18} did not run: {found['failure']}", flush=True)
+            continue
+        texts = found["texts"]
+        share, lacking, seen = judge.agreement(prompts, texts)
+        first = first or texts
+        alike = sum(a == b for a, b in zip(first, texts, strict=True))
+        print(
+            f"{way:18} {share:8.3%} of {seen} tokens; where another, it lacks {lacking:.4f} nats; "
+            f"{alike}/{len(texts)} texts as {options.ways[0]}; {found['notes']}; {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+
+
+def cut_prompts(options: argparse.Namespace) -> list[list[int]]:
+    """Return prompts of random lengths, one after the other in the text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.original or options.output)
+    rng = random.Random(0)
+    lengths = [rng.randint(1, options.longest) for _ in range(options.prompts)]
+    text = Path(options.text).read_text(encoding="utf-8")[: 8 * sum(lengths)]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [ids[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+
+class Judge:
+    """The original model in transformers, which reads whole texts at once."""
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"on {torch.cuda.get_device_name() if self.device == 'cuda' else 'a CPU'}, {dtype}", flush=True)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.model = loaded.to(self.device).eval()
+
+    def agreement(self, prompts: list[list[int]], texts: list[list[int]]) -> tuple[float, float, int]:
+        """Return the share of tokens that are the model's own choice, what others lack in log-likelihood on average,
+        and how many there were."""
+        import torch
+
+        same, lacking, n = 0, 0.0, 0
+        with torch.no_grad():
+            for prompt, text in zip(prompts, texts, strict=True):
+                ids = torch.tensor([prompt + text], device=self.device)
+                scores = self.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+                own = scores.gather(1, ids[0, len(prompt) :, None])[:, 0]
+                short = scores.amax(1) - own
+                same, n = same + int((short == 0).sum()), n + len(text)
+                lacking += float(short.sum())
+        return same / n, lacking / max(1, n - same), n
+
+
+def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict[str, Any]:
+    import torch
+
+    arguments = {
+        "model": str(options.original or options.output),
+        "dtype": options.dtype,
+        "max_model_len": options.longest + options.new_tokens + 8,
+        "gpu_memory_utilization": options.memory,
+    }
+    if not torch.cuda.is_available():
+        arguments["enforce_eager"] = True
+    if options.original:
+        arguments["additional_config"] = {"kvcompress": str(options.output)}
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch) / name for name in ("settings.json", "result.json")]
+        settings = {"arguments": arguments | WAYS[way], "prompts": prompts, "new_tokens": options.new_tokens}
+        files[0].write_text(json.dumps(settings), encoding="utf-8")
+        command = [sys.executable, __file__, str(options.output), "--text", "-", "--child", *map(str, files)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not files[1].is_file():
+            lines = [x for x in finished.stderr.splitlines() if "Error" in x] or finished.stderr.splitlines()[-1:]
+            return {"failure": " | ".join(lines[-3:])}
+        found: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
+        return found
+
+
+def write(settings_file: Path, result: Path) -> None:
+    """Run one way; its own process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    arguments, prompts = settings["arguments"], settings["prompts"]
+    small, arrive = arguments.pop("small", False), arguments.pop("arrive", False)
+    if small:  # a few blocks more than the longest sequence needs
+        arguments |= {"num_gpu_blocks_override": blocks_for(arguments["max_model_len"])}
+    preempted = count_preemptions()
+    llm = LLM(**arguments)
+    sampling = SamplingParams(max_tokens=settings["new_tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
+    if arrive:
+        texts = arriving(llm.llm_engine, prompts, sampling)
+        notes = "arrived at random"
+    else:
+        texts = []
+        for _ in range(2 if arguments.get("enable_prefix_caching") is None else 1):  # the second finds prefixes
+            outputs = llm.generate([{"prompt_token_ids": x} for x in prompts], sampling, use_tqdm=False)
+            texts = [list(o.outputs[0].token_ids) for o in outputs]
+        notes = f"{sum(o.num_cached_tokens or 0 for o in outputs)} tokens found in the cache"
+    if preempted:
+        notes += f", preempted {len(preempted)} times"
+    result.write_text(json.dumps({"texts": texts, "notes": notes}), encoding="utf-8")
+
+
+def blocks_for(length: int) -> int:
+    """Return how many blocks of the pool two sequences of a length need about, whatever a page holds."""
+    return 2 * (-(-length // 32)) + 12
+
+
+def count_preemptions() -> list[int]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    counted: list[int] = []
+    original = Scheduler._preempt_request
+
+    def preempt(*args: Any, **kwargs: Any) -> Any:
+        counted.append(1)
+        return original(*args, **kwargs)
+
+    Scheduler._preempt_request = preempt
+    return counted
+
+
+def arriving(engine: Any, prompts: list[list[int]], sampling: Any) -> list[list[int]]:
+    """Return the texts of requests that arrive at random, up to three before each step."""
+    rng, waiting, found = random.Random(1), list(range(len(prompts))), {}
+    while waiting or engine.has_unfinished_requests():
+        for i in [waiting.pop(0) for _ in range(min(len(waiting), rng.randint(0, 3)))]:
+            engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, sampling)
+        for output in engine.step():
+            if output.finished:
+                found[int(output.request_id)] = list(output.outputs[0].token_ids)
+    return [found[i] for i in range(len(prompts))]
+
+
+if __name__ == "__main__":
+    main()
