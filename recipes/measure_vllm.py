@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "preemption": {"small": True},
     "arrivals": {"arrive": True, "max_num_seqs": 32},
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
+    "draft": {"draft": True},
     "two-gpus": {"tensor_parallel_size": 2},
 }
 
@@ -39,12 +40,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--text", required=True, help="a file that prompts are cut from")
     parser.add_argument("--original", type=Path, help="the uncompressed model, where OUT holds maps alone")
-    parser.add_argument("--ways", nargs="+", default=[w for w in WAYS if w != "two-gpus"], choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=[w for w in WAYS if w not in ("draft", "two-gpus")], choices=WAYS)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--longest", type=int, default=400, help="tokens of a prompt, at most")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--draft", help="the model that drafts tokens in the way `draft`")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -125,9 +127,12 @@ def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict
         arguments["enforce_eager"] = True
     if options.original:
         arguments["additional_config"] = {"kvcompress": str(options.output)}
+    arguments |= WAYS[way]
+    if arguments.pop("draft", False):
+        arguments["speculative_config"] = {"method": "draft_model", "model": options.draft, "num_speculative_tokens": 3}
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch) / name for name in ("settings.json", "result.json")]
-        settings = {"arguments": arguments | WAYS[way], "prompts": prompts, "new_tokens": options.new_tokens}
+        settings = {"arguments": arguments, "prompts": prompts, "new_tokens": options.new_tokens}
         files[0].write_text(json.dumps(settings), encoding="utf-8")
         command = [sys.executable, __file__, str(options.output), "--text", "-", "--child", *map(str, files)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)

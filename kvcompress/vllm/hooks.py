@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from kvcompress.checkpoint.maps import MAPS_FILE
 from kvcompress.errors import OptionError
+from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.backend import ExactBackend, PackedBackend, compressed_layers
 from kvcompress.vllm.codecs import layer_plans
 from kvcompress.vllm.layers import CompressedModel, make_layer
@@ -20,12 +22,20 @@ from kvcompress.vllm.managers import register_managers
 from kvcompress.vllm.names import (
     Attention,
     DefaultModelLoader,
+    FullAttentionSpec,
+    MLAAttention,
     VllmConfig,
+    backend_beside_ours,
     extract_layer_index,
+    first_runner,
     get_current_vllm_config,
 )
 from kvcompress.vllm.source import Source, find_directory, read_source
+from kvcompress.vllm.specs import ExactSpec, PackedSpec
 from kvcompress.vllm.summary import say
+
+#: Begins the names of a draft model's layers.
+DRAFT_PREFIX = "draft_model."
 
 
 def install() -> None:
@@ -35,6 +45,7 @@ def install() -> None:
         return
     Attention.__init__ = _marked(Attention.__init__, _init)
     Attention.get_kv_cache_spec = _marked(Attention.get_kv_cache_spec, _kv_cache_spec)
+    MLAAttention.__init__ = _marked(MLAAttention.__init__, _refuse_latent)
     DefaultModelLoader._prepare_weights = _marked(DefaultModelLoader._prepare_weights, _prepare_weights)
 
 
@@ -52,12 +63,22 @@ def source_of(config: VllmConfig) -> Source | None:
     model = config.model_config
     if model is None:
         return None
-    speculative = config.speculative_config
-    is_draft = speculative is not None and getattr(speculative, "draft_model_config", None) is model
+    is_draft = drafts(config)
     directory = find_directory(
         str(model.model), revision=model.revision, additional=config.additional_config, is_draft=is_draft
     )
+    if directory is not None and is_draft:
+        raise OptionError(
+            f"the draft model {model.model} has a compressed cache, which only the model that it drafts for can have. "
+            "Name the model that it was compressed from."
+        )
     return None if directory is None else read_source(directory)
+
+
+def drafts(config: VllmConfig) -> bool:
+    """Return whether a config is that of a model that only drafts tokens for another one."""
+    speculative = config.speculative_config
+    return speculative is not None and getattr(speculative, "draft_model_config", None) is config.model_config
 
 
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,13 +88,15 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         source = source_of(config)
     name = kwargs.get("prefix", "")
     layer = None if source is None else extract_layer_index(name)
+    first = next(compressed_layers(config), None)
     if source is None or layer is None or layer_plans(source.plan, layer) is None:
+        if source is not None or first is not None:  # a sliding window, or a draft model, whose pages lie beside ours
+            kwargs["attn_backend"] = kwargs.get("attn_backend") or backend_beside_ours()
         original(self, *args, **kwargs)
         return
     _check(config)
     kwargs["attn_backend"] = PackedBackend
     original(self, *args, **kwargs)
-    first = next(compressed_layers(config), None)
     device = torch.empty(0).device  # vLLM makes its layers where they will run, in the model's dtype
     with torch.device("cpu"), _float32():
         model = CompressedModel.of(source, config) if first is None else first.kvcompress.model
@@ -83,7 +106,21 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     self.kvcompress = compressed
     config.compilation_config.static_forward_context[compressed.exact.name] = compressed.exact
     if first is None:
+        runner = first_runner()
+        if not getattr(runner.get_kv_cache_spec, "kvcompress", False):
+            runner.get_kv_cache_spec = _marked(runner.get_kv_cache_spec, _draft_first)
         compressed.exact.when_bound = functools.partial(say, config, compressed)
+
+
+def _refuse_latent(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """MLAAttention.__init__: its cache is another one, and would stay as it is without a word."""
+    with torch.device("cpu"):
+        source = source_of(get_current_vllm_config())
+    if source is not None:
+        raise OptionError(
+            f"the layers of {source.directory} keep a latent (MLA), whose compressed cache runs in transformers alone."
+        )
+    original(self, *args, **kwargs)
 
 
 @contextmanager
@@ -113,7 +150,26 @@ def _check(config: VllmConfig) -> None:
 
 def _kv_cache_spec(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
     compressed = getattr(self, "kvcompress", None)
-    return original(self, vllm_config) if compressed is None else compressed.packed_spec(vllm_config)
+    if compressed is not None:
+        return compressed.packed_spec(vllm_config)
+    spec = original(self, vllm_config)
+    if isinstance(spec, FullAttentionSpec) and getattr(self.attn_backend, "beside_ours", False):
+        # A runner on CPUs zeroes new pages by numbers that are wrong where attention cuts pages into smaller ones.
+        return replace(spec, block_size=BLOCK_TOKENS)
+    return spec
+
+
+def _draft_first(original: Any, self: Any) -> Any:
+    """GPUModelRunner.get_kv_cache_spec, of the runner on CPUs as well: a draft model's layers come first.
+
+    vLLM's first runner takes the first group of pages for the draft model's, without looking.
+    """
+    specs = original(self)
+    speculative = self.vllm_config.speculative_config
+    if speculative is None or not speculative.uses_draft_model():
+        return specs
+    ours = {name for name, spec in specs.items() if isinstance(spec, (PackedSpec, ExactSpec))}
+    return dict(sorted(specs.items(), key=lambda item: bool(ours) and not item[0].startswith(DRAFT_PREFIX)))
 
 
 def _prepare_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

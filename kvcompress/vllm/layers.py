@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.errors import OptionError
+from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.model.architectures import read_model_spec
-from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, ModelSpec, Site
+from kvcompress.model.architectures import is_read, read_model_spec
+from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, Site
 from kvcompress.model.rope import Rotary
-from kvcompress.plan import BLOCK_TOKENS, SitePlan
+from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
 from kvcompress.runtime.layers import check_fit
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.fused import FusedModel
@@ -35,13 +35,13 @@ EXACT_SUFFIX = ".exact"
 class CompressedModel:
     """What all compressed layers of a loaded model share.
 
-    sites: what this rank keeps of each site, and its maps. layouts, page_bytes: of each layer's packed page, the same
-    on all ranks. packed_table: that of the step, int32 [n, most pages].
+    rotaries: of the layers whose keys turn. sites: what this rank keeps of each site, and its maps. layouts,
+    page_bytes: of each layer's packed page, the same on all ranks. packed_table: that of the step, int32 [n, most
+    pages].
     """
 
     source: Source
-    spec: ModelSpec
-    rotary: Rotary | None
+    rotaries: dict[int, Rotary]
     sites: dict[Site, tuple[SitePlan, SiteMaps | None]]
     layouts: dict[int, PageLayout]
     page_bytes: dict[int, int]
@@ -52,31 +52,72 @@ class CompressedModel:
     def of(cls, source: Source, config: VllmConfig) -> CompressedModel:
         """Raises CheckpointError for maps of another model, OptionError where heads cannot be shared out as ranks
         are."""
-        hf_config, plan = config.model_config.hf_config, source.plan
-        spec = read_model_spec(hf_config.to_dict())
-        check_fit(spec, plan)
-        if spec.own_layers:
-            raise OptionError("layers of the model keep a sliding window, which the pages of the plugin do not.")
+        plan, head_dim = source.plan, config.model_config.get_head_size()
+        turning = rotaries(plan, config.model_config.hf_text_config)
         rank, n_ranks = tensor_parallel_place()
         sites: dict[Site, tuple[SitePlan, SiteMaps | None]] = {}
         rows: dict[Site, int] = {}
         number_bytes = DTYPE_BYTES[str(config.model_config.dtype).removeprefix("torch.")]
         for site in plan.sites:
-            attention = spec.layers[site.layer]
             cut = []
             for r in range(n_ranks):
-                heads = rank_heads(attention.n_kv_heads, r, n_ranks)
+                heads = rank_heads(site.width // head_dim, r, n_ranks)
                 maps = None if site.exact else source.maps[site.site]
-                mine = None if maps is None else heads_of(maps, *heads, attention.head_dim, site=site.site)
-                cut.append((rank_site(site, mine, (heads[1] - heads[0]) * attention.head_dim), mine))
+                mine = None if maps is None else heads_of(maps, *heads, head_dim, site=site.site)
+                cut.append((rank_site(site, mine, (heads[1] - heads[0]) * head_dim), mine))
             sites[site.site] = cut[rank]
             rows[site.site] = max(row_bytes(s, number_bytes) for s, _ in cut)
         n_blocks = blocks_of_page(plan)
         layouts = {
             s.layer: PageLayout(n_blocks, rows[Site(s.layer, "key")], rows[Site(s.layer, "value")]) for s in plan.sites
         }
-        rotary = Rotary.of_config(hf_config) if any(a.rotary_dim for a in spec.layers) else None
-        return cls(source, spec, rotary, sites, layouts, page_sizes(layouts))
+        return cls(source, turning, sites, layouts, page_sizes(layouts))
+
+
+def rotaries(plan: Plan, hf_config: Any) -> dict[int, Rotary]:
+    """Return RoPE of each layer whose keys turn: as the plan says, or in an earlier output, as the model has it.
+
+    Raises CheckpointError for a plan of another model, OptionError for layers that are not run beside compressed ones.
+    """
+    check_own_layers(plan)
+    by = [Rotary.by(rotation) for rotation in plan.rotations]
+    planned = {s.layer: by[s.rotation] for s in plan.sites if s.part == "key" and s.rotation is not None}
+    as_read = hf_config.to_dict()
+    if not is_read(as_read):
+        n_layers = len({s.layer for s in plan.sites} | {own.layer for own in plan.own_layers})
+        if plan.architecture != hf_config.model_type or n_layers != hf_config.num_hidden_layers:
+            raise CheckpointError(
+                f"the maps were made for a {plan.architecture} model with {n_layers} layers; this is a "
+                f"{hf_config.model_type} model with {hf_config.num_hidden_layers}. Attach them to their own model."
+            )
+        return planned
+    spec = read_model_spec(as_read)
+    check_fit(spec, plan)
+    turning = [a.layer for a in spec.layers if a.rotary_dim]
+    shared = Rotary.of_config(hf_config) if turning else None
+    if shared is None or not plan.rotations:
+        return {layer: shared for layer in turning if shared is not None}
+    if sorted(planned) != turning or not all(same_turn(rotary, shared) for rotary in planned.values()):
+        raise CheckpointError(
+            "the model turns its keys with the position in another way than the model that the maps were made for "
+            "(other RoPE settings in config.json?). Attach them to their own model."
+        )
+    return planned
+
+
+def same_turn(one: Rotary, other: Rotary) -> bool:
+    """Return whether two turn keys alike, but for rounding."""
+    sizes = len(one.inv_freq) == len(other.inv_freq) and abs(one.scale - other.scale) < 1e-3
+    return sizes and torch.allclose(one.inv_freq.cpu(), other.inv_freq.cpu(), rtol=1e-3, atol=1e-9)
+
+
+def check_own_layers(plan: Plan) -> None:
+    for own in plan.own_layers:
+        if own.window is None or own.state_bytes:
+            raise OptionError(
+                f"layer {own.layer} of the model keeps {own.kind}, which the plugin does not run beside compressed "
+                "layers: it knows layers with a sliding window alone."
+            )
 
 
 @dataclass(slots=True)
@@ -150,7 +191,7 @@ def make_layer(
     codecs = make_layer_codecs(
         {part: sites[part][0] for part in PARTS},
         {part: sites[part][1] for part in PARTS},
-        rotary=model.rotary if model.spec.layers[layer].rotary_dim else None,
+        rotary=model.rotaries.get(layer),
         n_kv_heads=n_heads,
         head_dim=head_dim,
         device=device,

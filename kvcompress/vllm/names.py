@@ -13,10 +13,11 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -48,13 +49,16 @@ __all__ = [
     "KVCacheBlock",
     "KVCacheLayout",
     "KVCacheSpecRegistry",
+    "MLAAttention",
     "MultipleOf",
     "Request",
     "SingleTypeKVCacheManager",
     "SlidingWindowSpec",
     "VllmConfig",
+    "backend_beside_ours",
     "exact_attention",
     "extract_layer_index",
+    "first_runner",
     "get_current_vllm_config",
     "get_forward_context",
     "init_logger",
@@ -68,6 +72,45 @@ __all__ = [
 def tensor_parallel_place() -> tuple[int, int]:
     """Return this process's rank in its tensor parallel group, and how many ranks there are."""
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def first_runner() -> Any:
+    """Return the model runner of CPUs, and of GPUs for what vLLM's second one lacks; importing it takes a while."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    return GPUModelRunner
+
+
+def backend_beside_ours() -> type[AttentionBackend] | None:
+    """Return the backend of a layer that is not compressed, None where vLLM's own choice takes pages of all layers side
+    by side, as ours lie."""
+    if not current_platform.is_cpu():
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+    class Zeroing(CPUAttentionBackendImpl):
+        """Reads whole pages, what is behind a sequence's end with weights of 0; so that must be numbers. A GPU's runner
+        zeroes pages that belonged to other layers, a CPU's does not."""
+
+        def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+            page_tokens = kv_cache.shape[2]
+            kv_cache[slots[slots % page_tokens == 0] // page_tokens] = 0  # a page is filled from its beginning
+            super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+
+    class SideBySide(CPUAttentionBackend):
+        """That of CPUs says that it reads pages layer by layer; but it goes by their strides."""
+
+        beside_ours = True
+
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+            return (KVCacheLayout.BLHNC,)
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return Zeroing
+
+    return SideBySide
 
 
 def exact_attention(config: Any) -> Any:

@@ -146,7 +146,7 @@ class _PagedTokens:
     keys: Tensor
     values: Tensor
     n_encoded: int
-    n_seen: int
+    n_held: int
     sinks: int
 
     @classmethod
@@ -179,7 +179,7 @@ class _PagedTokens:
         return self
 
     def get_seq_length(self) -> int:
-        return self.n_seen
+        return self.n_held
 
     def sink_slots(self) -> Tensor:
         return torch.arange(self.sinks, device=self.keys.device)[None]

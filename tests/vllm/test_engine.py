@@ -128,10 +128,3 @@ class TestNothingLost:
                     found[int(output.request_id)] = list(output.outputs[0].token_ids)
         wrong = [i for i in range(200) if found[i] != greedy(plain, ids[i], n_new[i])]
         assert not wrong
-
-    def test_ngram_speculation(self, full_rank: Path, engine: Any, plain: Any) -> None:
-        pattern = prompts(12)[0]
-        ids = [pattern * 8, pattern * 30, prompts(40, seed=9)[0]]
-        speculative = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-        llm = engine(full_rank, speculative_config=speculative)
-        assert new_tokens(generate(llm, ids, 120)) == [greedy(plain, x, 120) for x in ids]
