@@ -9,6 +9,8 @@ import os
 if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: beside others, threads only wait
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

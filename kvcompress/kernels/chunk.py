@@ -123,6 +123,7 @@ def join(outputs: Tensor, totals: Tensor) -> Tensor:
     from kvcompress.kernels.rebuilding import join_kernel
 
     n_parts, n, n_heads, head_dim = outputs.shape
+    outputs, totals = outputs.contiguous(), totals.contiguous()
     out = torch.empty_like(outputs[0])
     join_kernel[(n, n_heads)](
         outputs, totals, out, n_parts, outputs.stride(0), totals.stride(1), DIM=head_dim,
