@@ -28,15 +28,15 @@ from kvcompress.report.stored_comparison import COMPARISON_FILE, read_comparison
 
 #: Methods that share what they need are measured by one process; those that need the moments wait for them.
 FAMILIES = {
-    "ours": "default",
-    "published": "palu,mea-half,kvtc,kvtc-deflate",
+    "formats": "fp8,turboquant,per-token-head,fp4,quanto",
+    "blocks": "kivi,xkv",
     "kq-svd": "kq-svd",
-    "xkv": "xkv",
-    "kivi": "kivi",
+    "calibrated": "default,kvtc,kvtc-deflate,palu,mea-half",
     "hqq": "hqq",
-    "formats": "quanto,fp8,turboquant,per-token-head,fp4",
 }
-_CALIBRATED = ("ours", "published")
+_CALIBRATED = "calibrated"
+#: In which order their cells stand in tables.
+_SHOWN = ("calibrated", "kq-svd", "blocks", "hqq", "formats")
 _KVCOMPRESS = [sys.executable, "-c", "from kvcompress_cli.app import main; main()"]
 
 
@@ -55,8 +55,8 @@ class Part:
 def main() -> None:
     args = _arguments()
     models, texts = _named(args.model), _named(args.text)
-    parts = [Part(m, t, f) for f in FAMILIES for t in texts for m in models]
-    parts.sort(key=lambda part: part.family in _CALIBRATED)  # the others need not wait for a calibration
+    parts = [Part(m, t, f) for t in texts for f in FAMILIES for m in models]
+    parts.sort(key=lambda part: part.family == "hqq")  # searches for its zeros: as long as all others together
     started = time.monotonic()
     with ThreadPoolExecutor(args.processes) as pool:
         moments = {name: pool.submit(_calibrate, path, args.out / name, args) for name, path in models.items()}
@@ -66,9 +66,7 @@ def main() -> None:
         }
         for part, future in done.items():
             print(f"{time.monotonic() - started:6.0f} s  {part.model} {part.text} {part.family}: {future.result()}")
-    for model in models:
-        for text in texts:
-            _join(args.out, model, text)
+            _join(args.out, part.model, part.text)  # what there is, in case that this is stopped
     summary = summary_table(args.out, list(models), list(texts))
     (args.out / "summary.md").write_text(summary, encoding="utf-8")
     print(summary)
@@ -114,7 +112,7 @@ def _measure(part: Part, model: str, text: str, moments: Future[Path], args: arg
     """Run one part and return how it ended."""
     directory = part.directory(args.out)
     directory.mkdir(parents=True, exist_ok=True)
-    if part.family in _CALIBRATED:
+    if part.family == _CALIBRATED:
         file = moments.result()
         if not (directory / file.name).exists():
             os.link(file, directory / file.name)
@@ -132,7 +130,7 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
 
 def _join(out: Path, model: str, text: str) -> None:
     """Write the comparison of all finished parts of a text, drawn where the charting library is."""
-    files = [Part(model, text, family).directory(out) / COMPARISON_FILE for family in FAMILIES]
+    files = [Part(model, text, family).directory(out) / COMPARISON_FILE for family in _SHOWN]
     found = [read_comparison(file) for file in files if file.is_file()]
     if not found:
         return

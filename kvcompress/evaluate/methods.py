@@ -14,16 +14,19 @@ from kvcompress.options import CompressOptions, load_recipe
 
 Kind = Literal["ours", "published", "peer"]
 
+#: Free mixing of all heads by the activations alone, each token at its own position: whatever our default is.
+_LATENT: dict[str, Any] = {"key_basis": "latent", "value_basis": "latent", "turn": 1, "metric": "activation"}
 #: Published methods that our bases and policies can be: what they change in the options (recipes/*.toml say why).
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "palu": {"metric": "activation", "policy": "uniform", "ranks_only": True},
+    "palu": {**_LATENT, "policy": "uniform", "ranks_only": True},
     # PCA of un-rotated keys and of values, bits by what is left of the squared error (arXiv 2511.01815). Here a layer's
     # own keys and values are mixed, as a live cache needs them, where the paper mixes all layers'; no entropy coding.
-    "kvtc": {"metric": "activation", "policy": "loss"},
-    "kvtc-deflate": {"metric": "activation", "policy": "loss"},  # the same, its codes deflated where they are counted
+    "kvtc": {**_LATENT, "policy": "loss"},
+    "kvtc-deflate": {**_LATENT, "policy": "loss"},  # the same, its codes deflated where they are counted
     "mea-half": {
         "key_basis": "head",
         "value_basis": "head",
+        "turn": 1,
         "policy": "middle",
         "layers": "half",
         "metric": "weights",

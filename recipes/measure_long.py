@@ -1,0 +1,109 @@
+"""The window, the sinks and the gains at long contexts, and retrieval: the tables of docs/measurements.md.
+
+    python recipes/measure_long.py MODEL --text book.txt --length 2048:16 --length 8192:4 [--length 32768:2] --work DIR
+
+Calibrates once (moments are kept in DIR), then measures each --keep at each length (LENGTH:WINDOWS of the text) with
+other windows and sinks than those it was calibrated for, and finds keys in a book. Prints a line as each figure comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompress.calibration.calibrate import obtain_moments
+from kvcompress.checkpoint.loading import load_weights
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.evaluate.retrieval import evaluate_retrieval
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import make_plan
+from kvcompress.runtime.attach import attach_plan, detach
+
+#: (recent, sinks): as calibrated first.
+SETTINGS = ((64, 4), (128, 4), (256, 4), (64, 16))
+
+
+def main() -> None:
+    args = _arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with open_checkpoint(args.model) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint.path)
+        model: Any = load_weights(checkpoint.path, dtype="float32", device=device).eval()
+        plans = {keep: _plan(checkpoint, keep, args, device) for keep in args.keep}
+        print(f"{args.model} on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}", flush=True)
+        for length in args.length:
+            seq_len, n_windows = map(int, length.split(":"))
+            original = Original(model, Windows.of(tokenizer, args.text, seq_len, n_windows), remember=True)
+            for keep, (plan, maps) in plans.items():
+                _windows_and_sinks(model, original, keep, plan, maps)
+        for keep, (plan, maps) in plans.items() if args.retrieval else ():
+            _retrieval(model, tokenizer, keep, plan, maps, args)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--length", action="append", required=True, metavar="LENGTH:WINDOWS")
+    parser.add_argument("--keep", action="append", type=float)
+    parser.add_argument("--retrieval", action="append", type=int, metavar="LENGTH")
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--work", required=True)
+    args = parser.parse_args()
+    args.keep = args.keep or [0.125]
+    return args
+
+
+def _plan(checkpoint: Checkpoint, keep: float, args: argparse.Namespace, device: str) -> Any:
+    options = CompressOptions(keep=keep, tokens=args.tokens)
+    moments = obtain_moments(checkpoint, Path(args.work) / "x", options, device=device, dtype="float32")
+    return make_plan(checkpoint, moments, options)[:2]
+
+
+def _windows_and_sinks(model: Any, original: Original, keep: float, plan: Any, maps: Any) -> None:
+    n_windows, seq_len = original.windows.ids.shape
+    for recent, sinks in SETTINGS:
+        started = time.monotonic()
+        attach_plan(model, plan, maps)
+        try:
+            found = evaluate_attached(model, original, recent=recent, sinks=sinks)
+        finally:
+            detach(model)
+        error = 0.0 if found.ratio_standard_error is None else found.ratio_standard_error
+        far = found.distance
+        gains = "" if far is None else f" | {far.component_energy:.3f} | {far.gains_at_ends:.3f}"
+        print(
+            f"| {seq_len} x {n_windows} | {keep:g} | {recent} | {sinks} | {found.perplexity['original']:.3f} | "
+            f"{found.perplexity['ratio']:.5f} | {error:.5f} | {1e3 * found.kl_nats:.2f}{gains} | "
+            f"{time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+
+
+def _retrieval(model: Any, tokenizer: Any, keep: float, plan: Any, maps: Any, args: argparse.Namespace) -> None:
+    attach_plan(model, plan, maps)
+    found = evaluate_retrieval(
+        model, tokenizer, args.text, lengths=args.retrieval, n_prompts=args.prompts, batch_size=1
+    )
+    detach(model)
+    for kind in found.found:
+        for length in args.retrieval:
+            cells = [c for c in found.cells if (c.kind, c.length) == (kind, length)]
+            n = sum(c.n for c in cells)
+            sums = [
+                sum(getattr(c, name) * c.n for c in cells) / n
+                for name in ("original", "compressed", "original_logprob", "compressed_logprob")
+            ]
+            shares = f"{sums[0]:.1%} | {sums[1]:.1%} | {sums[2]:.3f} | {sums[3]:.3f}"
+            print(f"| {kind} | {length} | {keep:g} | {n} | {shares} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
