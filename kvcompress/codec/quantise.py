@@ -20,6 +20,8 @@ _LOWEST_GAIN, _GAINS_PER_OCTAVE = -4, 4
 _GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.0308}
 #: Components have variance 1; one that the samples never moved still gets a step that can be divided by.
 _LEAST_POWER = 1e-12
+#: Components whose steps are fitted at once: as many as stay in a processor's cache.
+_AT_ONCE = 64
 #: Steps tried, as multiples of the Gaussian one: down to distributions without tails, up to long ones ...
 _TRIED = torch.logspace(-1.3, 1.3, 9, base=2.0).tolist()
 #: ... and then around the best of those.
@@ -62,14 +64,23 @@ def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     samples: [n_samples, R]. The error is relative to the components' mean square, c(b) of the design.
     """
+    parts = [_fit_steps(some.contiguous(), bits) for some in samples.split(_AT_ONCE, 1)]
+    step, distortion = zip(*parts, strict=True)
+    return torch.cat(step), torch.cat(distortion)
+
+
+def _fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     half = 2.0 ** (bits - 1)
     power = samples.square().mean(0).clamp_min(_LEAST_POWER)
     best, least = torch.ones_like(power), torch.full_like(power, float("inf"))
+    error = torch.empty_like(samples)
     for multiples in (_TRIED, _REFINED):
         middle = _GAUSSIAN_STEP[bits] * power.sqrt() if multiples is _TRIED else best
         for multiple in multiples:
             step = multiple * middle
-            error = (samples - dequantise(quantise(samples / step, half), half) * step).square().mean(0) / power
-            best = torch.where(error < least, step, best)
-            least = torch.minimum(least, error)
+            torch.div(samples, step, out=error)
+            error.floor_().clamp_(-half, half - 1).add_(0.5).mul_(step).sub_(samples).square_()
+            relative = error.mean(0) / power
+            best = torch.where(relative < least, step, best)
+            least = torch.minimum(least, relative)
     return best, least

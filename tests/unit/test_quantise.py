@@ -68,3 +68,14 @@ def test_the_gain_is_the_best_of_all_gains() -> None:
     chosen = best_gain(z, half)
     assert chosen.dtype == torch.uint8 and len(set(chosen.tolist())) > 8
     assert torch.equal(table.gather(0, chosen[None].long())[0], table.amin(0))
+
+
+def test_a_components_step_does_not_depend_on_its_neighbours() -> None:
+    """Steps are fitted to some components at once; none of them may see another."""
+    generator = torch.Generator().manual_seed(5)
+    samples = torch.randn(500, 150, generator=generator) * torch.logspace(-3, 3, 150)
+    together = fit_steps(samples, 2)
+    for i in (0, 63, 64, 149):
+        alone = fit_steps(samples[:, i : i + 1], 2)
+        assert torch.allclose(together[0][i], alone[0][0], rtol=1e-5)
+        assert torch.allclose(together[1][i], alone[1][0], rtol=1e-4)
