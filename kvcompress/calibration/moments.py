@@ -20,7 +20,7 @@ from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 4
+MOMENTS_FORMAT = 5
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcompress.calibration.builtin import BUNDLED, bundled_documents, bundled_text, is_builtin
 from kvcompress.calibration.records import EXPECTED, RecordReader
+from kvcompress.checkpoint.tokenizer import windows_of
 from kvcompress.documents import DocumentError, parse_json, read_lines
 from kvcompress.errors import CalibrationError
 
@@ -79,8 +80,7 @@ def all_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Te
     n_chars = wanted * CHARS_PER_TOKEN
     for text in _limited(documents(source, tokenizer, n_chars=n_chars), n_chars):
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator)
-    available = len(ids) // seq_len
-    return torch.tensor(ids[: available * seq_len], dtype=torch.long).reshape(available, seq_len)
+    return windows_of(tokenizer, ids, seq_len)
 
 
 def spread(available: int, n: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.text import CHARS_PER_TOKEN, documents
+from kvcompress.checkpoint.tokenizer import windows_of
 from kvcompress.codec.distance import Distance, distance_of, watched
 from kvcompress.compat import decoder_of
 from kvcompress.errors import CalibrationError, OptionError
@@ -235,8 +236,8 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
         ids.extend((separator if k else []) + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if max_windows and len(ids) >= max_windows * seq_len:
             break
-    n_windows = min(len(ids) // seq_len, max_windows or len(ids))
-    if n_windows < 1:
+    windows = windows_of(tokenizer, ids, seq_len, max_windows)
+    if not len(windows):
         raise CalibrationError(
             f"too little text: {text} has {len(ids)} tokens, a window needs {seq_len}. "
             "Lower --seq-len or give more text."
@@ -245,7 +246,7 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
     if file.is_file() and file.suffix != ".jsonl":  # what anybody can compare with a file of theirs
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256")
-    return torch.tensor(ids[: n_windows * seq_len]).reshape(n_windows, seq_len), digest.hexdigest()
+    return windows, digest.hexdigest()
 
 
 def _compare(model: Any, original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.calibration.text import documents
+from kvcompress.checkpoint.tokenizer import start_tokens
 from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.evaluate.answers import Answers, request_key
 from kvcompress.evaluate.paired import Paired, compare_paired
@@ -180,7 +181,7 @@ def _pair(tokenizer: Any, book: list[int], rng: random.Random, length: int, dept
         f"The pass key{s} is {k}. Remember it: {k} is the pass key{s}." for s, k in zip(subject, keys, strict=True)
     ]
     needles = [ids(f"\n{fact}\n") for fact in facts]
-    head = ([tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []) + ids(_INTRO)
+    head = start_tokens(tokenizer) + ids(_INTRO)
     question = f"\n\nQuestion: What is the pass key{subject[0]}?\nAnswer: The pass key{subject[0]} is"
     tail, answer = ids(question), ids(f" {keys[0]}")
     n_filler = length - len(head) - len(tail) - len(answer) - sum(len(needle) for needle in needles)
@@ -195,11 +196,6 @@ def _pair(tokenizer: Any, book: list[int], rng: random.Random, length: int, dept
         context += filler[previous:place] + needle
         previous = place
     return Pair(tuple(context + filler[previous:] + tail), tuple(answer))
-
-
-def _begins_with_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts BOS before a text, as the model is then used to."""
-    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
 def _cells(prompts: Sequence[Prompt], scores: dict[str, list[Score]]) -> tuple[RetrievalCell, ...]:

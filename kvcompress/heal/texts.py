@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.text import SELF, documents
+from kvcompress.checkpoint.tokenizer import windows_of
 from kvcompress.errors import CalibrationError
 
 #: Characters read per token wanted; more than any text's tokens take.
@@ -84,8 +85,7 @@ def _windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tenso
         left -= len(text)
         if left <= 0 or len(ids) >= n_windows * seq_len:
             break
-    n_windows = min(n_windows, len(ids) // seq_len)
-    return torch.tensor(ids[: n_windows * seq_len], dtype=torch.long).reshape(n_windows, seq_len)
+    return windows_of(tokenizer, ids, seq_len, n_windows)
 
 
 def _shares(available: list[int], wanted: int) -> list[int]:

@@ -14,6 +14,7 @@ import pytest
 from kvcompress.calibration.builtin import BUNDLED
 from kvcompress.calibration.text import CODE, PROSE, documents, token_windows
 from kvcompress.errors import CalibrationError
+from kvcompress.evaluate.perplexity import evaluation_windows
 from tests.tiny_models import EOS, build_tokenizer, prose
 
 
@@ -167,3 +168,19 @@ def test_too_little_text(tmp_path: Path, n_windows: int, enough: bool) -> None:
 def test_an_empty_file_is_too_little_text(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="too little text"):
         token_windows(Letters(), write(tmp_path / "a.txt", ""), 1, 4)
+
+
+class Beginning(Letters):
+    """A tokenizer that begins every text with token 1, unless it is told not to."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", "abcdefghij")
+    assert token_windows(Beginning(), source, 2, 5).tolist() == [[1, 97, 98, 99, 100], [1, 101, 102, 103, 104]]
+    windows, _ = evaluation_windows(Beginning(), source, 5, None)
+    assert windows.tolist() == [[1, 97, 98, 99, 100], [1, 101, 102, 103, 104]]
