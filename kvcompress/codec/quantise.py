@@ -20,6 +20,8 @@ _LOWEST_GAIN, _GAINS_PER_OCTAVE = -4, 4
 _GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.0308}
 #: Components have variance 1; one that the samples never moved still gets a step that can be divided by.
 _LEAST_POWER = 1e-12
+#: Numbers that stay in a processor's cache while gains are tried on them.
+_CACHED = 1 << 17
 #: Components whose steps are fitted at once: as many as stay in a processor's cache.
 _AT_ONCE = 64
 #: Steps tried, as multiples of the Gaussian one: down to distributions without tails, up to long ones ...
@@ -48,14 +50,24 @@ def best_gain(z: Tensor, half: Tensor) -> Tensor:
 
     The error is summed in steps: water-filling gives components steps that cost about the same.
     """
-    best = torch.zeros(z.shape[:-1], dtype=torch.uint8, device=z.device)
-    least = torch.full(z.shape[:-1], float("inf"), device=z.device)
+    rows = z.reshape(-1, z.shape[-1])
+    at_once = len(rows) if z.is_cuda else _CACHED // max(1, z.shape[-1])
+    parts = [_best_gain(some, half) for some in rows.split(max(1, at_once))]
+    return torch.cat(parts).reshape(z.shape[:-1])
+
+
+def _best_gain(z: Tensor, half: Tensor) -> Tensor:
+    best = torch.zeros(len(z), dtype=torch.uint8, device=z.device)
+    least = torch.full((len(z),), float("inf"), device=z.device)
+    error = torch.empty_like(z)
     for code in range(2**GAIN_BITS):
         g = gain(torch.tensor(code)).item()
-        error = (dequantise(quantise(z / g, half), half) * g - z).square().sum(-1)
-        better = error < least
+        torch.div(z, g, out=error)
+        torch.minimum(torch.maximum(error.floor_(), -half, out=error), half - 1, out=error)
+        squared = error.add_(0.5).mul_(g).sub_(z).square_().sum(-1)
+        better = squared < least
         best = torch.where(better, code, best)  # an index of booleans would wait for the GPU
-        least = torch.minimum(least, error)
+        least = torch.minimum(least, squared)
     return best
 
 
