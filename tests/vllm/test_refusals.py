@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from kvcompress.errors import KVCompressError
+from kvcompress.model.model_spec import OwnLayer
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
+from kvcompress.plan import Plan
 from kvcompress.vllm import plugin
 from tests.tiny_models import save_tiny_checkpoint
 from tests.vllm.conftest import SIZES, generate, greedy, new_tokens, prompts
@@ -47,3 +52,39 @@ def test_off_runs_the_uncompressed_model(compressed: Callable[..., Path], engine
     ids = prompts(100)
     llm = engine(compressed(keep=0.125, turn=256), additional_config={"kvcompress": "off"})
     assert new_tokens(generate(llm, ids, 20)) == [greedy(plain, x, 20) for x in ids]
+
+
+def test_a_model_that_turns_its_keys_otherwise(compressed: Callable[..., Path]) -> None:
+    from kvcompress.vllm.layers import rotaries, same_turn
+
+    plan, config = Plan.load(directory := compressed(keep=0.25)), AutoConfig.from_pretrained(directory)
+    turning = rotaries(plan, config)
+    assert sorted(turning) == [0, 1, 2]
+    # An output of before the plan said how keys turn has the model's own RoPE.
+    earlier = rotaries(replace(plan, rotations=(), sites=tuple(replace(s, rotation=None) for s in plan.sites)), config)
+    assert all(same_turn(turning[layer], earlier[layer]) for layer in turning)
+    config.rope_parameters = config.rope_parameters | {"rope_theta": 5e5}
+    with pytest.raises(KVCompressError, match="another way"):
+        rotaries(plan, config)
+
+
+def test_layers_with_a_state(compressed: Callable[..., Path]) -> None:
+    from kvcompress.vllm.layers import rotaries
+
+    plan, config = Plan.load(directory := compressed(keep=0.25)), AutoConfig.from_pretrained(directory)
+    hybrid = replace(plan, own_layers=(OwnLayer(9, "LinearAttentionLayer", state_bytes=1000),))
+    with pytest.raises(KVCompressError, match="layer 9 of the model keeps LinearAttentionLayer"):
+        rotaries(hybrid, config)
+
+
+def test_latent_attention(monkeypatch: Any) -> None:
+    from kvcompress.vllm import hooks
+
+    made: list[Any] = []
+    found: list[Any] = [None, SimpleNamespace(directory="OUT")]
+    monkeypatch.setattr(hooks, "get_current_vllm_config", lambda: None)
+    monkeypatch.setattr(hooks, "source_of", lambda config: found.pop(0))
+    hooks._refuse_latent(lambda *a: made.append(a), "layer")  # an ordinary model's
+    assert made == [("layer",)]
+    with pytest.raises(KVCompressError, match="MLA"):
+        hooks._refuse_latent(lambda *a: made.append(a), "layer")
