@@ -76,9 +76,14 @@ def source_of(config: VllmConfig) -> Source | None:
 
 
 def drafts(config: VllmConfig) -> bool:
-    """Return whether a config is that of a model that only drafts tokens for another one."""
+    """Return whether a config is that of a model that only drafts tokens for another one.
+
+    Where nothing but the text drafts tokens (n-grams), vLLM names the model itself as the one that drafts.
+    """
     speculative = config.speculative_config
-    return speculative is not None and getattr(speculative, "draft_model_config", None) is config.model_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
+        return False
+    return bool(speculative.draft_model_config is config.model_config)
 
 
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,18 @@ def test_a_compressed_draft_model(source: Path, compressed: Callable[..., Path],
     draft = {"method": "draft_model", "model": str(compressed(keep=0.25)), "num_speculative_tokens": 3}
     with pytest.raises(KVCompressError, match="draft model"):
         engine(source, speculative_config=draft)
+
+
+def test_which_model_drafts() -> None:
+    from kvcompress.vllm.hooks import drafts
+
+    def config(model: str, draft: str | None) -> Any:
+        speculative = SimpleNamespace(draft_model_config=draft, target_model_config="target")
+        return SimpleNamespace(model_config=model, speculative_config=speculative)
+
+    assert drafts(config("small", "small")) and not drafts(config("target", "small"))
+    assert not drafts(config("target", "target"))  # n-grams
+    assert not drafts(SimpleNamespace(model_config="target", speculative_config=None))
 
 
 def test_a_draft_model(source: Path, full_rank: Path, engine: Any, plain: Any) -> None:
