@@ -46,7 +46,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 8),
 }
 #: Latent attention: the sizes that belong together.
-_LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _LATENT_HEADS = {"num_key_value_heads": 4, "head_dim": 8}
 #: What single types need besides.
 _OF_TYPE: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.models.page import page
 from tests.models.real import REAL, real_small
@@ -19,9 +20,15 @@ SLICE = ("gemma2", "gpt_oss", "qwen3_5_text", "deepseek_v3", "bloom", "gpt2", "c
 REFUSED = {"mamba": "takes no cache of keys and values"}
 
 
+def needs(model_type: str) -> None:
+    if model_type not in causal_types():
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", causal_types() if os.environ.get("KVCOMPRESS_MODELS") == "all" else SLICE)
 def test_type(model_type: str, tmp_path: Path) -> None:
+    needs(model_type)
     finding = survey(model_type, tmp_path)
     if os.environ.get("KVCOMPRESS_MODELS") == "all" and finding.status in ("no model", "refused"):
         pytest.skip(f"{finding.status}: {finding.reason}")
@@ -39,6 +46,7 @@ def test_refused_in_one_line(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_real_configurations_in_small(name: str, tmp_path: Path) -> None:
     model_type, changes, n_sites = REAL[name]
+    needs(model_type)
     finding = survey(model_type, tmp_path, **changes)
     assert finding.status == "passes", finding.reason
     assert finding.layers["compressed"] == n_sites

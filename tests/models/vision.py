@@ -1,4 +1,7 @@
-"""Models of images and text in small, with their own processors: the model, and what it is given of a picture."""
+"""Models of images and text in small, with their own processors: the model, and what it is given of a picture.
+
+What a transformers does not have yet raises ImportError.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    Gemma3Config,
-    Gemma4Config,
-    Mistral3Config,
-    Qwen2_5_VLConfig,
-    Qwen3VLConfig,
-)
+from transformers import AutoModelForImageTextToText
 from transformers.processing_utils import ProcessorMixin
 
 from tests.tiny_models import build_tokenizer, prose
@@ -89,6 +85,7 @@ def _qwen_ids() -> dict[str, int]:
 
 
 def qwen2_5_vl() -> tuple[Any, dict[str, Any]]:
+    from transformers import Qwen2_5_VLConfig
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -99,6 +96,7 @@ def qwen2_5_vl() -> tuple[Any, dict[str, Any]]:
 
 
 def qwen3_vl() -> tuple[Any, dict[str, Any]]:
+    from transformers import Qwen3VLConfig
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
@@ -109,6 +107,7 @@ def qwen3_vl() -> tuple[Any, dict[str, Any]]:
 
 
 def gemma3() -> tuple[Any, dict[str, Any]]:
+    from transformers import Gemma3Config
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
     from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
@@ -124,6 +123,7 @@ def gemma3() -> tuple[Any, dict[str, Any]]:
 
 
 def gemma4() -> tuple[Any, dict[str, Any]]:
+    from transformers import Gemma4Config
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
@@ -145,6 +145,7 @@ def gemma4() -> tuple[Any, dict[str, Any]]:
 
 def mistral3() -> tuple[Any, dict[str, Any]]:
     """Pixtral's processor wants torchvision; its picture and what it writes for it do not."""
+    from transformers import Mistral3Config
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     tokens = tokenizer(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")

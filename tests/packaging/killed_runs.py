@@ -28,7 +28,7 @@ import kvcompress.calibration.fisher as fisher
 import kvcompress.pipeline as pipeline
 from kvcompress.options import CompressOptions
 
-N_WINDOWS, SEQ_LEN = 40, 32
+N_WINDOWS, SEQ_LEN = 24, 32
 _RESULTS = ("kv_plan.json", "kv_maps.safetensors", "model.safetensors")
 
 
@@ -92,7 +92,7 @@ KILLS: dict[str, Callable[[], Any]] = {
     "before the last rename": lambda: at_rename(".out.partial-"),
 }
 #: Runs that are killed from outside after a random time.
-RANDOM = tuple(f"random time {i}" for i in range(8))
+RANDOM = tuple(f"random time {i}" for i in range(6))
 
 
 def fork(run: Callable[[], None], kill_after: float | None = None) -> int:

@@ -23,7 +23,7 @@ def runs(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPat
     arguments = [tiny_checkpoint("llama-gqa"), text_file, tmp_path_factory.mktemp("killed")]
     command = [sys.executable, killed_runs.__file__, *map(str, arguments)]
     same_library = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    program = subprocess.run(command, capture_output=True, text=True, timeout=300, env=same_library)
+    program = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=same_library)
     assert program.returncode == 0, program.stderr[-2000:]
     return json.loads(program.stdout.splitlines()[-1])
 
