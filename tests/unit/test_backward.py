@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvcompress.calibration import backward
 from kvcompress.calibration.taps import tapped
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.model.probe import probe
 from tests.models.small import small_model
 
+#: Before these files of models were as they are now: a type may not run, or not layer by layer.
+EARLIER = Version(transformers.__version__) < Version("5.23")
 #: (type, whether layer by layer is exact): plain, experts, linear attention, latent attention, windows, soft caps,
 #: sinks as parameters, four streams, older files without the interface, shared blocks, layers that read others' cache.
 TYPES = [
@@ -24,8 +30,15 @@ TYPES = [
 
 @pytest.mark.parametrize(("model_type", "by_layer"), TYPES)
 def test_layer_by_layer_or_whole(model_type: str, by_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(model_type).requires_grad_(False) if model_type != "gemma3n_shared" else shared()
-    spec = probe(model)
+    if model_type != "gemma3n_shared" and model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    try:
+        model = small_model(model_type).requires_grad_(False) if model_type != "gemma3n_shared" else shared()
+        spec = probe(model)
+    except UnsupportedModelError as error:
+        if not EARLIER:
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
     ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     with tapped(model, spec, 8) as taps:
         run = backward.backward_pass(model, taps)
@@ -35,7 +48,7 @@ def test_layer_by_layer_or_whole(model_type: str, by_layer: bool, monkeypatch: p
             monkeypatch.setattr(backward, name, lambda *a, _own=own, _n=name: (used.append(_n), _own(*a))[1])
         found = {layer: (tap, *grads) for layer, tap, *grads in run(ids, falling)}
         whole = {layer: grads for layer, _, *grads in backward._whole(model, taps, ids, falling)}
-    assert used[0] == ("_by_layer" if by_layer else "_whole")
+    assert EARLIER or used[0] == ("_by_layer" if by_layer else "_whole")
     assert sorted(found) == [a.layer for a in spec.layers]
     for layer, (tap, *grads) in found.items():
         assert tap.key.shape[2] == tap.value.shape[2] == 40
