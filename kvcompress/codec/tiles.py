@@ -9,9 +9,13 @@ from kvcompress.model.model_spec import Part
 from kvcompress.options import QUAD
 from kvcompress.plan import BLOCK_TOKENS, runs
 
-#: Where quads of these bits lie within their group: 8 bits are stored as high nibbles, and as low ones at _LOW.
-_PLACE = {16: 0, 8: 1, 4: 3, 2: 4, 1: 5}
-_LOW, _N_PLACES = 2, 6
+#: What a group has in its part of a row, in this order: of each class the bits of components whose quads it holds, and
+#: how much a code of theirs counts there. Those of 8 bits are high nibbles and low ones.
+CLASSES = (((16, 1),), ((8, 16), (8, 1), (4, 1)), ((2, 1),), ((1, 1),))
+_ORDER = [kind for kinds in CLASSES for kind in kinds]
+#: Where quads of these bits lie within their group; those of 8 bits have their low nibbles at _LOW.
+_PLACE = {bits: _ORDER.index((bits, counts)) for bits, counts in _ORDER if (bits, counts) != (8, 1)}
+_LOW, _N_PLACES = _ORDER.index((8, 1)), len(_ORDER)
 
 
 def is_tileable(bits: Tensor, block: Tensor) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompress.codec.tiles import CLASSES
 from kvcompress.kernels.layout import LEVELS
 from kvcompress.options import QUAD
 
@@ -38,12 +39,11 @@ def group_layout(bits: list[int], group: list[int], n_groups: int) -> GroupLayou
     if not bits or any(b not in LEVELS or len(rows) % QUAD for (_, b), rows in found.items()):
         return None
     # Of every group the decoder's rows of its four classes, and their factors.
-    kinds = (((16, 1),), ((8, 16), (8, 1), (4, 1)), ((2, 1),), ((1, 1),))
     classes = [
-        [[(row, factor) for b, factor in kind for row in found.get((g, b), [])] for kind in kinds]
+        [[(row, factor) for b, factor in kinds for row in found.get((g, b), [])] for kinds in CLASSES]
         for g in range(n_groups)
     ]
-    sets = tuple(max(-(-len(of[i]) // 32) for of in classes) for i in range(len(kinds)))
+    sets = tuple(max(-(-len(of[i]) // 32) for of in classes) for i in range(len(CLASSES)))
     table, word = [], 0
     for of in classes:
         n_numbers, nibbles, pairs, singles = (width * len(own) for width, own in zip((16, 4, 2, 1), of, strict=True))
