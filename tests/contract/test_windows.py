@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch
 
 import kvcompress
 from kvcompress.errors import OptionError
+from kvcompress.model.model_spec import PARTS
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import BLOCK_TOKENS, PLAN_FILE, Plan, SitePlan
@@ -100,3 +102,19 @@ def test_the_plan_says_so_in_format_5(model: Any, options: CompressOptions, tmp_
     document = json.loads((tmp_path / "out" / PLAN_FILE).read_text())
     assert (document["format_version"], document["window"]) == (5, WINDOW)
     assert Plan.load(tmp_path / "out").window == WINDOW
+
+
+def test_the_table_of_what_windows_gain_counts_as_plans_do() -> None:
+    """recipes/window_gain.py, for the one model of it whose windows are compressed."""
+    table = run_path(str(Path(__file__).parents[2] / "recipes" / "window_gain.py"))
+    shape = table["Shape"]("all windows", 2, 0, WINDOW + 200, 512, 0)
+    sites = tuple(
+        SitePlan(layer, part, "latent", 256, ((2, 256),), 0.0, 256, False) for layer in range(2) for part in PARTS
+    )
+    plan = Plan("coded", "", "", "llama", "bfloat16", sites, 0, 64, {}, {}, True, 0, 0, window=WINDOW + 200)
+    for n_tokens in (100, 300, 2000):
+        _, share = table["shares"](shape, n_tokens)
+        positions = 4 * (n_tokens - plan.n_dropped(n_tokens))
+        gains = (plan.n_encoded(n_tokens) - plan.n_dropped(n_tokens)) * 4 * 4 // 8
+        ours = plan.cache_bytes(n_tokens) - positions - gains
+        assert share == pytest.approx(ours / plan.original_bytes(n_tokens))

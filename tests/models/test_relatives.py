@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompress
+from kvcompress.checkpoint.headers import read_headers
 from kvcompress.errors import CheckpointError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
@@ -23,31 +25,56 @@ def options(text_file: Path) -> CompressOptions:
     return CompressOptions(keep=0.25, calibration=(str(text_file),), tokens=512, seq_len=128, recent=16)
 
 
-@pytest.fixture
-def quantised(tiny_checkpoint: Any, tmp_path: Path) -> Path:
-    """A directory with int8 weights of torchao, made from the tiny bf16 llama."""
+def torchao_int8(source: Path, target: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
-    source = tiny_checkpoint("llama-bf16")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
-    for file in source.glob("*token*"):
-        (tmp_path / "int8").mkdir(exist_ok=True)
-        (tmp_path / "int8" / file.name).write_bytes(file.read_bytes())
-    model.save_pretrained(tmp_path / "int8")
-    return tmp_path / "int8"
+    model.save_pretrained(target)
 
 
+def compressed_tensors_int8(source: Path, target: Path) -> None:
+    """int8 weights, a scale for each row, packed as llm-compressor packs them."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            largest = module.weight.data.float().abs().amax(1, keepdim=True)
+            module.weight_scale.data = (largest / 127).to(module.weight_scale.dtype)
+    packing = ModelCompressor.from_pretrained_model(model)
+    packing.compress_model(model)
+    model.save_pretrained(target)
+    packing.update_config(target)
+
+
+@pytest.mark.parametrize("write", [torchao_int8, compressed_tensors_int8])
 def test_quantised_weights_are_compressed_and_run(
-    quantised: Path, options: CompressOptions, tiny_checkpoint: Any, tmp_path: Path, text_file: Path
+    write: Callable[[Path, Path], None], options: CompressOptions, tiny_checkpoint: Any, tmp_path: Path, text_file: Path
 ) -> None:
+    source, quantised = tiny_checkpoint("llama-bf16"), tmp_path / "quantised"
+    write(source, quantised)
+    for file in source.glob("*token*"):
+        (quantised / file.name).write_bytes(file.read_bytes())
+    weights = {name: entry.dtype for name, entry in read_headers(quantised).items() if "v_proj" in name}
+    assert {"I8", "I32"} & set(weights.values()), weights
     tokenizer = AutoTokenizer.from_pretrained(quantised)
     plan = compress(quantised, tmp_path / "own", options, device="cpu").plan
     assert plan.keep <= 0.25 and plan.dtype == "bfloat16"
     model = kvcompress.load(tmp_path / "own", dtype=torch.bfloat16)
     own = evaluate(model, tokenizer, str(text_file), seq_len=128, max_windows=2).perplexity["ratio"]
-    compress(tiny_checkpoint("llama-bf16"), tmp_path / "bf16", options, device="cpu")
+    compress(source, tmp_path / "bf16", options, device="cpu")
     kvcompress.attach(model, tmp_path / "bf16")
     relative = evaluate(model, tokenizer, str(text_file), seq_len=128, max_windows=2).perplexity["ratio"]
     assert relative == pytest.approx(own, rel=0.1)
