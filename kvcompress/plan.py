@@ -62,13 +62,9 @@ def n_encoded(n_tokens: int, recent: int) -> int:
     return max(0, n_tokens - recent) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def n_dropped(n_tokens: int, n_encoded: int, window: int | None, turn: int = 1) -> int:
-    """Return how many of n_tokens are no longer held, for the next one sees the last window - 1 of them.
-
-    Whole blocks, or where keys are in longer turns whole turns, among those that are encoded.
-    """
-    step = max(BLOCK_TOKENS, turn)
-    return 0 if window is None else min(max(0, n_tokens - (window - 1)), n_encoded) // step * step
+def n_dropped(n_tokens: int, n_encoded: int, window: int | None) -> int:
+    """Return how many of n_tokens are no longer held: whole blocks of encoded ones that the next token does not see."""
+    return 0 if window is None else min(max(0, n_tokens - (window - 1)), n_encoded) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def runs(bits: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -195,14 +191,9 @@ class Plan:
         """Return how many of a sequence's tokens are stored encoded."""
         return n_encoded(n_tokens, self.recent)
 
-    @property
-    def turn(self) -> int:
-        """Tokens whose keys are un-rotated by one position, the most of any site."""
-        return max(s.turn for s in self.sites)
-
     def n_dropped(self, n_tokens: int) -> int:
         """Return how many of a sequence's first tokens are no longer held; see the function n_dropped."""
-        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.window, self.turn)
+        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.window)
 
     def cache_bytes(self, n_tokens: int, *, exact_number_bytes: int | None = None) -> int:
         """Return the bytes that the cache of one sequence of n_tokens takes: packed codes, sinks, window, positions.

@@ -185,7 +185,8 @@ def tiled_attention(
     few_queries = n_heads * n_queries <= codecs.n_kv_heads * head_dim
     in_latent = codecs.value is not None and few_queries
     absorbed = _absorbed(codecs, rows) if few_queries else None
-    by_turn = few_queries and 1 < codecs.turn >= n_heads * n_queries  # absorbing once a turn costs less, too
+    in_turns = codecs.turn > 1 and layer.n_dropped % codecs.turn == 0  # tiles begin where turns do
+    by_turn = few_queries and in_turns and codecs.turn >= n_heads * n_queries  # absorbing once a turn costs less, too
     assert layer.packed_keys is not None and layer.packed_values is not None  # n_encoded > 0
     sink_slots = layer.tokens.sink_slots().to(query.device)
     old_bias = bias[..., :n_encoded].clone()

@@ -230,8 +230,7 @@ class CompressedCache(AttendedCache):
         """places: where the codecs' layers stand among the model's own, by default everywhere. window: of each."""
         self.places = places or Places.all_of(len(codecs))
         needs_positions = any(c.key is not None for c in codecs)
-        turn = max(c.turn for c in codecs)
-        self.tokens = tokens = TokenLine(sinks, recent, counts_bytes=needs_positions, sliding_window=window, turn=turn)
+        self.tokens = tokens = TokenLine(sinks, recent, counts_bytes=needs_positions, sliding_window=window)
         kinds = [CompressedLayer if n else RebuiltLayer for n in self.places.readers]
         make = [partial(kind, c, tokens) for kind, c in zip(kinds, codecs, strict=True)]
         super().__init__(layers=self.places.filled(make))

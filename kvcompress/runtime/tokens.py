@@ -43,12 +43,10 @@ class TokenLine:
 
     counters: Counters | None = None  # of a cache of a fixed capacity
 
-    def __init__(
-        self, sinks: int, recent: int, *, counts_bytes: bool, sliding_window: int | None = None, turn: int = 1
-    ) -> None:
+    def __init__(self, sinks: int, recent: int, *, counts_bytes: bool, sliding_window: int | None = None) -> None:
         """sliding_window: that of every layer, if all have one: what has left it is dropped; slots count from there."""
         self.sinks, self.recent, self.counts_bytes = sinks, recent, counts_bytes
-        self.sliding_window, self.turn, self.dropped = sliding_window, turn, 0
+        self.sliding_window, self.dropped = sliding_window, 0
         self._positions: Tensor | None = None  # [batch, n_tokens], int32
         self._start = torch.zeros(1, dtype=torch.long)  # [batch], slot of each sequence's first real token
         self._origin = torch.zeros(1, dtype=torch.int32)  # [batch], the position of slot 0, counted back from there
@@ -88,7 +86,7 @@ class TokenLine:
 
     def n_dropped(self, n_tokens: int) -> int:
         """Return how many of all tokens that came are dropped by now."""
-        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.sliding_window, self.turn)
+        return n_dropped(n_tokens, self.n_encoded(n_tokens), self.sliding_window)
 
     def sinks_are_gone(self, n_dropped: int) -> bool:
         """Return whether the sinks of every sequence are among the first n_dropped tokens."""
@@ -97,13 +95,15 @@ class TokenLine:
     def key_positions(self, first: int, stop: int, turn: int) -> Tensor:
         """Return the position of the first token of the turn of each slot in first..stop: [batch, stop - first].
 
-        Turns are aligned on slots. One that begins inside the left padding begins at a negative position, counted
-        back from the first real token, so that what a turn's position is never depends on the padding's own.
+        Turns are aligned on slots, those of dropped tokens included. One that begins inside the left padding begins at
+        a negative position, counted back from the first real token, so that what a turn's position is never depends on
+        the padding's own.
         """
         if turn == 1:
             return self.positions[:, first:stop]
         slots = torch.arange(first, stop, dtype=torch.int32, device=self.positions.device)
-        return self._origin[:, None] + slots // turn * turn
+        phase = self.dropped % turn
+        return self._origin[:, None] + (slots + phase) // turn * turn - phase
 
     @property
     def start(self) -> Tensor:

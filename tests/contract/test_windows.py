@@ -42,12 +42,13 @@ def options(text_file: Path) -> CompressOptions:
     return CompressOptions(keep=0.25, calibration=(str(text_file),), tokens=512, seq_len=128, recent=RECENT)
 
 
+@pytest.mark.parametrize("turn", [1, 64])
 def test_the_tokens_of_the_models_own_cache_far_beyond_the_window(
-    model: Any, options: CompressOptions, tmp_path: Path
+    model: Any, options: CompressOptions, turn: int, tmp_path: Path
 ) -> None:
     own = generated(model, WINDOW + 80)
     with mock.patch.object(SitePlan, "exact", False):
-        whole = replace(options, keep=1.0, ranks_only=True, policy="uniform")
+        whole = replace(options, keep=1.0, ranks_only=True, policy="uniform", turn=turn)
         assert compress(tmp_path / "model", tmp_path / "out", whole, device="cpu").plan.window == WINDOW
         kvcompress.attach(model, tmp_path / "out")
         found = generated(model, WINDOW + 80)
