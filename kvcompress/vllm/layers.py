@@ -3,7 +3,7 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ EXACT_SUFFIX = ".exact"
 class CompressedModel:
     """What all compressed layers of a loaded model share.
 
-    rotaries: of the layers whose keys turn. sites: what this rank keeps of each site, and its maps. layouts,
-    page_bytes: of each layer's packed page, the same on all ranks. packed_table: that of the step, int32 [n, most
+    rotaries: of the layers whose keys turn. sites: what this rank keeps of each site, and its maps. layouts: of each
+    layer's packed page; page_bytes: its size, the same on all ranks. packed_table: that of the step, int32 [n, most
     pages].
     """
 
@@ -56,7 +56,7 @@ class CompressedModel:
         turning = rotaries(plan, config.model_config.hf_text_config)
         rank, n_ranks = tensor_parallel_place()
         sites: dict[Site, tuple[SitePlan, SiteMaps | None]] = {}
-        rows: dict[Site, int] = {}
+        own, largest = dict[Site, int](), dict[Site, int]()
         number_bytes = DTYPE_BYTES[str(config.model_config.dtype).removeprefix("torch.")]
         for site in plan.sites:
             cut = []
@@ -65,13 +65,17 @@ class CompressedModel:
                 maps = None if site.exact else source.maps[site.site]
                 mine = None if maps is None else heads_of(maps, *heads, head_dim, site=site.site)
                 cut.append((rank_site(site, mine, (heads[1] - heads[0]) * head_dim), mine))
-            sites[site.site] = cut[rank]
-            rows[site.site] = max(row_bytes(s, number_bytes) for s, _ in cut)
-        n_blocks = blocks_of_page(plan)
-        layouts = {
-            s.layer: PageLayout(n_blocks, rows[Site(s.layer, "key")], rows[Site(s.layer, "value")]) for s in plan.sites
-        }
-        return cls(source, turning, sites, layouts, page_sizes(layouts))
+            rows = [row_bytes(s, number_bytes) for s, _ in cut]
+            sites[site.site], own[site.site], largest[site.site] = cut[rank], rows[rank], max(rows)
+        # Heads differ in their bits, and so do ranks in their rows; but vLLM gives all ranks pages of one size.
+        layouts, shared = layouts_of(plan, own), layouts_of(plan, largest)
+        return cls(source, turning, sites, layouts, page_sizes(shared))
+
+
+def layouts_of(plan: Plan, rows: Mapping[Site, int]) -> dict[int, PageLayout]:
+    """Return each layer's packed page, of rows of so many bytes."""
+    n_blocks = blocks_of_page(plan)
+    return {s.layer: PageLayout(n_blocks, *(rows[Site(s.layer, part)] for part in PARTS)) for s in plan.sites}
 
 
 def rotaries(plan: Plan, hf_config: Any) -> dict[int, Rotary]:
