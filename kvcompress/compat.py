@@ -219,6 +219,13 @@ def decoder_of(model: Any) -> Any:
     return model.base_model if isinstance(decoder, nn.Linear) else decoder
 
 
+def turns_by_length(model: Any) -> bool:
+    """Return whether a model's frequencies may depend on the length of its text."""
+    told = getattr(text_config(model), "rope_parameters", None) or {}
+    kinds = [told, *(v for v in told.values() if isinstance(v, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 def own_attention(module: Any, implementation: str) -> Callable[..., Any]:
     """Return the function that an attention module calls under an implementation's name: "eager" is of its own file."""
     if implementation == "eager":

@@ -76,7 +76,8 @@ class CompressOptions:
     sinks: int = 4
     recent: int = 64
     folded: bool = False
-    maps_only: bool = False
+    #: None: by the size of the weights (pipeline.py).
+    maps_only: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class CompressOptions:
             if value > most:
                 raise OptionError(f"{name} must be a whole number of at most {most}.")
         for name in ("folded", "maps_only", "ranks_only"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "maps_only" and self.maps_only is None):
                 raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if not isinstance(self.layers, str) or not re.fullmatch(r"half|deep|\d+:\d+", self.layers):
             raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments, SiteMoments
@@ -18,13 +21,14 @@ from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.spilled import SpilledMaps
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
 from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
-from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
-from kvcompress.choose.side_by_side import side_by_side
+from kvcompress.choose.fits import Fits, room_where_needed
+from kvcompress.choose.fitting import FittedSite, key_basis, value_basis
 from kvcompress.codec.codec import SiteCodec
-from kvcompress.codec.distance import distance_of_samples
-from kvcompress.errors import BudgetError, OptionError, OutputError, UnsupportedModelError
+from kvcompress.codec.distance import distance_of, seen_of_samples
+from kvcompress.errors import BudgetError, Note, OptionError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
 from kvcompress.fold.grouping import choose_groups, group_sizes
 from kvcompress.model.model_spec import Site
@@ -33,6 +37,9 @@ from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
 
+#: Weights above this are not copied unless it is asked for: a copy would take the disk a second time and minutes, for
+#: files that are to the byte the original's. It is 30 billion parameters in 16 bits.
+_MOST_COPIED = 60e9
 #: Tokens of each site of which it is told how far typical text is from what was calibrated on.
 _TYPICAL_SAMPLES = 256
 
@@ -75,6 +82,7 @@ def compress(
     report = progress or (lambda *_: None)
     check_target(output, force=force)
     with open_checkpoint(source) as checkpoint:
+        options = _with_form(checkpoint, options)
         _check_options(checkpoint, output, options)
         written = 0 if options.maps_only else checkpoint.weight_bytes
         check_space(output, written + int(MAPS_SHARE * checkpoint.weight_bytes))
@@ -90,40 +98,51 @@ def compress(
             memory=memory,
             progress=report,
         )
+        fitters = workers if workers is not None and workers.fits else None
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
-            plan, maps, spectra = make_plan(checkpoint, moments, options, report)
-            report("write", 0, 1)
-            copying.result()
-            _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
+            with room_where_needed(checkpoint, moments, options, scratch) as room:
+                plan, maps, spectra = make_plan(checkpoint, moments, options, report, workers=fitters, scratch=room)
+                report("write", 0, 1)
+                copying.result()
+                _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
         report("write", 1, 1)
     return CompressionResult(plan, output, time.monotonic() - started)
 
 
 def make_plan(
-    checkpoint: Checkpoint, moments: Moments, options: CompressOptions, progress: Progress | None = None
-) -> tuple[Plan, dict[Site, SiteMaps], dict[Site, list[float]]]:
-    """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone."""
+    checkpoint: Checkpoint,
+    moments: Moments,
+    options: CompressOptions,
+    progress: Progress | None = None,
+    *,
+    workers: Workers | None = None,
+    scratch: Path | None = None,
+) -> tuple[Plan, MutableMapping[Site, SiteMaps], dict[Site, list[float]]]:
+    """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone.
+
+    workers: who fits sites; threads of this process by default. scratch: a directory for fits and maps that are too
+    large to be held together: then one site's are in memory at a time, and each is fitted twice.
+    """
     spec = checkpoint.spec.turned(moments.rotations)
     checkpoint = replace(checkpoint, spec=spec)
     if options.turn > 1:
         moments = turned_moments(spec, moments, options.turn, seed=options.seed)
-    if options.key_basis == GROUPED:
-        fitted, chosen = choose_groups(spec, moments, options, progress)
-    else:
-        fitted = _fit_sites(checkpoint, moments, options, progress)
-        bits = options.quantised
-        chosen = choose_bits(spec, moments, options, fitted) if bits else choose_ranks(spec, options, fitted)
-    if not any(len(c.bits) for c in chosen.values()):
-        raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
-    sites, maps = [], {}
+    maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
+    fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, workers, is_lean=scratch is not None)
+    sites, spectra, seen = [], {}, []
     rotations = tuple(dict.fromkeys(spec.rotations.values()))
-    for site, choice in chosen.items():
-        turning = spec.rotations.get(site)
+    for site, choice in chosen:
+        turning, fit = spec.rotations.get(site), fitted[site]
         number = None if turning is None else rotations.index(turning)
-        sites.append(replace(_site_plan(site, choice, fitted[site], options.turn), rotation=number))
+        sites.append(replace(_site_plan(site, choice, fit, options.turn), rotation=number))
+        spectra[site] = fit.energy.tolist()
         if not sites[-1].exact:
-            maps[site] = _site_maps(fitted[site], choice, moments.sites[site])
+            own = maps[site] = _site_maps(fit, choice, moments.sites[site])
+            seen += _seen(fit, own, moments.sites[site].samples)
+    if not any(site.rank for site in sites):
+        raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
+    typical = distance_of(seen)
     plan = Plan(
         form="folded" if options.folded else "coded",
         source=source_name(checkpoint.source),
@@ -133,8 +152,8 @@ def make_plan(
         sites=tuple(sites),
         sinks=options.sinks,
         recent=options.recent,
-        options=options.to_json(),
-        calibration=moments.protocol | _typical(fitted, maps, moments),
+        options=options.to_json() | {"maps_only": bool(options.maps_only)},
+        calibration=moments.protocol | ({} if typical is None else {"typical": asdict(typical)}),
         loss_in_nats=moments.has_fisher,
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
@@ -143,23 +162,28 @@ def make_plan(
         own_layers=spec.own_layers,
         window=spec.window,
     )
-    return plan, maps, {site: f.energy.tolist() for site, f in fitted.items()}
+    return plan, maps, spectra
 
 
-def _fit_sites(
-    checkpoint: Checkpoint, moments: Moments, options: CompressOptions, progress: Progress | None
-) -> dict[Site, FittedSite]:
-    """Return every site's basis, fitted to its moments."""
+def _fitted_and_chosen(
+    checkpoint: Checkpoint,
+    moments: Moments,
+    options: CompressOptions,
+    progress: Progress | None,
+    workers: Workers | None,
+    *,
+    is_lean: bool,
+) -> tuple[Mapping[Site, FittedSite], Iterable[tuple[Site, Choice]]]:
+    """Return every site's basis, fitted to its moments, and what each keeps; is_lean: both one site at a time."""
     spec = checkpoint.spec
-    bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
-
-    def fitted(site: Site) -> FittedSite:
-        return fit_site(bases[site.part], moments.sites[site], spec.attention(site), site.part, options)
-
-    report = progress or (lambda *_: None)
-    done = lambda n: report("fit", n, len(spec.sites))  # noqa: E731
-    widest = max(spec.width(site) for site in spec.sites)
-    return dict(zip(spec.sites, side_by_side(fitted, spec.sites, width=widest, done=done), strict=True))
+    if options.key_basis == GROUPED:
+        groups, choices = choose_groups(spec, moments, options, progress)
+        return groups, choices.items()
+    fits = Fits(checkpoint, moments, options)
+    fitted = fits if is_lean else fits.held(progress, workers)
+    if options.quantised:
+        return fitted, choose_bits(spec, moments, options, fitted)
+    return fitted, choose_ranks(spec, options, fitted)
 
 
 def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
@@ -192,25 +216,32 @@ def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMap
     )
 
 
-def _typical(
-    fitted: dict[Site, FittedSite], maps: dict[Site, SiteMaps], moments: Moments
-) -> dict[str, dict[str, float]]:
-    """Return {"typical": the distance of the calibration text's own tokens}, with which other texts are compared.
+def _seen(fit: FittedSite, own: SiteMaps, samples: Tensor) -> list[Any]:
+    """Return what tells how far typical text is: the calibration text's own tokens, as a site's codec encodes them.
 
     Keys that are encoded after RoPE are left out, and so is everything where there are no samples.
     """
-    sites = []
-    for site, own in maps.items():
-        x = moments.sites[site].samples
-        if len(x) and own.mean is not None and not fitted[site].rotated:
-            sites.append((SiteCodec(own, torch.device("cpu")), x[:: -(-len(x) // _TYPICAL_SAMPLES)] - own.mean))
-    distance = distance_of_samples(sites)
-    return {} if distance is None else {"typical": asdict(distance)}
+    if not len(samples) or own.mean is None or fit.rotated:
+        return []
+    return seen_of_samples(
+        SiteCodec(own, torch.device("cpu")), samples[:: -(-len(samples) // _TYPICAL_SAMPLES)] - own.mean
+    )
 
 
 def source_name(source: str) -> str:
     """Return a hub id as it is and a local path made absolute, so that it is found from anywhere."""
     return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def _with_form(checkpoint: Checkpoint, options: CompressOptions) -> CompressOptions:
+    """Return the options with it decided whether weights are written, too."""
+    if options.maps_only is not None:
+        return options
+    large = not options.folded and checkpoint.weight_bytes > _MOST_COPIED
+    if large:
+        told = f"{checkpoint.weight_bytes / 1e9:.0f} GB of weights are not copied: the output holds maps, to be"
+        warnings.warn(f"{told} attached to {checkpoint.source} (--no-maps-only copies them).", Note, stacklevel=3)
+    return replace(options, maps_only=large)
 
 
 def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOptions) -> None:
@@ -252,11 +283,14 @@ def _copy_files(checkpoint: Checkpoint, options: CompressOptions, target: Path) 
 
 
 def _write(
-    checkpoint: Checkpoint, plan: Plan, maps: dict[Site, SiteMaps], document: dict[str, Any], target: Path
+    checkpoint: Checkpoint, plan: Plan, maps: MutableMapping[Site, SiteMaps], document: dict[str, Any], target: Path
 ) -> None:
     if plan.form == "folded":
         write_folded_weights(checkpoint, maps, target)
-    save_maps(maps, target / MAPS_FILE)
+    if isinstance(maps, SpilledMaps):
+        maps.save(target / MAPS_FILE)
+    else:
+        save_maps(maps, target / MAPS_FILE)
     plan.save(target)
     (target / REPORT_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if (target / CARD_FILE).exists():  # the source's own card, and its licence terms, stay readable

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcompress.options import CompressOptions
-from kvcompress_cli import flags, terminal
+from kvcompress_cli import flags, sharing, terminal
 
 _DEFAULTS = CompressOptions()
 _KEEPS = "0.5,0.25,0.125,0.0625"
@@ -72,6 +72,8 @@ def compare(
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Measure nothing: write the table and the page of DIR/compare.json anew.")
     ] = False,
+    gpus: sharing.Gpus = None,
+    ray: sharing.Ray = None,
     json: flags.Json = False,
 ) -> None:
     """Compare methods at several budgets, and quantised caches that people use today, decode-faithful.
@@ -91,6 +93,8 @@ def compare(
             max_windows=max_windows,
             device=device,
             dtype=dtype,
+            gpus=gpus,
+            ray=ray,
         )
     written = ["compare.json", *_write(document, out)]
     if json:
@@ -134,6 +138,8 @@ def run(
     max_windows: int | None,
     device: str,
     dtype: str,
+    gpus: str | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Return the library's comparison, with progress on stderr."""
     from kvcompress.errors import OptionError
@@ -146,8 +152,9 @@ def run(
     if dtype == "auto":
         raise OptionError("compare runs every method in one dtype: name float32, bfloat16 or float16.")
     request = Request(methods, keeps, text, options, options.seq_len, max_windows)
-    with stage_progress() as progress:
-        return compare_methods(model, out, request, device=resolve_device(device), dtype=dtype, progress=progress)
+    how: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype}
+    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+        return compare_methods(model, out, request, **how, workers=workers, progress=progress)
 
 
 def _write(document: dict[str, Any], out: Path) -> list[str]:

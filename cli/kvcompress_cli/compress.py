@@ -139,7 +139,8 @@ def compress(
         _option("folded", "Fold the encoders into k_proj and v_proj (grouped, head, share or frequency keys).", _FORM),
     ] = None,
     maps_only: Annotated[
-        bool | None, _option("maps_only", "Write only the maps, to be attached to the original.", _FORM)
+        bool | None,
+        _option("maps_only", "Write only the maps, to be attached to the original; the default above 60 GB.", _FORM),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
     gpus: sharing.Gpus = None,
@@ -274,11 +275,10 @@ def run(
         "dtype": dtype,
         "resume": resume,
         "force": force,
-        "workers": sharing.workers(gpus, ray, device),
         "memory": sharing.n_bytes(memory),
     }
-    with stage_progress() as progress:
-        return compress_checkpoint(model, output, options, **how, progress=progress)
+    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+        return compress_checkpoint(model, output, options, **how, workers=workers, progress=progress)
 
 
 def search_keep(
@@ -294,10 +294,11 @@ def search_keep(
 
     resolve_device(how["device"])
     check_dtype(how["dtype"])
-    how["workers"] = sharing.workers(how.pop("gpus"), how.pop("ray"), how["device"])
+    gpus, ray = how.pop("gpus"), how.pop("ray")
     _refuse(how.pop("memory") is not None, "--max-ratio measures the whole model, so --memory cannot bound it.")
-    with stage_progress() as progress:
-        return compress_within(model, output, options, max_ratio, texts=texts, progress=progress, **how)
+    with sharing.at_work(gpus, ray, how["device"]) as workers, stage_progress() as progress:
+        how |= {"workers": workers, "progress": progress}
+        return compress_within(model, output, options, max_ratio, texts=texts, **how)
 
 
 def result_document(result: CompressionResult) -> dict[str, Any]:

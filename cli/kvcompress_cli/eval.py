@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress_cli import flags, terminal
+from kvcompress_cli import flags, sharing, terminal
 from kvcompress_cli.eval_options import EvalOptions, mode_of
 from kvcompress_cli.eval_peers import NAMES, show_peer
 
@@ -130,6 +130,8 @@ def evaluate(
     base: flags.Base = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
+    gpus: sharing.Gpus = None,
+    ray: sharing.Ray = None,
     json: flags.Json = False,
 ) -> None:
     """Compare with the uncompressed model: perplexity (--text), --tasks, --retrieval, --by-position or --generation.
@@ -168,6 +170,12 @@ def evaluate(
             raise OptionError("--cache measures MODEL itself. Leave out --base.")
         window = {"seq_len": seq_len or 2048, "max_windows": max_windows, "residual": recent}
         show_peer(str(output), str(cache), str(text), **window, device=device, dtype=dtype, json=json)
+        return
+    if gpus is not None or ray is not None:
+        from kvcompress_cli import eval_perplexity
+
+        how: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "gpus": gpus, "ray": ray}
+        eval_perplexity.show_shared(output, mode, options, **how, json=json)
         return
     run, show = _runner(mode, options)
     from kvcompress_cli.loading import load_compressed

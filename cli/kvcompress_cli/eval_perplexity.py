@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -55,6 +56,47 @@ def measure(
             sinks=sinks,
             progress=lambda done, total: progress("eval", done, total),
         )
+
+
+def show_shared(
+    output: Path,
+    mode: str,
+    options: EvalOptions,
+    *,
+    base: str | None,
+    device: str,
+    dtype: str,
+    gpus: str | None,
+    ray: str | None,
+    json: bool,
+) -> None:
+    """Evaluate on a text, windows shared out; print the figures and keep them in `output`. Raises OptionError."""
+    from kvcompress.errors import OptionError
+    from kvcompress.evaluate.shared import evaluate_shared
+    from kvcompress.plan import Plan
+    from kvcompress_cli import sharing
+    from kvcompress_cli.loading import resolve_device, resolve_dtype
+    from kvcompress_cli.progress import stage_progress
+    from kvcompress_cli.recording import record
+
+    if mode != "--text":
+        raise OptionError(
+            f"--gpus and --ray share out the windows of --text; {mode} is not shared out. Leave them out."
+        )
+    name = str(resolve_dtype(dtype, resolve_device(device), Plan.load(output).dtype)).removeprefix("torch.")
+    how = {"seq_len": options.seq_len or 2048, "max_windows": options.max_windows}
+    window = {"sinks": options.sinks, "recent": options.recent}
+    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+        assert workers is not None
+        told = lambda done, total: progress("eval", done, total)  # noqa: E731
+        found = evaluate_shared(
+            output, str(options.text), workers, base=base, dtype=name, **how, **window, progress=told
+        )
+    if json:
+        terminal.print_json(found.to_json())
+    else:
+        show(found)
+    record(output, "perplexity", found.to_json())
 
 
 def show(evaluation: Evaluation) -> None:

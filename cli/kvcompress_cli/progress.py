@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _STAGES = {
     "sample": ("sampling text from the model", "tokens"),
     "calibrate": ("calibrating", "tokens"),
+    "layers": ("layers, there and back", "layers"),
+    "read": ("weights read", "bytes"),
     "coherence": ("measuring how errors add up", "tokens"),
     "search": ("measuring budgets", "texts"),
     "fit": ("fitting bases", "sites"),
@@ -38,6 +40,9 @@ class _Rate(ProgressColumn):
         if not unit or task.total is None:
             return Text("")
         speed = task.finished_speed or task.speed
+        if unit == "bytes":
+            rate = f", {speed / 1e9:.2f} GB/s" if speed else ""
+            return Text(f"{task.completed / 1e9:,.1f} of {task.total / 1e9:,.1f} GB{rate}", style="dim")
         rate = f", {speed:,.0f} {unit}/s" if speed and unit == "tokens" else ""
         return Text(f"{task.completed:,.0f} of {task.total:,.0f} {unit}{rate}", style="dim")
 

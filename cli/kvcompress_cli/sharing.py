@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,14 +15,14 @@ _PANEL = "Where it runs"
 Gpus = Annotated[
     str | None,
     typer.Option(
-        metavar="N", help="Share the calibration out among GPUs of this host: all, 2, or 0,3.", rich_help_panel=_PANEL
+        metavar="N", help="Share the work out among GPUs of this host: all, 2, or 0,3.", rich_help_panel=_PANEL
     ),
 ]
 Ray = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Calibrate as tasks of a Ray cluster: auto, local, or HOST:PORT.",
+        help="Work as tasks of a Ray cluster: auto, local, or HOST:PORT.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -54,8 +56,33 @@ def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
         from kvcompress_cli.loading import resolve_device
 
         return RayWorkers(ray, resolve_device(device))
+    from kvcompress.calibration.ranks import RankWorkers, is_rank
+
+    if is_rank():
+        from kvcompress_cli.loading import resolve_device
+
+        if gpus is not None:
+            raise OptionError("torchrun has begun a process for each GPU already. Leave out --gpus.")
+        return RankWorkers(resolve_device(device))
     if gpus is not None:
         from kvcompress.calibration.processes import workers_on_gpus
 
         return workers_on_gpus(gpus)
     return None
+
+
+@contextmanager
+def at_work(gpus: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
+    """Yield who does the work, None for this process; processes of ours end with the block. Raises OptionError.
+
+    A rank of torchrun that does not lead does here what the first one hands out, and ends.
+    """
+    chosen = workers(gpus, ray, device)
+    if not getattr(chosen, "leads", True):
+        chosen.serve()  # type: ignore[union-attr]
+        raise typer.Exit
+    try:
+        yield chosen
+    finally:
+        if chosen is not None:
+            chosen.close()

@@ -30,11 +30,19 @@ Gradients = Iterator[tuple[int, LayerTap, Tensor, Tensor]]
 """(layer of the cache, its tap, d(loss)/d(far keys), d(loss)/d(far values)), of every layer with a site."""
 
 
-def backward_pass(model: Any, taps: Taps) -> Callable[[Tensor, TailGradient], Gradients]:
-    """Return the pass that is exact for this model, layer by layer if that is."""
-    layers = _layers(model)
+def backward_pass(model: Any, taps: Taps, *, by_layer: bool) -> Callable[[Tensor, TailGradient], Gradients]:
+    """Return the pass, layer by layer where `goes_by_layer` says so."""
+    layers = _layers(model) if by_layer else None
     if layers is None:
         return lambda ids, tail: _whole(model, taps, ids, tail)
+    return lambda ids, tail: _by_layer(model, layers, taps, ids, tail)
+
+
+def goes_by_layer(model: Any, taps: Taps) -> bool:
+    """Return whether the pass layer by layer is exact for this model."""
+    layers = _layers(model)
+    if layers is None:
+        return False
     ids = torch.arange(3, 3 + _COMPARED_TOKENS, device=next(model.parameters()).device)[None]
     ids = ids % model.get_input_embeddings().num_embeddings
 
@@ -42,19 +50,17 @@ def backward_pass(model: Any, taps: Taps) -> Callable[[Tensor, TailGradient], Gr
         generator = torch.Generator().manual_seed(0)
         return torch.randn(final.shape, generator=generator).to(final)
 
-    recent, taps.recent = taps.recent, 1
+    recent, taps.recent, taps.same_steps = taps.recent, 1, True  # else rounding of 16 bits hides what is compared
     try:
         ours = {layer: grads for layer, _, *grads in _by_layer(model, layers, taps, ids, same_direction)}
         theirs = {layer: grads for layer, _, *grads in _whole(model, taps, ids, same_direction)}
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
-        ours, theirs = {}, {-1: []}
+        return False
     finally:
-        taps.recent = recent
-    if ours.keys() == theirs.keys() and all(
+        taps.recent, taps.same_steps = recent, False
+    return ours.keys() == theirs.keys() and all(
         _agree(a, b) for i in ours for a, b in zip(ours[i], theirs[i], strict=True)
-    ):
-        return lambda ids, tail: _by_layer(model, layers, taps, ids, tail)
-    return lambda ids, tail: _whole(model, taps, ids, tail)
+    )
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.memory import least_bytes, whole_bytes
+from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
-from kvcompress.calibration.pieces import Job, Workers, collect_shared
+from kvcompress.calibration.parts import Parts, Seldom
+from kvcompress.calibration.pieces import (
+    Job,
+    Workers,
+    check_streams,
+    collect_shared,
+    collect_streams,
+    collect_watched,
+    streamed_model,
+)
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.streamed import collect_streamed
 from kvcompress.checkpoint.loading import load_weights
@@ -34,7 +44,10 @@ from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages: sample, calibrate, coherence, fit, write."""
+"""Called with (stage, done, total); stages: sample, calibrate, coherence, fit, write; layers and read (bytes) beside
+calibrate where layers are streamed."""
+#: How often a streamed calibration reads all layers: to prove rotations, and there and back.
+_PASSES = 5
 
 
 def obtain_moments(
@@ -58,61 +71,110 @@ def obtain_moments(
     if options.metric == "weights":
         return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
     protocol = _calibration_protocol(checkpoint, options, device, dtype)
-    streams = memory is not None and _must_stream(checkpoint, protocol, memory)
+    streams = _must_stream(checkpoint, protocol, memory, workers)
     if streams:
-        if workers:
-            raise OptionError("a model is streamed (--memory) by one process. Leave out --gpus or --ray.")
         options = _without_sampling(options)
         protocol = _calibration_protocol(checkpoint, options, device, dtype)
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     file = output.parent / f"kvcompress-moments-{key}.safetensors"
-    partial = file.with_suffix(".partial.safetensors")
-    for left in (file, partial):
-        remove_stale(left)
-    if file.is_file() or not resume:
-        partial.unlink(missing_ok=True)
+    remove_stale(file)
     if file.is_file():
         return _loaded(file, checkpoint)
-    load = functools.cache(lambda: load_weights(checkpoint.path, dtype=protocol["dtype"], device=protocol["device"]))
+    where, arithmetic = str(checkpoint.path.absolute()), protocol["dtype"]
+    if workers and not streams:
+        workers.prepare(where, arithmetic)
+    load = functools.cache(lambda: load_weights(checkpoint.path, dtype=arithmetic, device=protocol["device"]))
     windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
-    device = "cpu" if workers or streams else protocol["device"]  # where sums are kept
-    moments = _started(checkpoint, protocol, partial, len(windows.ids), device)
+    shape = (len(windows.ids), windows.ids.shape[1])
+    parts = Parts.opened(file.with_suffix(".partial"), protocol, shape, sinks=options.sinks, resume=resume)
     done = lambda tokens, total: report("calibrate", tokens, total)  # noqa: E731
-    seen = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
-    collect = None
-    if streams:
-        moments = _no_moments(checkpoint, protocol, device)  # it saves nothing on its way, so it begins anew
-        on = torch.device(protocol["device"])
-        model = StreamedModel(checkpoint, dtype=getattr(torch, protocol["dtype"]), device=on)
-        collect = functools.partial(collect_streamed, model)
-        collect(checkpoint.spec, windows.ids, moments, **seen, progress=done)
-    elif workers:
+    seen: dict[str, Any] = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
+    blocks = {"group": protocol["group"], "band": protocol["band"]}
+    limit = (memory or _all_bytes(protocol["device"], workers)) if streams else None
+    job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=limit)
+    device = "cpu" if workers or streams else protocol["device"]  # where tokens come
+    collect: Callable[..., Moments]
+    if workers:
         load.cache_clear()  # every worker has a model of its own
-        blocks = {"group": protocol["group"], "band": protocol["band"]}
-        job = Job(str(checkpoint.path.absolute()), protocol["dtype"], windows.ids, **seen, **blocks)
-        collect_shared(job, moments, workers, partial_file=partial, progress=done)
+        moments = collect_shared(job, workers, progress=done)
+        collect = functools.partial(collect_watched, job, workers)
+    elif streams:
+        check_streams(job, checkpoint)
+        model = streamed_model(where, arithmetic, protocol["device"])
+        moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, model))
+        collect = functools.partial(collect_streamed, model, scratch=parts.directory)
+        device = protocol["device"]
     else:
-        collect_moments(load(), checkpoint.spec, windows.ids, moments, **seen, partial_file=partial, progress=done)
-    whole = model.model if streams else load()
+        collect = functools.partial(collect_moments, load())
+        moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
+    moments.protocol = protocol
     adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
-    measure_coherence(whole, checkpoint.spec, windows.ids, moments, **seen, collect=collect, progress=adding_up)
+    measure_coherence(checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
     moments.save(file)
-    partial.unlink(missing_ok=True)
+    parts.remove()
     return moments
 
 
-def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int) -> bool:
-    """Return whether the whole model does not fit. Raises OptionError where its layers one by one do not, either."""
+def _told_of_layers(report: Progress, model: StreamedModel) -> Callable[[int, int], None]:
+    """Return a progress callback in tokens that also tells of layers, there and back, and of bytes read."""
+    n_layers, before = 2 * len(model.layers), model.reading.n_bytes
+
+    def told(tokens: int, total: int) -> None:
+        report("calibrate", tokens, total)
+        report("layers", tokens * n_layers // total, n_layers)
+        read = model.reading.n_bytes - before
+        report("read", read, max(read, _PASSES * model.layer_bytes))
+
+    return told
+
+
+def _collect_here(
+    collect: Callable[..., Moments],
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    protocol: dict[str, Any],
+    parts: Parts,
+    seen: dict[str, int],
+    progress: Callable[[int, int], None],
+) -> Moments:
+    """Return the moments of all windows, those of the parts included; this process sums the others."""
+    missing = parts.missing()
+    if not missing:
+        return parts.joined([])
+    moments = parts.first() or _no_moments(checkpoint, protocol, "cpu")
+    moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
+    collect(checkpoint.spec, windows, moments, **seen, which=missing, save=Seldom(parts.save), progress=progress)
+    moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+    return parts.joined([moments])
+
+
+def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int | None, workers: Workers | None) -> bool:
+    """Return whether the whole model does not fit. Raises OptionError where its layers one by one do not, either.
+
+    memory: None for what is there: of this process what is free, of workers what their devices have.
+    """
     size = (protocol["dtype"], protocol["seq_len"])
-    least = least_bytes(checkpoint, *size)
+    whole = whole_bytes(checkpoint, *size)
+    if memory is None:
+        if workers.hold(whole) if workers else (free_bytes(protocol["device"]) or whole) >= whole:
+            return False
+        memory = _all_bytes(protocol["device"], workers)
+    least = least_bytes(checkpoint, *size) + (CONTEXT_BYTES if protocol["device"].startswith("cuda") else 0)
     if memory < least:
         raise OptionError(
             f"memory {memory / 1e9:.2f} GB is too little for {checkpoint.source}: two layers, the embeddings and "
             f"one window take about {least / 1e9:.2f} GB. Raise it, or lower --seq-len."
         )
-    return memory < whole_bytes(checkpoint, *size)
+    return memory < whole
+
+
+def _all_bytes(device: str, workers: Workers | None) -> int:
+    """Return the bytes that streaming may take where no number was given."""
+    if workers is None or not device.startswith("cuda"):
+        return free_bytes(device) or 0
+    return int(torch.cuda.get_device_properties(device).total_memory * USABLE_SHARE)
 
 
 def _without_sampling(options: CompressOptions) -> CompressOptions:
@@ -123,16 +185,6 @@ def _without_sampling(options: CompressOptions) -> CompressOptions:
     told = "the model is streamed from disk, so text that it samples from itself (self) is left out of the calibration."
     warnings.warn(told, Note, stacklevel=2)
     return replace(options, calibration=tuple(s for s in sources if s != calibration_text.SELF))
-
-
-def _started(checkpoint: Checkpoint, protocol: dict[str, Any], partial: Path, n_windows: int, device: str) -> Moments:
-    """Return what a killed run left of the same moments, or moments of no window."""
-    if partial.is_file():
-        moments = _loaded(partial, checkpoint)
-        if moments.protocol == protocol and 0 <= moments.n_windows <= n_windows:
-            moments.sites = {site: m.to(device) for site, m in moments.sites.items()}
-            return moments
-    return _no_moments(checkpoint, protocol, device)
 
 
 def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any], device: str) -> Moments:

@@ -6,15 +6,15 @@ ordinary forward and backward pass.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvcompress.calibration.backward import Gradients, TailGradient, backward_pass
+from kvcompress.calibration.backward import backward_pass, goes_by_layer
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.taps import LayerTap, tapped
 from kvcompress.errors import CalibrationError
@@ -30,6 +30,8 @@ _N_SAMPLES = 2048
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
+Save = Callable[[Moments], None]
+"""Called after every window with the sums so far; see parts.Seldom."""
 
 
 def collect_moments(
@@ -41,56 +43,63 @@ def collect_moments(
     sinks: int,
     recent: int,
     seed: int,
-    stop: int | None = None,
-    partial_file: Path | None = None,
+    which: Sequence[int] | None = None,
+    save: Save | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Add every window from `moments.n_windows` on, or those before `stop`, to `moments` and return it.
+    """Add windows to `moments` and return it: those of `which`, or all from `moments.n_windows` on.
 
     spec: the sites that are expected; their rotations are proven on the model and left in `moments`.
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
     gradients count only queries more than `recent` tokens later, since the cache keeps those exact. Labels are
-    sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. With
-    `partial_file` the sums are saved now and then (at most 5% of the time). Raises CalibrationError if the
-    model's activations or gradients are not finite.
+    sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. Raises
+    CalibrationError if the model's activations or gradients are not finite.
     """
-    device = next(model.parameters()).device
-    model.requires_grad_(False)
-    done = moments.n_windows
-    last_save, save_seconds = time.monotonic(), 0.5
-    spec = matched(probe(model), spec)
-    moments.rotations, moments.signature = spec.rotations, signature(model, spec)
-    with tapped(model, spec, recent) as taps:
-        gradients = backward_pass(model, taps)
-        for index in range(done, len(windows) if stop is None else stop):
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-            n_samples = n_samples_of(index, len(windows))
-            window = windows[index : index + 1].to(device)
-            _add_window(model, spec, window, moments, sinks, generator, gradients, n_samples)
-            moments.n_windows = index + 1
-            if progress:
-                progress((index + 1) * windows.shape[1], windows.numel())
-            if partial_file and time.monotonic() - last_save > 20 * save_seconds:
-                started = time.monotonic()
-                moments.save(partial_file)
-                last_save = time.monotonic()
-                save_seconds = last_save - started
+    summing = begun(model, spec, recent)
+    for index in range(moments.n_windows, len(windows)) if which is None else which:
+        summing.add(windows, index, moments, sinks=sinks, seed=seed)
+        if progress:
+            progress(moments.n_windows * windows.shape[1], windows.numel())
+        if save:
+            save(moments)
     check_moments(moments)
     return moments
 
 
-def _add_window(
-    model: Any,
-    spec: ModelSpec,
-    ids: Tensor,
-    moments: Moments,
-    sinks: int,
-    generator: torch.Generator,
-    gradients: Callable[[Tensor, TailGradient], Gradients],
-    n_samples: int,
-) -> None:
-    for index, tap, *grads in gradients(ids, lambda h: head_gradient(model, h, generator)):
-        add_tap(spec, moments, index, tap, grads, sinks=sinks, n_samples=n_samples)
+@dataclass(frozen=True, slots=True)
+class Summing:
+    """A model that is ready to be calibrated: its spec is proven, and it is known whether it can go by layer."""
+
+    model: Any
+    spec: ModelSpec
+    signature: tuple[float, ...]
+    recent: int
+    by_layer: bool
+
+    def add(self, windows: Tensor, index: int, moments: Moments, *, sinks: int, seed: int) -> None:
+        """Add one window to `moments`, whose sums come to where the layers are."""
+        ids = windows[index : index + 1].to(next(self.model.parameters()).device)
+        tail = partial(head_gradient, self.model, seed=label_seed(seed, index))
+        n_samples = n_samples_of(index, len(windows))
+        with tapped(self.model, self.spec, self.recent) as taps:
+            gradients = backward_pass(self.model, taps, by_layer=self.by_layer)
+            for layer, tap, *grads in gradients(ids, tail):
+                add_tap(self.spec, moments, layer, tap, grads, sinks=sinks, n_samples=n_samples)
+        moments.rotations, moments.signature = self.spec.rotations, self.signature
+        moments.order.append(index)
+
+
+def begun(model: Any, spec: ModelSpec, recent: int) -> Summing:
+    """Return a model that is ready. Raises UnsupportedModelError where it is not the spec's."""
+    model.requires_grad_(False)
+    spec = matched(probe(model), spec)
+    with tapped(model, spec, recent) as taps:
+        return Summing(model, spec, signature(model, spec), recent, goes_by_layer(model, taps))
+
+
+def label_seed(seed: int, window: int) -> int:
+    """Return the seed of a window's labels, which no other window has."""
+    return seed * 1_000_003 + window
 
 
 def add_tap(
@@ -113,6 +122,8 @@ def add_tap(
             rotary = Rotary.by(rotation, x.device)
             x, g = rotary.unrotate(x, positions), rotary.unrotate(g, positions) * rotary.scale**2
         x, g = (t.detach().transpose(1, 2).flatten(2)[0, sinks:] for t in (x, g))
+        if moments.sites[site].total.device != x.device:  # layers may be spread over several
+            moments.sites[site] = moments.sites[site].to(str(x.device))
         moments.sites[site].add(x, g.double() / scale, n_samples=n_samples)
 
 
@@ -121,11 +132,12 @@ def n_samples_of(window: int, n_windows: int) -> int:
     return (window + 1) * _N_SAMPLES // n_windows - window * _N_SAMPLES // n_windows
 
 
-def head_gradient(model: Any, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def head_gradient(model: Any, hidden: Tensor, *, seed: int) -> Tensor:
     """Return d(cross-entropy, summed over tokens)/d(the decoder's final hidden states), labels sampled from the model.
 
     hidden: [1, seq_len, hidden]. The gradient of the logits is softmax - one_hot(label), taken in chunks of rows.
     """
+    generator = torch.Generator(hidden.device).manual_seed(seed)
     gradient = torch.empty_like(hidden)
     for start in range(0, hidden.shape[1], _LOGIT_ROWS):
         rows = hidden[:, start : start + _LOGIT_ROWS].detach().requires_grad_(True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.errors import OptionError
@@ -12,6 +15,12 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 #: Rows of logits alive at once (fisher.py), float32, with their softmax and gradient.
 _LOGIT_BYTES = 256 * 4 * 3
+#: For each score of a query and a key: float32 weights that are kept for the way back, 16-bit ones, of near keys again.
+_SCORE_BYTES = 12
+#: What CUDA itself takes of a GPU for a process, beside what is allocated.
+CONTEXT_BYTES = 600_000_000
+#: Of a GPU's memory, what one process can count on; the rest is CUDA's own and lost between blocks.
+USABLE_SHARE = 0.92
 #: Activations of a layer that is recomputed with gradients, in hidden states: queries, keys, values, the MLP's.
 _ACTIVATIONS = 24
 
@@ -29,9 +38,9 @@ def whole_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes the pass with the whole model takes on its device, the sums included."""
     spec, size = checkpoint.spec, DTYPE_BYTES[dtype]
     n_numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
-    hidden = seq_len * spec.hidden_size * size * (len(spec.layers) + _ACTIVATIONS)
+    hidden = seq_len * spec.hidden_size * size * len(spec.layers)
     sums = sum(16 * spec.width(site) ** 2 for site in spec.sites)
-    return n_numbers * size + hidden + _LOGIT_BYTES * spec.vocab_size + sums
+    return n_numbers * size + hidden + sums + _window_bytes(checkpoint, dtype, seq_len)
 
 
 def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
@@ -47,4 +56,49 @@ def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
             outside += entry.n_numbers
     weights = outside + 2 * max(layers.values(), default=0)
     sums = 2 * max(16 * spec.width(site) ** 2 for site in spec.sites)
-    return weights * size + seq_len * spec.hidden_size * size * _ACTIVATIONS + _LOGIT_BYTES * spec.vocab_size + sums
+    return weights * size + sums + _window_bytes(checkpoint, dtype, seq_len)
+
+
+def _window_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
+    """Return about how many bytes a window takes: a layer with gradients, its attention, some rows of logits."""
+    spec = checkpoint.spec
+    scores = max(a.n_heads for a in spec.layers) * seq_len**2 // 2 * _SCORE_BYTES
+    hidden = seq_len * spec.hidden_size * DTYPE_BYTES[dtype] * _ACTIVATIONS
+    return hidden + scores + _LOGIT_BYTES * spec.vocab_size
+
+
+def free_bytes(device: str) -> int | None:
+    """Return how many bytes are free on a device, None where that is not told."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+@contextmanager
+def limited(device: str, memory: int | None) -> Iterator[None]:
+    """Within the block, this process allocates no more than `memory` on a GPU, what CUDA itself takes included.
+
+    Raises OptionError where that is too little.
+    """
+    if memory is None or not device.startswith("cuda"):
+        yield
+        return
+    import torch
+
+    place = torch.cuda.current_device() if device == "cuda" else torch.device(device).index
+    share = (memory - CONTEXT_BYTES) / torch.cuda.get_device_properties(place).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"memory {memory / 1e9:.2f} GB is too little for a window of this model. Raise it, or lower --seq-len."
+        ) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 5
+MOMENTS_FORMAT = 6
 
 
 @dataclass
@@ -150,11 +151,16 @@ class Moments:
 
     sites: dict[Site, SiteMoments]
     protocol: dict[str, Any] = field(default_factory=dict)
-    n_windows: int = 0
+    #: The windows that were added, in that order.
+    order: list[int] = field(default_factory=list)
     #: Of the sites that turn with the position, as proven on the loaded model.
     rotations: dict[Site, Rotation] = field(default_factory=dict)
     #: By which the model and its relatives are known; see model.probe.signature.
     signature: tuple[float, ...] = ()
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.order)
 
     @property
     def has_fisher(self) -> bool:
@@ -176,21 +182,54 @@ class Moments:
                 tensors[f"{site}.outer.{i}"] = moments.outer[i].cpu()
                 tensors[f"{site}.fisher.{i}"] = moments.fisher[i].cpu()
         n_tokens = next(iter(self.sites.values())).n_tokens
-        header = {"protocol": json.dumps(self.protocol), "n_windows": str(self.n_windows), "n_tokens": str(n_tokens)}
+        header = {"protocol": json.dumps(self.protocol), "windows": json.dumps(self.order), "n_tokens": str(n_tokens)}
         header["signature"] = json.dumps(self.signature)
         header["rotations"] = json.dumps({str(site): asdict(rotation) for site, rotation in self.rotations.items()})
         with atomic_file(file) as scratch:
             save_file(tensors, scratch, metadata=header)
 
+    def join(self, later: Moments) -> None:
+        """Add the sums of other windows, of the same blocks."""
+        for site, sums in later.sites.items():
+            self.sites[site].join(sums)
+        self.order += later.order
+
+    def arrays(self) -> tuple[Any, ...]:
+        """Return everything but the protocol, tensors (on the CPU) as NumPy's, for `of_arrays`."""
+        sites = {site: _mapped(vars(sums), lambda t: t.numpy()) for site, sums in self.sites.items()}
+        return sites, self.order, self.rotations, self.signature
+
     @classmethod
-    def load(cls, file: Path) -> Moments:
-        """Return the moments saved in `file`. Raises CalibrationError if they cannot be read."""
+    def of_arrays(cls, sites: Any, order: list[int], rotations: Any, signature: Any) -> Moments:
+        """Return the moments of `arrays`, in memory of their own."""
+        found = {site: SiteMoments(**_mapped(sums, torch.tensor)) for site, sums in sites.items()}
+        return cls(found, {}, order, rotations, signature)
+
+    @staticmethod
+    def order_in(file: Path) -> list[int]:
+        """Return the windows that a file's moments are of, from its header. Raises CalibrationError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return shaped(parse_json(handle.metadata()["windows"]), list[int])
+        except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
+            raise _unusable(file, error) from error
+
+    @classmethod
+    def load(cls, file: Path, *, checked: bool = True) -> Moments:
+        """Return the moments saved in `file`. Raises CalibrationError if they cannot be read.
+
+        checked: False for a file of our own that is only read: its sums stay where they are until they are needed.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(file, framework="pt") as handle:
                 header = handle.metadata()
-                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            if checked:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             sites: dict[Site, SiteMoments] = {}
             for name in tensors:
                 if name.endswith(".total"):
@@ -206,18 +245,35 @@ class Moments:
                         int(header["n_tokens"]),
                         tensors.get(f"{site}.coherence"),
                     )
-                    sites[site].check(site)
+                    if checked:
+                        sites[site].check(site)
             turned = {name: shaped(r, Rotation) for name, r in shaped(parse_json(header["rotations"]), dict).items()}
             rotations = {site: turned[str(site)] for site in sites if str(site) in turned}
             if not sites:
                 raise ValueError("it holds no site")
-            protocol, n_windows = shaped(parse_json(header["protocol"]), dict), int(header["n_windows"])
+            protocol, order = (
+                shaped(parse_json(header["protocol"]), dict),
+                shaped(parse_json(header["windows"]), list[int]),
+            )
             signature = shaped(parse_json(header["signature"]), tuple[float, ...])
-            return cls(dict(sorted(sites.items())), protocol, n_windows, rotations, signature)
+            return cls(dict(sorted(sites.items())), protocol, order, rotations, signature)
         except (SafetensorError, KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
-            raise CalibrationError(
-                f"{file} holds no usable moments ({error}). Remove it to calibrate again."
-            ) from error
+            raise _unusable(file, error) from error
+
+
+def _mapped(fields: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a site's fields, each tensor or array changed, lists of them, too."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [change(t) for t in value]
+        return value if value is None or isinstance(value, int) else change(value)
+
+    return {name: changed(value) for name, value in fields.items()}
+
+
+def _unusable(file: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(f"{file} holds no usable moments ({error}). Remove it to calibrate again.")
 
 
 def _part(name: str) -> Part:

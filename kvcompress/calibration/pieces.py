@@ -1,35 +1,42 @@
-"""Calibration shared out: pieces of the windows, each summed by a worker with a model of its own, joined in order.
+"""Calibration shared out: windows summed by workers, each with a model of its own, and joined.
 
 Windows are independent and the sums are float64, so that any number of workers gives the moments of one process, to
-rounding. Labels are seeded by window, samples are taken by window: a piece does not depend on who sums it, or when.
+rounding. Labels are seeded by window, samples are taken by window: nothing depends on who sums a window, or when.
 """
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from itertools import groupby
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from kvcompress.calibration.fisher import Progress, collect_moments
+from kvcompress.calibration.coherence import Watch
+from kvcompress.calibration.fisher import Progress, Summing, begun, check_moments
+from kvcompress.calibration.memory import limited
 from kvcompress.calibration.moments import Moments, empty_moments
+from kvcompress.calibration.parts import Parts, Seldom
+from kvcompress.calibration.streamed import collect_streamed
 from kvcompress.checkpoint.loading import load_weights
-from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.checkpoint.resident import StreamedModel
+from kvcompress.checkpoint.writer import check_space
 from kvcompress.errors import Note
-
-#: Windows of a piece at most: what is lost with a worker, and how often sums travel.
-_MOST_WINDOWS = 8
+from kvcompress.model.model_spec import ModelSpec, Site
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that a worker needs to sum a piece; it travels, so paths must be those of every worker.
+    """Everything that a worker needs to sum windows; it travels, so paths must be those of every worker.
 
-    windows: [n_windows, seq_len] token ids. group, band: the blocks of the moments.
+    windows: [n_windows, seq_len] token ids. group, band: the blocks of the moments. parts: where the parts are, for
+    workers that share a disk.
     """
 
     checkpoint: str
@@ -40,45 +47,150 @@ class Job:
     seed: int
     group: int
     band: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Windows start to stop, the last one not included."""
-
-    start: int
-    stop: int
+    parts: Parts
+    memory: int | None = None
 
 
 class Workers(Protocol):
-    """Who sums pieces: processes of this host (processes.py) or tasks of Ray (ray_tasks.py)."""
+    """Who sums windows: processes of this host (processes.py) or tasks of Ray (ray_tasks.py)."""
 
-    n: int
+    #: Whether fits of sites are worth sending to them: other machines' CPUs, not other processes of this one.
+    fits: bool
 
-    def sums(self, job: Job, pieces: list[Piece]) -> Iterator[tuple[Piece, Moments]]:
-        """Yield every piece with its moments, on the CPU, in any order.
+    @property
+    def n(self) -> int: ...
 
-        A piece whose worker died is summed again, and a Note says so. Raises CalibrationError where a worker dies
-        again and again.
+    def hold(self, n_bytes: int) -> bool:
+        """Return whether a worker can hold so many bytes, on several devices if it must; they arrange themselves."""
+
+    def prepare(self, checkpoint: str, dtype: str) -> None:
+        """Let workers load their models while this process does something else; it does not wait."""
+
+    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+        """Sum windows; yield what is not saved as a part yet, on the CPU. told(n): n more windows are summed.
+
+        What a worker that died had not handed in is summed again, and a Note says so. Raises CalibrationError where
+        workers die again and again.
         """
 
+    def each(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Yield (index, function(*item, device)) of every item, in any order; of one whose worker died, again."""
 
-def pieces_of(n_windows: int, start: int, n_workers: int) -> list[Piece]:
-    """Return the windows from `start` on, in pieces of which every worker has two at least, as far as they go."""
-    size = max(1, min(_MOST_WINDOWS, (n_windows - start) // (2 * n_workers)))
-    return [Piece(i, min(i + size, n_windows)) for i in range(start, n_windows, size)]
+    def close(self) -> None:
+        """End the processes, if they are our own."""
 
 
-def sum_piece(job: Job, piece: Piece, device: str) -> Moments:
-    """Return the moments of a piece, on the CPU; the model stays loaded in this process for the next one."""
-    model, spec = _loaded(job.checkpoint, job.dtype, device)
-    moments = empty_moments(spec, {}, group=job.group, band=job.band, device=device)
-    moments.n_windows = piece.start
-    collect_moments(
-        model, spec, job.windows, moments, sinks=job.sinks, recent=job.recent, seed=job.seed, stop=piece.stop
+class Sums:
+    """What one worker has summed of a job; its model stays loaded in this process for the next job.
+
+    saves: whether it saves its part now and then.
+    """
+
+    def __init__(self, job: Job, device: str, *, saves: bool = True) -> None:
+        self._job, self._device = job, device
+        self._save = Seldom(self._checked) if saves else None
+        self._held: Moments | None = None
+
+    def add(self, windows: Iterable[int]) -> bool:
+        """Add windows and return whether all that was added is saved."""
+        job = self._job
+        if job.memory is not None:
+            save_streamed(job, list(windows), self._device)
+            return True
+        summing = ready(job.checkpoint, job.dtype, self._device, job.recent)
+        if self._held is None:
+            first = self._device.split("+")[0]  # sums come to the device of their layer
+            self._held = empty_moments(summing.spec, {}, group=job.group, band=job.band, device=first)
+        for index in windows:
+            summing.add(job.windows, index, self._held, sinks=job.sinks, seed=job.seed)
+        return self._save is not None and self._save(self._held)
+
+    def taken(self) -> Moments | None:
+        """Return what was added, on the CPU, and forget it."""
+        held, self._held = self._held, None
+        if held is not None:
+            check_moments(held)
+            held.sites = {site: sums.to("cpu") for site, sums in held.sites.items()}
+        return held
+
+    def save(self) -> bool:
+        """Save what was added as a part, and forget it."""
+        if (held := self.taken()) is not None:
+            self._job.parts.save(held)
+        return True
+
+    def _checked(self, held: Moments) -> None:
+        check_moments(held)
+        self._job.parts.save(held)
+
+
+def collect_streams(job: Job, device: str, *, progress: Progress | None = None) -> Moments:
+    """Return the moments of all windows of a job, those of its parts included; this process streams the others."""
+    n_windows, seq_len = job.windows.shape
+    missing = job.parts.missing()
+    held: list[Moments] = []
+    for piece in shared_pieces(job, missing, 1) if missing else ():
+        before = n_windows - len(missing)
+
+        def told(tokens: int, _: int, before: int = before, n: int = len(piece)) -> None:
+            if progress:
+                progress(before * seq_len + tokens * n // n_windows, n_windows * seq_len)
+
+        held = [save_streamed(job, piece, device, progress=told)]
+        missing = job.parts.missing()
+    return job.parts.joined(held)
+
+
+def check_streams(job: Job, checkpoint: Checkpoint) -> None:
+    """Raise OutputError where the disk has no room for every layer's inputs."""
+    spec = checkpoint.spec
+    numbers = job.windows.numel() * spec.hidden_size * (len(spec.layers) + len(spec.own_layers) + 3)
+    check_space(
+        job.parts.directory / "stream",
+        numbers * getattr(torch, job.dtype).itemsize,
+        "Free some space, or lower --tokens.",
     )
-    moments.sites = {site: sums.to("cpu") for site, sums in moments.sites.items()}
+
+
+def save_streamed(job: Job, windows: list[int], device: str, *, progress: Progress | None = None) -> Moments:
+    """Return the moments of windows, saved as a part; layers are streamed, which goes on where it was killed."""
+    moments = streamed_moments(job, windows, device, progress=progress)
+    job.parts.save(moments)
+    shutil.rmtree(job.parts.stream(windows), ignore_errors=True)
     return moments
+
+
+def streamed_moments(job: Job, windows: list[int], device: str, *, progress: Progress | None = None) -> Moments:
+    """Return the moments of windows on the CPU, layers streamed."""
+    model = streamed_model(job.checkpoint, job.dtype, device)
+    moments = empty_moments(model.checkpoint.spec, {}, group=job.group, band=job.band)
+    seen: dict[str, Any] = {"sinks": job.sinks, "recent": job.recent, "seed": job.seed}
+    where = job.parts.stream(windows) if job.parts.directory.is_dir() else None  # else on a host of its own
+    with limited(device, job.memory):
+        return collect_streamed(
+            model,
+            model.checkpoint.spec,
+            job.windows,
+            moments,
+            **seen,
+            which=windows,
+            directory=where,
+            progress=progress,
+        )
+
+
+@lru_cache(maxsize=1)
+def streamed_model(path: str, dtype: str, device: str) -> StreamedModel:
+    """Return a model whose layers are streamed, for as long as this process lives."""
+    with open_checkpoint(path) as checkpoint:
+        return StreamedModel(checkpoint, dtype=getattr(torch, dtype), device=torch.device(device))
+
+
+@lru_cache(maxsize=1)
+def ready(path: str, dtype: str, device: str, recent: int) -> Summing:
+    """Return the model of a checkpoint on a device, ready to be calibrated for as long as this process lives."""
+    model, spec = _loaded(path, dtype, device)
+    return begun(model, spec, recent)
 
 
 @lru_cache(maxsize=1)
@@ -87,49 +199,110 @@ def _loaded(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         return load_weights(checkpoint.path, dtype=dtype, device=device), checkpoint.spec
 
 
-def collect_shared(
-    job: Job,
-    moments: Moments,
-    workers: Workers,
-    *,
-    partial_file: Path | None = None,
-    progress: Progress | None = None,
-) -> Moments:
-    """Add every window from `moments.n_windows` on, summed by workers, to `moments` (on the CPU) and return it.
+def load(path: str, dtype: str, device: str) -> None:
+    """Load a worker's model, which stays."""
+    _loaded(path, dtype, device)
 
-    Pieces are joined in their order, whoever is done first. With `partial_file` the sums are saved whenever some were
-    joined, from where any number of workers, or one process, goes on.
-    """
+
+def collect_shared(job: Job, workers: Workers, *, progress: Progress | None = None) -> Moments:
+    """Return the moments of all windows of a job, those of its parts included, on the CPU; workers sum the others."""
     n_windows, seq_len = job.windows.shape
-    pieces = pieces_of(n_windows, moments.n_windows, workers.n)
-    waiting: dict[int, tuple[Piece, Moments]] = {}
-    done = moments.n_windows
-    for piece, found in workers.sums(job, pieces):
-        waiting[piece.start] = piece, found
-        done += piece.stop - piece.start
+    missing = job.parts.missing()
+    done = n_windows - len(missing)
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
         if progress:
             progress(done * seq_len, n_windows * seq_len)
-        if not _join(moments, waiting):
-            continue
-        if partial_file and moments.n_windows < n_windows:
-            moments.save(partial_file)
-    return moments
+
+    held: list[Moments] = []
+    save = Seldom(job.parts.save)
+    for found in workers.sums(job, missing, told) if missing else ():
+        if held:
+            held[0].join(found)
+        else:
+            held.append(found)
+        save(held[0])
+    return job.parts.joined(held)
 
 
-def _join(moments: Moments, waiting: dict[int, tuple[Piece, Moments]]) -> bool:
-    """Join what continues the sums, and return whether anything did."""
-    before = moments.n_windows
-    while moments.n_windows in waiting:
-        piece, found = waiting.pop(moments.n_windows)
-        for site, sums in found.sites.items():
-            moments.sites[site].join(sums)
-        moments.rotations, moments.signature = found.rotations, found.signature
-        moments.n_windows = piece.stop
-    return moments.n_windows > before
+def collect_watched(
+    job: Job,
+    workers: Workers,
+    _spec: ModelSpec,
+    windows: Tensor,
+    watched: Moments,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    **_: Any,
+) -> Moments:
+    """Add windows to watches (coherence.py), summed by workers; a collect_moments that is shared out."""
+    job = replace(job, windows=windows, seed=seed)
+    watches = {site: watch for site, watch in watched.sites.items() if isinstance(watch, Watch)}
+    arrays = {site: watch.arrays() for site, watch in watches.items()}
+    size, done = -(-len(windows) // workers.n), 0
+    pieces = [list(range(i, min(i + size, len(windows)))) for i in range(0, len(windows), size)]
+    for index, found in workers.each(_watch, [(job, arrays, piece) for piece in pieces]):
+        for site, watch in watches.items():
+            watch.add_ratios(torch.from_numpy(found[site]), len(pieces[index]))
+        done += len(pieces[index])
+        if progress:
+            progress(done * windows.shape[1], windows.numel())
+    return watched
 
 
-def note_repeated(pieces: Iterable[Piece], why: str) -> None:
+def _watch(job: Job, arrays: dict[Site, Any], windows: list[int], device: str) -> dict[Site, Any]:
+    """Return what watches have of windows, as arrays."""
+    first = device.split("+")[0]
+    watches = {site: Watch([torch.tensor(a) for a in made_of], first) for site, made_of in arrays.items()}
+    if job.memory is None:
+        summing = ready(job.checkpoint, job.dtype, device, job.recent)
+        for index in windows:
+            summing.add(job.windows, index, Moments({**watches}), sinks=job.sinks, seed=job.seed)
+    else:
+        model, scratch = streamed_model(job.checkpoint, job.dtype, device), job.parts.directory
+        seen: dict[str, Any] = {"sinks": job.sinks, "recent": job.recent, "seed": job.seed}
+        with limited(device, job.memory):
+            collect_streamed(
+                model,
+                model.checkpoint.spec,
+                job.windows,
+                Moments({**watches}),
+                **seen,
+                which=windows,
+                scratch=scratch if scratch.is_dir() else None,
+            )
+    return {site: watch.ratios.cpu().numpy() for site, watch in watches.items()}
+
+
+def shared_pieces(job: Job, windows: Sequence[int], n_workers: int) -> list[list[int]]:
+    """Return what workers of one disk are given at a time: a window; or, where layers are streamed, equal shares.
+
+    Streamed passes that were begun come first, with their own windows.
+    """
+    if job.memory is None:
+        return [[w] for w in windows]
+    begun_before = job.parts.streams(windows)
+    left = sorted(set(windows) - {w for piece in begun_before for w in piece})
+    size = max(1, -(-len(left) // n_workers))
+    return begun_before + [left[i : i + size] for i in range(0, len(left), size)]
+
+
+def pieces_of(windows: Sequence[int], n_workers: int, most: int) -> list[list[int]]:
+    """Return windows in pieces of at most `most`, of which every worker has two at least, as far as they go."""
+    size = max(1, min(most, len(windows) // (2 * n_workers)))
+    return [list(windows[i : i + size]) for i in range(0, len(windows), size)]
+
+
+def note_repeated(windows: Iterable[int], why: str) -> None:
     """Say which windows are summed again."""
-    told = ", ".join(f"{p.start} to {p.stop - 1}" for p in sorted(pieces, key=lambda p: p.start))
-    if told:
+    if told := ", ".join(ranges(windows)):
         warnings.warn(f"{why}: windows {told} are summed again.", Note, stacklevel=2)
+
+
+def ranges(windows: Iterable[int]) -> list[str]:
+    """Return numbers as ranges in words: 0 to 4, 7."""
+    runs = [[w for _, w in run] for _, run in groupby(enumerate(sorted(windows)), lambda pair: pair[1] - pair[0])]
+    return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]

@@ -1,78 +1,201 @@
-"""Pieces of a calibration on the devices of this host: a process each, with a model of its own."""
+"""Windows of a calibration on the devices of this host: a process each, with a model of its own."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-import tempfile
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing import connection
 from typing import Any
 
+from kvcompress.calibration.memory import USABLE_SHARE
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Piece, note_repeated, sum_piece
+from kvcompress.calibration.pieces import Job, Sums, load, note_repeated, shared_pieces
 from kvcompress.errors import CalibrationError, OptionError
 
-#: How often pieces are given to new processes, after theirs died, before that is no accident.
+#: How often workers may die before that is no accident.
 _MOST_DEATHS = 5
+#: Windows that a worker is given ahead, so that it never waits for the next one.
+_AHEAD = 2
 
 
-@dataclass(frozen=True, slots=True)
 class LocalWorkers:
-    """A process for each device: ("cuda:0", "cuda:1"), or ("cpu", "cpu") for two processes on the CPU."""
+    """A process for each device: ("cuda:0", "cuda:1"), or ("cpu", "cpu") for two processes on the CPU.
 
-    devices: tuple[str, ...]
+    They begin at once, so that they import what they need while this process does the same.
+    """
 
-    def __post_init__(self) -> None:
-        if not self.devices:
+    fits = False
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        if not devices:
             raise OptionError("no device was named for the workers of the calibration.")
+        self.devices = tuple(devices)
+        self._crew: list[_Worker] = []
+        for worker in self._workers():
+            worker.submit(_wake)
 
     @property
     def n(self) -> int:
         return len(self.devices)
 
-    def sums(self, job: Job, pieces: list[Piece]) -> Iterator[tuple[Piece, Moments]]:
-        """Yield every piece with its moments. Raises CalibrationError where workers die again and again.
+    def hold(self, n_bytes: int) -> bool:
+        """Return whether a worker can hold so many bytes; where one GPU cannot, each gets as many as it takes."""
+        if not self.devices[0].startswith("cuda"):
+            return True
+        import torch
 
-        Sums travel through files: those of a large model are gigabytes, of which a pipe would make copies.
-        """
-        left, deaths = list(pieces), 0
-        with tempfile.TemporaryDirectory(prefix="kvcompress-pieces-") as scratch:
-            while left:
+        gpus = [gpu for devices in self.devices for gpu in devices.split("+")]
+        each = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) * USABLE_SHARE
+        n = max(1, math.ceil(n_bytes / each))
+        if n > len(gpus):
+            return False
+        spread = tuple("+".join(gpus[i : i + n]) for i in range(0, len(gpus) - n + 1, n))
+        if spread != self.devices:
+            self.close()
+            self.devices = spread
+        return True
+
+    def prepare(self, checkpoint: str, dtype: str) -> None:
+        for worker in self._workers():
+            worker.submit(load, checkpoint, dtype, worker.device)
+
+    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+        """Sum windows; every worker saves its part. Yields nothing. Raises CalibrationError where they keep dying."""
+        waiting, running = deque(shared_pieces(job, windows, self.n)), dict[Future[bool], tuple[_Worker, list[int]]]()
+        ahead = _AHEAD if job.memory is None else 1
+        crew, deaths = self._workers(), 0
+        for worker in crew:
+            worker.begin(job)
+        while True:
+            for worker in crew:
+                self._supply(worker, waiting, running, ahead)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                if future not in running:  # of a worker whose death was met already
+                    continue
+                worker, added = running.pop(future)
                 try:
-                    for piece, file in self._round(job, left, Path(scratch)):
-                        found = Moments.load(file)
-                        file.unlink()
-                        left.remove(piece)
-                        yield piece, found
+                    saved = future.result()
+                except BrokenProcessPool as error:
+                    deaths += 1
+                    lost = self._lost(worker, added, running, told)
+                    if deaths >= _MOST_DEATHS:
+                        raise _too_many_deaths(deaths, lost) from error
+                    note_repeated(lost, "a worker of the calibration died")
+                    waiting.extendleft(reversed(shared_pieces(job, lost, 1)))
+                    worker.begin(job)
+                else:
+                    worker.unsaved = [] if saved else [*worker.unsaved, *added]
+                    told(len(added))
+        yield from ()
+
+    def each(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Yield (index, function(*item, device)) of every item, in any order. Raises CalibrationError as `sums`."""
+        waiting, running = deque(range(len(items))), dict[Future[Any], tuple[_Worker, int]]()
+        crew, deaths = self._workers(), 0
+        while waiting or running:
+            busy = [worker for worker, _ in running.values()]
+            for worker in crew:
+                if waiting and worker not in busy:
+                    index = waiting.popleft()
+                    running[worker.submit(function, *items[index], worker.device)] = worker, index
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                worker, index = running.pop(future)
+                try:
+                    yield index, future.result()
                 except BrokenProcessPool as error:
                     deaths += 1
                     if deaths >= _MOST_DEATHS:
-                        raise CalibrationError(
-                            f"a worker of the calibration died {deaths} times, last with windows {left[0].start} on. "
-                            "It may have run out of memory: give fewer devices, or a smaller --seq-len."
-                        ) from error
-                    note_repeated(left[: self.n], "a worker of the calibration died")
+                        raise _too_many_deaths(deaths, []) from error
+                    waiting.appendleft(index)
+                    worker.restart()
 
-    def _round(self, job: Job, pieces: list[Piece], scratch: Path) -> Iterator[tuple[Piece, Path]]:
-        """Yield pieces as they are done, until all are or a worker dies, which ends the others of its pool."""
+    def close(self) -> None:
+        for worker in self._crew:
+            worker.end()
+        self._crew = []
+
+    def _workers(self) -> list[_Worker]:
+        if not self._crew:
+            self._crew = [_Worker(device, self.n) for device in self.devices]
+        return self._crew
+
+    @staticmethod
+    def _supply(
+        worker: _Worker,
+        waiting: deque[list[int]],
+        running: dict[Future[bool], tuple[_Worker, list[int]]],
+        ahead: int,
+    ) -> None:
+        """Give a worker windows, and where none is left let it save its part."""
+        n_running = sum(w is worker for w, _ in running.values())
+        while waiting and n_running < ahead:
+            windows = waiting.popleft()
+            running[worker.submit(_add, windows)] = worker, windows
+            n_running += 1
+        if not n_running and worker.unsaved:
+            running[worker.submit(_save)] = worker, []
+
+    @staticmethod
+    def _lost(
+        worker: _Worker,
+        added: list[int],
+        running: dict[Future[bool], tuple[_Worker, list[int]]],
+        told: Callable[[int], None],
+    ) -> list[int]:
+        """Return the windows that a dead worker had not saved, and take them back."""
+        lost = [*worker.unsaved, *added]
+        told(-len(worker.unsaved))
+        for future, (owner, windows) in list(running.items()):
+            if owner is worker:
+                del running[future]
+                lost += windows
+        worker.restart()
+        return sorted(lost)
+
+
+class _Worker:
+    """A process on a device, and the windows that it has summed and not saved."""
+
+    def __init__(self, device: str, n: int) -> None:
+        self.device, self._n = device, n
+        self.restart()
+
+    def restart(self) -> None:
         context = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
-        devices = context.SimpleQueue()
-        for device in self.devices:
-            devices.put(device)
-        with ProcessPoolExecutor(self.n, context, initializer=_begin, initargs=(devices,)) as pool:
-            running: dict[Future[str], Piece] = {
-                pool.submit(_sum_to_file, job, piece, str(scratch)): piece for piece in pieces
-            }
-            try:
-                while running:
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        yield running.pop(future), Path(future.result())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self.device, self._n))
+        self.unsaved: list[int] = []
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Return the future of a call, which also tells of a process that died with nothing to do."""
+        try:
+            return self._pool.submit(function, *args)
+        except BrokenProcessPool as error:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def begin(self, job: Job) -> None:
+        self.unsaved = []
+        self.submit(_start, job)
+
+    def end(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _too_many_deaths(deaths: int, lost: list[int]) -> CalibrationError:
+    which = f", last with windows {lost[0]} on" if lost else ""
+    return CalibrationError(
+        f"a worker of the calibration died {deaths} times{which}. "
+        "It may have run out of memory: give fewer devices, or a smaller --seq-len."
+    )
 
 
 def workers_on_gpus(asked: str) -> LocalWorkers:
@@ -92,21 +215,52 @@ def workers_on_gpus(asked: str) -> LocalWorkers:
         raise OptionError(f"--gpus takes all, a number, or numbers with commas (0,3), found '{asked}'.")
     if not chosen or max(chosen) >= here or len(set(chosen)) < len(chosen):
         raise OptionError(f"--gpus {asked}: this machine has {here}, counted from 0.")
-    return LocalWorkers(tuple(f"cuda:{i}" for i in chosen))
+    return LocalWorkers([f"cuda:{i}" for i in chosen])
 
 
-_DEVICE: list[str] = []
+class _Mine:
+    """What this process, a worker, has: the device it was given, and the sums of the job at hand."""
+
+    device = "cpu"
+    sums: Sums | None = None
 
 
-def _begin(devices: Any) -> None:
-    """Take a device for this process, which keeps it."""
+def _begin(device: str, n_workers: int) -> None:
+    """Take a device for this process, which ends with the one that began it, also where that is killed."""
     import torch
 
-    _DEVICE.append(devices.get())
-    torch.set_num_threads(max(1, torch.get_num_threads() // (os.cpu_count() or 1)))
+    _Mine.device = device
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_workers))
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _sum_to_file(job: Job, piece: Piece, scratch: str) -> str:
-    file = Path(scratch) / f"{piece.start}-{piece.stop}.safetensors"
-    sum_piece(job, piece, _DEVICE[0]).save(file)
-    return str(file)
+def _wake() -> None:
+    """Take what a process needs once: its GPU, and what loads a model."""
+    import torch
+    import transformers  # noqa: F401
+
+    if _Mine.device.startswith("cuda"):
+        for device in reversed(_Mine.device.split("+")):
+            torch.cuda.set_device(device)  # else what names none, such as pinned memory, takes some of the first one
+            torch.zeros(1, device=device)
+
+
+def _start(job: Job) -> None:
+    _Mine.sums = Sums(job, _Mine.device)
+
+
+def _add(windows: list[int]) -> bool:
+    assert _Mine.sums is not None
+    return _Mine.sums.add(windows)
+
+
+def _save() -> bool:
+    assert _Mine.sums is not None
+    return _Mine.sums.save()

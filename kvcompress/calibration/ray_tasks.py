@@ -1,19 +1,22 @@
-"""Pieces of a calibration as tasks of Ray, on one machine or on many: its scheduler, its retries, nothing of ours."""
+"""Work as tasks of Ray, on one machine or on many: its scheduler, its retries, nothing of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Piece, note_repeated, sum_piece
-from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.calibration.pieces import Job, Sums, note_repeated, pieces_of, shared_pieces, streamed_moments
+from kvcompress.errors import CalibrationError, KVCompressError, OptionError
 
 _MOST_RETRIES = 5
+#: Windows of a task at most: what is lost with a worker, and how often sums travel.
+_MOST_WINDOWS = 16
+#: All GPUs of a node stay visible to a worker, which finds the one that each task is given: Ray uses workers again.
+_ENVIRONMENT = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 
 
-@dataclass(frozen=True, slots=True)
 class RayWorkers:
     """Tasks of a Ray cluster.
 
@@ -21,43 +24,68 @@ class RayWorkers:
     GPU where `device` is cuda, one CPU otherwise; the checkpoint must lie at the same path on every node.
     """
 
-    address: str
-    device: str = "cpu"
+    fits = True
+
+    def __init__(self, address: str, device: str = "cpu") -> None:
+        self.address, self._on_gpus = address, device.startswith("cuda")
 
     @property
     def n(self) -> int:
         """How many tasks the cluster runs at a time."""
-        resource = "GPU" if self.device.startswith("cuda") else "CPU"
+        resource = "GPU" if self._on_gpus else "CPU"
         found = int(_connected(self.address).cluster_resources().get(resource, 0))
         if not found:
             raise OptionError(f"the Ray cluster at {self.address} has no {resource}.")
         return found
 
-    def sums(self, job: Job, pieces: list[Piece]) -> Iterator[tuple[Piece, Moments]]:
-        """Yield every piece with its moments. Raises CalibrationError where Ray gives a piece up."""
+    def hold(self, n_bytes: int) -> bool:
+        """Return True: what a node's devices hold is not known here. Streaming is asked for with a memory."""
+        return True
+
+    def prepare(self, checkpoint: str, dtype: str) -> None:
+        """Nothing: a task loads what it needs, and its worker keeps that for the next one."""
+
+    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+        """Yield the sums of windows, a task's at a time. Raises CalibrationError where Ray gives one up."""
         ray = _connected(self.address)
-        resources = {"num_gpus": 1} if self.device.startswith("cuda") else {"num_cpus": 1}
-        attempts = ray.remote(num_cpus=0)(_Attempts).remote()
-        task = ray.remote(max_retries=_MOST_RETRIES, **resources)(_sum)
+        streams = job.memory is not None
+        pieces = shared_pieces(job, windows, self.n) if streams else pieces_of(windows, self.n, _MOST_WINDOWS)
         shared = ray.put(job)
-        device = "cuda" if self.device.startswith("cuda") else "cpu"
-        running = {task.remote(shared, piece, device, attempts): piece for piece in pieces}
+        for index, found in self.each(_sum, [(shared, piece) for piece in pieces], of=pieces):
+            told(len(pieces[index]))
+            yield Moments.of_arrays(*found)
+
+    def each(
+        self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], *, of: Sequence[list[int]] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (index, function(*item, device)) of every item, in any order. Raises CalibrationError as `sums`.
+
+        of: the windows of each item, of which it is told where they are repeated.
+        """
+        ray = _connected(self.address)
+        on_gpus: dict[str, Any] = {"num_gpus": 1, "max_calls": 0, "runtime_env": _ENVIRONMENT}
+        attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+        task = ray.remote(max_retries=_MOST_RETRIES, **(on_gpus if self._on_gpus else {"num_cpus": 1}))(_run)
+        running = {task.remote(function, self._on_gpus, attempts, i, *item): i for i, item in enumerate(items)}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
-            piece = running.pop(done)
+            index = running.pop(done)
             try:
                 found = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, CalibrationError) else error from None
+                raise error.cause if isinstance(error.cause, KVCompressError) else error from None
             except ray.exceptions.RayError as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CalibrationError(
-                    f"Ray gave up windows {piece.start} to {piece.stop - 1} after {_MOST_RETRIES} retries ({reason}). "
-                    "Look at its log, or calibrate without --ray."
+                    f"Ray gave up a task after {_MOST_RETRIES} retries ({reason}). "
+                    "Look at its log, or run without --ray."
                 ) from error
-            if ray.get(attempts.of.remote(piece.start)) > 1:
-                note_repeated([piece], "a worker of the calibration died and Ray started another one")
-            yield piece, found
+            if ray.get(attempts.of.remote(index)) > 1:
+                note_repeated(of[index] if of else [], "a worker died and Ray started another one")
+            yield index, found
+
+    def close(self) -> None:
+        """Nothing: the cluster is not ours."""
 
 
 def _connected(address: str) -> Any:
@@ -78,20 +106,36 @@ def _connected(address: str) -> Any:
 
 
 class _Attempts:
-    """An actor that counts how often each piece was begun: a task does not know whether it is a retry."""
+    """An actor that counts how often each task was begun: a task does not know whether it is a retry."""
 
     def __init__(self) -> None:
         self._begun: dict[int, int] = {}
 
-    def begin(self, start: int) -> None:
-        self._begun[start] = self._begun.get(start, 0) + 1
+    def begin(self, index: int) -> None:
+        self._begun[index] = self._begun.get(index, 0) + 1
 
-    def of(self, start: int) -> int:
-        return self._begun.get(start, 0)
+    def of(self, index: int) -> int:
+        return self._begun.get(index, 0)
 
 
-def _sum(job: Job, piece: Piece, device: str, attempts: Any) -> Moments:
+def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: int, *args: Any) -> Any:
+    """Call a function with the device that Ray gave this task."""
     import ray
 
-    ray.get(attempts.begin.remote(piece.start))
-    return sum_piece(job, piece, device)
+    ray.get(attempts.begin.remote(index))
+    if not on_gpus:
+        return function(*args, "cpu")
+    given, visible = ray.get_gpu_ids()[0], os.environ.get("CUDA_VISIBLE_DEVICES")
+    place = visible.split(",").index(str(given)) if visible else int(given)
+    return function(*args, f"cuda:{place}")
+
+
+def _sum(job: Job, windows: list[int], device: str) -> Any:
+    """Return the sums of windows, as arrays, which Ray hands on without a copy."""
+    if job.memory is not None:
+        return streamed_moments(job, windows, device).arrays()
+    sums = Sums(job, device, saves=False)
+    sums.add(windows)
+    held = sums.taken()
+    assert held is not None
+    return held.arrays()

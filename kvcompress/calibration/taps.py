@@ -36,6 +36,8 @@ class Taps:
 
     def __init__(self, model: Any, spec: ModelSpec, recent: int) -> None:
         self.recent, self.layers = recent, dict[int, LayerTap]()
+        #: Whether passes without gradients compute attention in the same steps as those with.
+        self.same_steps = False
         self._model, self._spec = model, spec
 
     def cache(self) -> Any:
@@ -63,10 +65,12 @@ class Taps:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of a model that is calibrated: near and far keys apart where gradients are wanted."""
         tap = next((t for t in self.layers.values() if t.key is key and t.value is value), None)
-        if not torch.is_grad_enabled() or tap is None:
+        again = self.same_steps and not torch.is_grad_enabled()
+        if not again and (not torch.is_grad_enabled() or tap is None):
             return compat.own_attention(module, own)(module, query, key, value, mask, **kwargs)
         far = key.clone(), value.clone()
-        tap.far.append(far)
+        if tap is not None:
+            tap.far.append(far)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         pairs = (key, far[0]), (value, far[1])
         return near_far_attention(query * scaling, *pairs, mask, self.recent, **extras_of(kwargs)), None

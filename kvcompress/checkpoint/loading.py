@@ -14,13 +14,16 @@ from typing import Any
 from kvcompress.checkpoint.headers import check_sizes
 from kvcompress.errors import CheckpointError, KVCompressError
 
+#: Of the free memory of GPUs over which layers are spread; the rest is for what runs.
+_WEIGHTS_SHARE = 0.8
+
 
 def load_weights(source: str | Path, *, dtype: Any = "auto", device: Any = "cpu") -> Any:
     """Return the causal language model of a checkpoint directory, or of a hub id, ready to run.
 
-    dtype: a torch dtype or its name, or "auto". Quantised weights stay as they are, on the device where their library
-    can run them. Raises CheckpointError where a weight is missing, has another shape than config.json
-    says, or anything else stands in transformers' way.
+    dtype: a torch dtype or its name, or "auto". device: several, "cuda:0+cuda:1", for layers spread over them.
+    Quantised weights stay as they are, on the device where their library can run them. Raises CheckpointError where a
+    weight is missing, has another shape than config.json says, or anything else stands in transformers' way.
     """
     import torch
     from transformers import AutoConfig
@@ -29,15 +32,34 @@ def load_weights(source: str | Path, *, dtype: Any = "auto", device: Any = "cpu"
     if Path(source).is_dir():
         check_sizes(Path(source))
     with explained_loading(source):
-        model, info = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
-            source, dtype=given, use_safetensors=True, output_loading_info=True
+        config = AutoConfig.from_pretrained(source)
+        model, info = auto_class(config).from_pretrained(
+            source, dtype=given, use_safetensors=True, output_loading_info=True, **_placed(config, str(device))
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights, {missing[0]} first. Check config.json and the files."
         )
-    return (model if model.device.type == torch.device(device).type else model.to(device)).eval()
+    if "+" not in str(device) and model.device.type != torch.device(device).type:
+        model = model.to(device)
+    return model.eval()
+
+
+def _placed(config: Any, device: str) -> dict[str, Any]:
+    """Return how transformers is told to read weights to GPUs, each tensor at once and not by way of this machine."""
+    from importlib.util import find_spec
+
+    quantised = any(hasattr(c, "quantization_config") for c in (config, config.get_text_config()))
+    if not device.startswith("cuda") or quantised or find_spec("accelerate") is None:
+        return {}
+    if "+" not in device:
+        return {"device_map": {"": device}}
+    import torch
+
+    numbers = [int(d.removeprefix("cuda:")) for d in device.split("+")]
+    free = {i: int(torch.cuda.mem_get_info(i)[0] * _WEIGHTS_SHARE) for i in numbers}
+    return {"device_map": "balanced", "max_memory": free}
 
 
 def auto_class(config: Any) -> Any:

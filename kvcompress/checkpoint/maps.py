@@ -17,6 +17,7 @@ bits than bfloat16) and float32 for float32 ones. Sites that keep everything hav
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +66,20 @@ class SiteMaps:
         return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
 
 
-def save_maps(maps: dict[Site, SiteMaps], file: Path) -> None:
+def save_maps(maps: Mapping[Site, SiteMaps], file: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"{site}.{name}": t for site, m in maps.items() for name, t in m._tensors().items()}
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def load_site(file: Path, site: Site) -> SiteMaps:
+    """Return a site's maps out of a file that `save_maps` wrote in this run, memory-mapped."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        found = {name.rpartition(".")[2]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return SiteMaps(**({"mean": None} | found))
 
 
 def load_maps(directory: Path, *, most: int | None = None) -> dict[Site, SiteMaps]:

@@ -46,14 +46,13 @@ def check_target(target: Path, *, force: bool) -> None:
         raise OutputError(f"{target} is not empty. Choose another directory, or replace it with --force.")
 
 
-def check_space(target: Path, n_bytes: int) -> None:
+def check_space(target: Path, n_bytes: int, advice: str = "Free some space, or write --maps-only.") -> None:
     """Raise OutputError if the file system that will hold `target` has less than n_bytes free."""
     parent = next(p for p in target.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise OutputError(
-            f"no space left for {target}: it needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
-            "Free some space, or write --maps-only."
+            f"no space left for {target}: it needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. {advice}"
         )
 
 

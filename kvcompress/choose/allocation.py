@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,12 @@ class Choice:
     predicted_loss: float
 
 
-def choose_ranks(spec: ModelSpec, options: CompressOptions, fitted: dict[Site, FittedSite]) -> dict[Site, Choice]:
-    """Return what sites keep when the budget is shared out in whole numbers, of the model's own 16 or 32 bits."""
+def choose_ranks(
+    spec: ModelSpec, options: CompressOptions, fitted: Mapping[Site, FittedSite]
+) -> Iterator[tuple[Site, Choice]]:
+    """Yield what sites keep when the budget is shared out in whole numbers, of the model's own 16 or 32 bits."""
     curves = [SiteCurve(site, f.energy, f.basis.numbers) for site, f in fitted.items()]
     kept = make_policy(options).allocate(curves, int(options.keep * spec.cache_numbers_per_token + 1e-9))
-    chosen = {}
     for (site, fit), n_items in zip(fitted.items(), kept, strict=True):
         components = fit.basis.components(n_items)
         if not options.folded:
@@ -39,14 +41,13 @@ def choose_ranks(spec: ModelSpec, options: CompressOptions, fitted: dict[Site, F
         rank = len(components.block)
         loss = 0.0 if rank == spec.width(site) else fit.loss(components)
         bits = torch.full((rank,), 8 * DTYPE_BYTES[spec.dtype], dtype=torch.uint8)
-        chosen[site] = Choice(components, bits, torch.ones(rank), loss)
-    return chosen
+        yield site, Choice(components, bits, torch.ones(rank), loss)
 
 
 def choose_bits(
-    spec: ModelSpec, moments: Moments, options: CompressOptions, fitted: dict[Site, FittedSite]
-) -> dict[Site, Choice]:
-    """Return what sites keep when the budget is shared out in bits, after what the gains of tokens take."""
+    spec: ModelSpec, moments: Moments, options: CompressOptions, fitted: Mapping[Site, FittedSite]
+) -> Iterator[tuple[Site, Choice]]:
+    """Yield what sites keep when the budget is shared out in bits, after what the gains of tokens take."""
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
 
     def curve_of(site: Site) -> BitCurve:
@@ -65,7 +66,6 @@ def choose_bits(
     if budget < sum(c.curve.width for c in curves):
         budget -= GAIN_BITS * len(curves)
     kept = make_policy(options).allocate([c.curve for c in curves], max(0, budget))
-    chosen = {}
     for (site, fit), curve, n_items in zip(fitted.items(), curves, kept, strict=True):
         bits = curve.component_bits(n_items)
         whole = fit.basis.components(len(fit.basis.energy))
@@ -77,8 +77,7 @@ def choose_bits(
             mine = bits == level
             step[mine] = curve.step[level][order[mine]]
             loss += float(curve.loss[level][order[mine]].sum())
-        chosen[site] = Choice(components, bits.to(torch.uint8), step, loss)
-    return chosen
+        yield site, Choice(components, bits.to(torch.uint8), step, loss)
 
 
 def _mean_coherence(curve: BitCurve, kept: Tensor) -> float:

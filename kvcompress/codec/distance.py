@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,17 @@ class Distance:
         return excess > _FAR_ENERGY or self.gains_at_ends - typical.gains_at_ends > _FAR_GAINS
 
 
+class Seen(NamedTuple):
+    """What was seen of one site: sums over tokens, which add up over texts."""
+
+    energy: float
+    n_at_ends: float
+    n_tokens: int
+
+    def plus(self, other: Seen) -> Seen:
+        return Seen(self.energy + other.energy, self.n_at_ends + other.n_at_ends, self.n_tokens + other.n_tokens)
+
+
 class _Watch:
     """What one site's codec encodes: sums over tokens."""
 
@@ -54,6 +66,10 @@ class _Watch:
             code = code[..., self.skipped :]
             self.n_at_ends = self.n_at_ends.to(z.device) + ((code == 0) | (code == 2**GAIN_BITS - 1)).sum()
 
+    @property
+    def seen(self) -> Seen:
+        return Seen(float(self.energy), float(self.n_at_ends), self.n_tokens)
+
 
 @contextmanager
 def watched(codecs: Iterable[SiteCodec | None], *, skipped: int = 0) -> Iterator[list[_Watch]]:
@@ -70,7 +86,7 @@ def watched(codecs: Iterable[SiteCodec | None], *, skipped: int = 0) -> Iterator
             codec.watch = None
 
 
-def distance_of(watches: Sequence[_Watch]) -> Distance | None:
+def distance_of(watches: Sequence[_Watch | Seen]) -> Distance | None:
     """Return the distance that watches saw, over sites; None where they saw nothing."""
     seen = [w for w in watches if w.n_tokens]
     if not seen:
@@ -82,10 +98,12 @@ def distance_of(watches: Sequence[_Watch]) -> Distance | None:
 
 def distance_of_samples(sites: Iterable[tuple[SiteCodec, Tensor]]) -> Distance | None:
     """Return the distance of samples [n_samples, n] of each site, without their means, as its codec encodes them."""
-    watches = []
-    for codec, samples in sites:
-        with watched([codec]) as found:
-            if len(samples) and found:
-                codec.encode(samples)
-        watches.extend(found)
-    return distance_of(watches)
+    return distance_of([watch for codec, samples in sites for watch in seen_of_samples(codec, samples)])
+
+
+def seen_of_samples(codec: SiteCodec, samples: Tensor) -> list[_Watch]:
+    """Return what is seen of one site, for `distance_of`; the codec is not kept."""
+    with watched([codec]) as found:
+        if len(samples) and found:
+            codec.encode(samples)
+    return found

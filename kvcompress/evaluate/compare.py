@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import transformers
 from kvcompress import __version__
 from kvcompress.calibration.calibrate import calibration_windows, obtain_moments
 from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.pieces import Workers
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -80,12 +82,14 @@ def compare(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Return the document of a comparison, which is also kept in output/compare.json.
 
     source: an uncompressed checkpoint. output: a directory; finished cells of an earlier call with the same model,
-    text and settings are taken from it. Progress stages: sample, calibrate, compare (in windows of all cells).
+    text and settings are taken from it. workers: who measures cells, each with a model of its own; output must be on a
+    disk of theirs, too. Progress stages: sample, calibrate, compare (in windows of all cells).
     Raises a KVCompressError, before anything is measured where possible.
     """
     report = progress or (lambda *_: None)
@@ -108,18 +112,11 @@ def compare(
             return found | {"complete": len(rows) == len(cells)}
 
         document = document_now()
-        n_windows = bench.windows.ids.shape[0]
-        for index, (key, cell) in enumerate(zip(keys, cells, strict=True)):
-
-            def reached(windows: int, _: int = 0, index: int = index) -> None:
-                report("compare", index * n_windows + windows, len(cells) * n_windows)
-
-            if key not in done:
-                reached(0)
-                done[key] = {"key": key, **bench.measure(cell, reached)}
-                document = document_now()
-                _write(document, output)
-            reached(n_windows)
+        left = [(index, cell) for index, cell in enumerate(cells) if keys[index] not in done]
+        for index, row in bench.measured(left, workers, len(cells)):
+            done[keys[index]] = {"key": keys[index], **row}
+            document = document_now()
+            _write(document, output)
         _write(document, output)  # also where an earlier, larger request had measured every cell
     return document
 
@@ -144,11 +141,22 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Bench:
-    """One model on one device; what cells share is made when the first unfinished one needs it."""
+    """One model on one device; what cells share is made when the first unfinished one needs it.
+
+    calibrated_on: the device of the moments, where that is another one than the model's.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, output: Path, request: Request, device: str, dtype: str, report: Progress
+        self,
+        checkpoint: Checkpoint,
+        output: Path,
+        request: Request,
+        device: str,
+        dtype: str,
+        report: Progress,
+        calibrated_on: str | None = None,
     ) -> None:
+        self.calibrated_on = calibrated_on or device
         self.checkpoint, self.output, self.request = checkpoint, output, request
         self.device, self.dtype, self.report = device, dtype, report
         tokenizer = load_tokenizer(checkpoint.path)
@@ -185,6 +193,39 @@ class _Bench:
         }
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
         return f"{cell.method}{'' if cell.keep is None else f'-{cell.keep:g}'}-{digest}"
+
+    def measured(
+        self, left: list[tuple[int, Cell]], workers: Workers | None, n_cells: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (index, row) of the cells that are left, as they are measured: here, or by workers."""
+        n_windows = self.windows.ids.shape[0]
+        done = n_cells - len(left)
+
+        def reached(windows: int, _: int = 0) -> None:
+            self.report("compare", done * n_windows + windows, n_cells * n_windows)
+
+        if workers is None:
+            rows: Iterable[tuple[int, dict[str, Any]]] = (
+                (i, self.measure(c, reached)) for i, (_, c) in enumerate(left)
+            )
+        else:
+            rows = self._measured_by(workers, [cell for _, cell in left])
+        reached(0)
+        for place, row in rows:
+            yield left[place][0], row
+            done += 1
+            reached(0)
+
+    def _measured_by(self, workers: Workers, cells: list[Cell]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for cell in cells:  # calibrated once, so that workers find the moments
+            if cell.options is not None:
+                self._moments_for(cell.options, workers)
+        where = str(Path(self.checkpoint.source).absolute()) if self._is_local() else self.checkpoint.source
+        shared = (where, str(self.output.absolute()), self.request, self.dtype, self.calibrated_on)
+        yield from workers.each(_measure_cell, [(*shared, cell) for cell in cells])
+
+    def _is_local(self) -> bool:
+        return Path(self.checkpoint.source).exists()
 
     def measure(self, cell: Cell, progress: Callable[[int, int], None]) -> dict[str, Any]:
         started = time.monotonic()
@@ -228,7 +269,7 @@ class _Bench:
             "options": plan.options,
         }
 
-    def _plan(self, method: str, options: CompressOptions) -> tuple[Plan, dict[Site, SiteMaps]]:
+    def _plan(self, method: str, options: CompressOptions) -> tuple[Plan, Mapping[Site, SiteMaps]]:
         """Return what a method makes of the calibration."""
         if method == "kq-svd":
             return kqsvd_plan(self.checkpoint, self.model, self._grams, options)
@@ -242,21 +283,22 @@ class _Bench:
         windows = calibration_windows(lambda: self.model, tokenizer, options, self.report)
         return collect_grams(self.model, windows.ids, sinks=options.sinks)
 
-    def _moments_for(self, options: CompressOptions) -> Moments:
+    def _moments_for(self, options: CompressOptions, workers: Workers | None = None) -> Moments:
         key = "weights" if options.metric == "weights" else f"{options.group} {options.band}"
         if key not in self._moments:
             self._moments[key] = obtain_moments(
                 self.checkpoint,
                 self.output / "moments",  # they are saved beside this name
                 options,
-                device=self.device,
+                device=self.calibrated_on,
                 dtype=self.dtype,
                 resume=True,
+                workers=workers,
                 progress=self.report,
             )
         return self._moments[key]
 
-    def _measured_bytes(self, plan: Plan, maps: dict[Site, SiteMaps], *, deflated: bool) -> tuple[float, int]:
+    def _measured_bytes(self, plan: Plan, maps: Mapping[Site, SiteMaps], *, deflated: bool) -> tuple[float, int]:
         """Return (bytes a token beyond the window, bytes in all of one window) from the storages of real caches.
 
         They are filled in the checkpoint's dtype, with the first window and with half of it, cut at a whole block.
@@ -276,3 +318,21 @@ class _Bench:
         finally:
             detach(self.stored_model)
         return (sizes[n_tokens] - sizes[shorter]) / (n_tokens - shorter), sizes[n_tokens]
+
+
+_AT_HAND = ExitStack()
+
+
+@lru_cache(maxsize=1)
+def _bench_of(source: str, output: str, request: Request, dtype: str, calibrated_on: str, device: str) -> _Bench:
+    """Return the bench of a worker's process, which stays for its next cell."""
+    _AT_HAND.close()
+    checkpoint = _AT_HAND.enter_context(open_checkpoint(source))
+    return _Bench(checkpoint, Path(output), request, device, dtype, lambda *_: None, calibrated_on)
+
+
+def _measure_cell(
+    source: str, output: str, request: Request, dtype: str, calibrated_on: str, cell: Cell, device: str
+) -> dict[str, Any]:
+    bench = _bench_of(source, output, request, dtype, calibrated_on, device)
+    return bench.measure(cell, lambda *_: None)

@@ -8,8 +8,9 @@ that many compressions are compared with one run of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kvcompress.calibration.text import CHARS_PER_TOKEN, documents
 from kvcompress.checkpoint.tokenizer import windows_of
-from kvcompress.codec.distance import Distance, distance_of, watched
+from kvcompress.codec.distance import Distance, Seen, distance_of, watched
 from kvcompress.compat import decoder_of
 from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.evaluate.states import decoded_states
@@ -164,6 +165,32 @@ def evaluate_attached(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Return how an attached model compares with `original`, on its windows."""
+    found = measure_attached(model, original, sinks=sinks, recent=recent, progress=progress)
+    return joined([found], original.windows, attachment_of(model).plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Sums of some windows, [n_windows, 4] float64 (see _compare), and what was seen of each site.
+
+    protocol: what must be said of them, but for the text.
+    """
+
+    sums: Tensor
+    seen: tuple[Seen, ...]
+    dtype: str
+    protocol: dict[str, Any]
+
+
+def measure_attached(
+    model: Any,
+    original: Original,
+    *,
+    sinks: int | None = None,
+    recent: int | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Return the sums of an attached model on the windows of `original`."""
     attachment = attachment_of(model)
     plan = attachment.plan
     if plan.form == "folded":
@@ -174,11 +201,20 @@ def evaluate_attached(
     def coded(ids: Tensor) -> Tensor:
         return decoded_states(model, attachment, ids, sinks=sinks, recent=recent)
 
-    protocol = {"sinks": sinks, "recent": recent}
     sites = [site for layer in attachment.codecs for site in (layer.key, layer.value)] if plan.form == "coded" else []
     with watched(sites, skipped=sinks) as watches:
-        result = compare_states(model, original, coded, keep=plan.keep, protocol=protocol, progress=progress)
-    return replace(result, distance=TextDistance.of(distance_of(watches), plan))
+        sums = _window_sums(model, original, coded, progress=progress)
+    protocol = {"sinks": sinks, "recent": recent}
+    return Measured(sums, tuple(watch.seen for watch in watches), _dtype_of(model), protocol)
+
+
+def joined(parts: Sequence[Measured], windows: Windows, plan: Plan) -> Evaluation:
+    """Return the evaluation of a plan on `windows`, from the sums of consecutive parts of them."""
+    first = parts[0]
+    sums = torch.cat([part.sums for part in parts])
+    result = _evaluation(sums, windows, first.dtype, keep=plan.keep, protocol=first.protocol)
+    seen = [reduce(Seen.plus, of_site) for of_site in zip(*(part.seen for part in parts), strict=True)]
+    return replace(result, distance=TextDistance.of(distance_of(seen), plan))
 
 
 def compare_states(
@@ -196,8 +232,21 @@ def compare_states(
     coded: ids [n, seq_len] -> final hidden states [n, seq_len, d_model] as decoding with the cache gives them, for at
     most `batch` windows; `model` turns them into logits. keep and protocol are passed on.
     """
+    sums = _window_sums(model, original, coded, batch=batch, progress=progress)
+    return _evaluation(sums, original.windows, _dtype_of(model), keep=keep, protocol=protocol)
+
+
+def _window_sums(
+    model: Any,
+    original: Original,
+    coded: Callable[[Tensor], Tensor],
+    *,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the sums of every window, [n_windows, 4]."""
     device = next(model.parameters()).device
-    n_windows, seq_len = original.windows.ids.shape
+    n_windows = len(original.windows.ids)
     sums = torch.zeros(n_windows, 4, dtype=torch.float64)
     for start in range(0, n_windows, batch):
         ids = original.windows.ids[start : start + batch].to(device)
@@ -208,6 +257,11 @@ def compare_states(
                 sums[i] = _compare(model, original.states(i), states[one], ids[one])
         if progress:
             progress(start + len(ids), n_windows)
+    return sums
+
+
+def _evaluation(sums: Tensor, windows: Windows, dtype: str, *, keep: float, protocol: dict[str, Any]) -> Evaluation:
+    n_windows, seq_len = windows.ids.shape
     nll, coded_nll, kl, agree = (sums.sum(0) / (n_windows * (seq_len - 1))).tolist()
     ratio = _exp(coded_nll - nll)
     log_ratios = (sums[:, 1] - sums[:, 0]) / (seq_len - 1)
@@ -220,9 +274,13 @@ def compare_states(
         kl_nats=kl,
         top1_agreement=agree,
         keep=keep,
-        protocol=original.windows.protocol(str(next(model.parameters()).dtype).removeprefix("torch.")) | protocol,
+        protocol=windows.protocol(dtype) | protocol,
         log_ratios=tuple(log_ratios.tolist()),
     )
+
+
+def _dtype_of(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None) -> tuple[Tensor, str]:

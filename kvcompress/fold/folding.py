@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_folded_weights(checkpoint: Checkpoint, maps: dict[Site, SiteMaps], target: Path) -> None:
+def write_folded_weights(checkpoint: Checkpoint, maps: Mapping[Site, SiteMaps], target: Path) -> None:
     """Write the checkpoint's weight files into `target`, k_proj and v_proj replaced by their encoded rows.
 
     A site's new weight is E W [rank, hidden] and its bias E b. Files keep their names; one file is in memory at

@@ -19,7 +19,7 @@ from kvcompress import compat
 from kvcompress.errors import AttachmentError, UnsupportedModelError
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer, Site
 from kvcompress.model.proof import FrequencyTable, Keys, is_turned_by, prove_rotation
-from kvcompress.model.recording import Recorded, recorded
+from kvcompress.model.recording import Recorded, Update, recorded
 
 #: Texts of one token each that the rotation is proven on.
 _TOKENS = 64
@@ -31,8 +31,10 @@ class NotRun(UnsupportedModelError):
     """A model did not run: on the meta device it may need numbers, elsewhere it wants another cache."""
 
 
-def probe(model: Any, *, prove: bool = True) -> ModelSpec:
+def probe(model: Any, *, prove: bool = True, at_once: bool = False) -> ModelSpec:
     """Return what a transformers model caches. On the meta device nothing can be proven: then prove is False.
+
+    at_once: in as few forwards as it can be done, for a model whose weights are read for each.
 
     Layers that never call `update` (linear attention, Mamba, layers that read another one's cache) have no site;
     those with a sliding window or a state of their own keep transformers' own cache layer. Raises
@@ -41,7 +43,7 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
     config = compat.text_config(model)
     try:
         run = _forward(model, _tokens(model, (1, _LENGTH)))
-        n_more = _step(model, run)
+        n_more = 1 if at_once else _step(model, run)  # the reader of its configuration has seen that
     except AttachmentError as error:
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported: its forward takes no cache of keys and values, so "
@@ -65,7 +67,7 @@ def probe(model: Any, *, prove: bool = True) -> ModelSpec:
         probed=True,
         attending=tuple(run.attending),
     )
-    return proven(model, spec) if prove else spec
+    return proven(model, spec, at_once=at_once) if prove else spec
 
 
 def _check_tokens(config: Any, run: Recorded, n_more: int) -> None:
@@ -114,13 +116,13 @@ def _layers(config: Any, run: Recorded) -> tuple[list[AttentionSpec], list[OwnLa
     return layers, own
 
 
-def proven(model: Any, spec: ModelSpec) -> ModelSpec:
+def proven(model: Any, spec: ModelSpec, *, at_once: bool = False) -> ModelSpec:
     """Return the spec with the rotation of every layer as the loaded model turns its keys.
 
     Raises UnsupportedModelError where keys turn with the position and no rotation explains it: then they depend on the
     length of the text as well (dynamic or longrope scaling), or on something that this version does not know.
     """
-    keys, tables = keys_at_positions(model), frequency_tables(model)
+    keys, tables = keys_at_positions(model, at_once=at_once), frequency_tables(model)
     found = {site: prove_rotation(keys, site.layer, site.part, candidates=tables) for site in spec.sites}
     return spec.turned({site: rotation for site, rotation in found.items() if rotation is not None})
 
@@ -166,12 +168,26 @@ def matched(found: ModelSpec, expected: ModelSpec) -> ModelSpec:
     return found
 
 
-def keys_at_positions(model: Any) -> Keys:
-    """Return what texts of one token hand to the cache at several positions."""
+def keys_at_positions(model: Any, *, at_once: bool = False) -> Keys:
+    """Return what texts of one token hand to the cache at several positions.
+
+    at_once: all positions in one forward, unless frequencies depend on the largest of them.
+    """
     ids = _tokens(model, (_TOKENS, 1))
     if not takes_positions(model):
         return Keys(_forward(model, ids).updates, {})
+    if at_once and not compat.turns_by_length(model):
+        return _keys_at_once(model, ids, _positions(model))
     at = {p: _forward(model, ids, position=p).updates for p in _positions(model)}
+    return Keys(at.pop(0), at)
+
+
+def _keys_at_once(model: Any, ids: Tensor, positions: list[int]) -> Keys:
+    n = len(ids)
+    given = torch.tensor(positions, device=ids.device).repeat_interleave(n)[:, None]
+    updates = _forward(model, ids.repeat(len(positions), 1), position=given).updates
+    rows = {p: slice(n * k, n * (k + 1)) for k, p in enumerate(positions)}
+    at = {p: {i: Update(u.key[r], u.value[r]) for i, u in updates.items()} for p, r in rows.items()}
     return Keys(at.pop(0), at)
 
 
@@ -212,8 +228,11 @@ def _tokens(model: Any, shape: tuple[int, int]) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _forward(model: Any, ids: Tensor, position: int | None = None) -> Recorded:
-    given: dict[str, Any] = {} if position is None else {"position_ids": torch.full_like(ids, position)}
+def _forward(model: Any, ids: Tensor, position: int | Tensor | None = None) -> Recorded:
+    """position: of every token, or one of each row [rows, 1]."""
+    given: dict[str, Any] = {}
+    if position is not None:
+        given["position_ids"] = torch.full_like(ids, position) if isinstance(position, int) else position
     if not ids.is_meta:  # a mask is looked into
         given["attention_mask"] = torch.ones_like(ids)
     with recorded(model) as run, torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ ATTENTION_NAME = "kvcompress"
 class Attachment:
     """A compressed cache attached to a model; `detach` gives the model back as it was."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan, maps: Mapping[Site, SiteMaps]) -> None:
         spec = read_model_spec(model.config.to_dict()) if plan.form == "folded" else probe(model, prove=False)
         check_fit(spec, plan)
         self.model, self.plan = model, plan
@@ -171,7 +171,7 @@ def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
     return attach_plan(model, plan, maps)
 
 
-def attach_plan(model: PreTrainedModel, plan: Plan, maps: dict[Site, SiteMaps]) -> PreTrainedModel:
+def attach_plan(model: PreTrainedModel, plan: Plan, maps: Mapping[Site, SiteMaps]) -> PreTrainedModel:
     """Attach a plan and its maps to a loaded model and return the model."""
     inner = compat.inner_model(model)
     detach(inner)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from kvcompress import compat
@@ -21,7 +23,7 @@ _ALIKE = 0.8
 
 
 def layer_kernels(
-    model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: dict[Site, SiteMaps]
+    model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: Mapping[Site, SiteMaps]
 ) -> list[LayerKernels]:
     """Return each layer's codecs on its own device. Raises CheckpointError where the model is not the maps' own."""
     plans = {s.site: s for s in plan.sites}

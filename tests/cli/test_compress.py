@@ -90,7 +90,8 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     )
     flags = {"keep": None, "policy": "energy", "maps_only": False, "tokens": None}
     options = choose_options(recipe, calibration=None, no_calibration=False, metric=None, **flags)
-    assert options == CompressOptions(keep=0.25, policy="energy", calibration=("a.txt",), metric="activation")
+    chosen = {"keep": 0.25, "policy": "energy", "metric": "activation", "maps_only": False}
+    assert options == CompressOptions(calibration=("a.txt",), **chosen)
     options = choose_options(recipe, calibration=("b.txt", "c.txt"), no_calibration=False, metric="fisher", **flags)
     assert options.calibration == ("b.txt", "c.txt") and options.metric == "fisher"
     options = choose_options(None, calibration=None, no_calibration=True, metric=None)

@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
-from kvcompress.calibration.pieces import Job, Piece, Workers, collect_shared, pieces_of, sum_piece
+from kvcompress.calibration.parts import Parts
+from kvcompress.calibration.pieces import Job, Sums, Workers, collect_shared, pieces_of, ranges
 from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
 from kvcompress.calibration.ray_tasks import RayWorkers
 from kvcompress.checkpoint.loading import load_weights
@@ -30,24 +32,16 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE
 from tests.hostile.test_bad_checkpoint import change_tensor
+from tests.sharing import Backwards
 from tests.tiny_models import random_ids, save_tiny_checkpoint
 
 FAMILY = "llama-gqa"
 
 
-class Backwards:
-    """Workers that are none: this process sums the pieces, the last one first."""
-
-    n = 3
-
-    def sums(self, job: Job, pieces: list[Piece]) -> Any:
-        for piece in reversed(pieces):
-            yield piece, sum_piece(job, piece, "cpu")
-
-
-def job_of(directory: Path, n_windows: int = 12) -> Job:
+def job_of(source: Path, directory: Path, n_windows: int = 12, *, resume: bool = False) -> Job:
     windows = random_ids(n_windows, 48, seed=7)
-    return Job(str(directory), "float32", windows, sinks=2, recent=4, seed=3, group=2, band=16)
+    parts = Parts.opened(directory / "parts", {"of": str(source)}, tuple(windows.shape), sinks=2, resume=resume)
+    return Job(str(source), "float32", windows, sinks=2, recent=4, seed=3, group=2, band=16, parts=parts)
 
 
 def one_process(job: Job) -> Moments:
@@ -58,13 +52,8 @@ def one_process(job: Job) -> Moments:
         return collect_moments(model, checkpoint.spec, job.windows, moments, **seen)
 
 
-def started(job: Job) -> Moments:
-    with open_checkpoint(job.checkpoint) as checkpoint:
-        return empty_moments(checkpoint.spec, {}, group=job.group, band=job.band)
-
-
 def assert_same(a: Moments, b: Moments) -> None:
-    assert a.n_windows == b.n_windows and a.sites.keys() == b.sites.keys()
+    assert a.order == b.order and a.sites.keys() == b.sites.keys()
     assert a.rotations == b.rotations and a.signature == b.signature != ()
     for site, sums in a.sites.items():
         other = b.sites[site]
@@ -77,43 +66,89 @@ def assert_same(a: Moments, b: Moments) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_windows", "start", "n_workers", "sizes"),
-    [(12, 0, 2, [3, 3, 3, 3]), (5, 0, 4, [1] * 5), (100, 10, 2, [8] * 11 + [2]), (7, 7, 2, []), (1, 0, 8, [1])],
+    ("windows", "n_workers", "sizes"),
+    [
+        (range(12), 2, [3, 3, 3, 3]),
+        (range(5), 4, [1] * 5),
+        (range(10, 100), 2, [8] * 11 + [2]),
+        ([], 2, []),
+        ([0], 8, [1]),
+        ([1, 4, 5, 9], 1, [2, 2]),
+    ],
 )
-def test_pieces_cover_every_window_once(n_windows: int, start: int, n_workers: int, sizes: list[int]) -> None:
-    pieces = pieces_of(n_windows, start, n_workers)
-    assert [p.stop - p.start for p in pieces] == sizes
-    assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(start, n_windows))
+def test_pieces_cover_every_window_once(windows: Sequence[int], n_workers: int, sizes: list[int]) -> None:
+    pieces = pieces_of(windows, n_workers, 8)
+    assert [len(p) for p in pieces] == sizes
+    assert [i for p in pieces for i in p] == list(windows)
 
 
-def test_pieces_in_any_order_are_the_whole(tiny_checkpoint: Any) -> None:
-    job = job_of(tiny_checkpoint(FAMILY))
+def test_pieces_in_any_order_are_the_whole(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    job = job_of(tiny_checkpoint(FAMILY), tmp_path)
     told: list[int] = []
-    shared = collect_shared(job, started(job), Backwards(), progress=lambda done, total: told.append(done))
+    shared = collect_shared(job, Backwards(), progress=lambda done, total: told.append(done))
     assert_same(shared, one_process(job))
     assert told == sorted(told) and told[-1] == 12 * 48
 
 
-def test_goes_on_with_what_other_workers_left(tiny_checkpoint: Any, tmp_path: Path) -> None:
-    """Killed when some pieces were joined: another number of workers goes on from there."""
-    job = job_of(tiny_checkpoint(FAMILY))
+class TestParts:
+    """What is left of a calibration that was killed."""
 
-    class Killed(Backwards):
-        def sums(self, job: Job, pieces: list[Piece]) -> Any:
-            for piece in pieces[:3]:
-                yield piece, sum_piece(job, piece, "cpu")
-            raise KeyboardInterrupt
+    def part(self, job: Job, windows: list[int]) -> None:
+        sums = Sums(job, "cpu")
+        sums.add(windows)
+        assert sums.save()
 
-    with pytest.raises(KeyboardInterrupt):
-        collect_shared(job, started(job), Killed(), partial_file=tmp_path / "partial.safetensors")
-    left = Moments.load(tmp_path / "partial.safetensors")
-    assert left.n_windows == 6
-    assert_same(collect_shared(job, left, Backwards()), one_process(job))
+    def test_other_workers_go_on(self, tiny_checkpoint: Any, tmp_path: Path) -> None:
+        """Parts of several workers, with holes: the windows in them are not summed again."""
+        source = tiny_checkpoint(FAMILY)
+        job = job_of(source, tmp_path)
+        self.part(job, [7, 3])
+        self.part(job, [0, 1])
+        assert not list((tmp_path / "parts").glob(".*"))
+        job = job_of(source, tmp_path, resume=True)
+        assert job.parts.missing() == [2, 4, 5, 6, 8, 9, 10, 11]
+        workers = Backwards()
+        assert_same(collect_shared(job, workers), one_process(job))
+        assert workers.summed == [2, 4, 5, 6, 8, 9, 10, 11]
+
+    def test_what_is_all_there_is_summed_no_more(self, tiny_checkpoint: Any, tmp_path: Path) -> None:
+        job = job_of(tiny_checkpoint(FAMILY), tmp_path)
+        self.part(job, [*range(6, 12)])
+        self.part(job, [*range(6)])
+        assert_same(collect_shared(job, Backwards()), one_process(job))
+
+    @pytest.mark.parametrize("change", [{"resume": False}, {"protocol": {"of": "another text"}}])
+    def test_others_are_not_taken(self, tiny_checkpoint: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+        job = job_of(tiny_checkpoint(FAMILY), tmp_path)
+        self.part(job, [0])
+        how = {"protocol": {"of": job.checkpoint}, "resume": True} | change
+        parts = Parts.opened(tmp_path / "parts", how["protocol"], (12, 48), sinks=2, resume=how["resume"])
+        assert parts.missing() == list(range(12))
+
+    def test_parts_that_overlap(self, tiny_checkpoint: Any, tmp_path: Path) -> None:
+        job = job_of(tiny_checkpoint(FAMILY), tmp_path)
+        self.part(job, [0, 1])
+        self.part(job, [1])
+        with pytest.raises(CalibrationError, match="overlap"):
+            job.parts.missing()
+
+
+@pytest.mark.parametrize(("windows", "told"), [([], ""), ([3], "3"), ([5, 1, 2, 0, 7], "0 to 2, 5, 7")])
+def test_ranges(windows: list[int], told: str) -> None:
+    assert ", ".join(ranges(windows)) == told
+
+
+def test_a_whole_compression(tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path) -> None:
+    """Windows, coherence and fits, all by workers."""
+    workers = Backwards()
+    assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers), alone)
+    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fit_of"}
 
 
 def run(source: Path, text: Path, out: Path, workers: Workers | None, progress: Any = None) -> Path:
     options = CompressOptions(calibration=(str(text),), tokens=512, seq_len=32, recent=4, keep=0.25)
     compress(source, out, options, device="cpu", workers=workers, progress=progress)
+    assert [p.name for p in out.parent.iterdir() if "partial" in p.name] == []
     return out
 
 
@@ -135,30 +170,43 @@ def assert_same_plan(out: Path, alone: Path) -> None:
         assert torch.allclose(tensor.double(), theirs[name].double(), rtol=1e-3, atol=1e-5), name
 
 
+def broken_job(tmp_path: Path) -> Job:
+    """A model that cannot be calibrated, which is no worker that died."""
+    broken = save_tiny_checkpoint(tmp_path / "model", FAMILY)
+    change_tensor(broken, "model.layers.1.mlp.up_proj.weight", lambda t: t.fill_(float("nan")))
+    return job_of(broken, tmp_path, 2)
+
+
 class TestProcesses:
-    """Two processes on the CPU, for real."""
+    """Two processes on the CPU, for real; they stay for all tests, since they take seconds to begin."""
 
-    def test_the_plan_is_that_of_one_process(
-        self, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
-    ) -> None:
+    @pytest.fixture(scope="class")
+    def workers(self) -> Iterator[LocalWorkers]:
         workers = LocalWorkers(("cpu", "cpu"))
-        assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers), alone)
+        yield workers
+        workers.close()
 
-    def test_a_worker_that_is_killed(self, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path) -> None:
+    def test_a_worker_that_is_killed(
+        self, workers: LocalWorkers, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+    ) -> None:
+        """The plan is that of one process, and what was lost is said."""
         killed: list[int] = []
         with pytest.warns(Note, match=r"a worker of the calibration died: windows .* are summed again"):
-            workers = LocalWorkers(("cpu", "cpu"))
             out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers, kill_once(killed, spawned))
         assert killed
         assert_same_plan(out, alone)
 
-    def test_what_a_worker_raises_arrives(self, tiny_checkpoint: Any, tmp_path: Path) -> None:
-        """Once, not over and over: a model that cannot be calibrated is no worker that died."""
-        broken = save_tiny_checkpoint(tmp_path / "model", FAMILY)
-        change_tensor(broken, "model.layers.1.mlp.up_proj.weight", lambda t: t.fill_(float("nan")))
-        job = job_of(broken, 2)
+    def test_streamed_by_both(
+        self, workers: LocalWorkers, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("accelerate")
+        job = replace(job_of(tiny_checkpoint(FAMILY), tmp_path), memory=1 << 30)
+        assert_same(collect_shared(job, workers), one_process(job))
+
+    def test_what_a_worker_raises_arrives(self, workers: LocalWorkers, tmp_path: Path) -> None:
+        job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
-            collect_shared(job, started(job), LocalWorkers(("cpu",)))
+            collect_shared(job, workers)
 
 
 class TestRay:
@@ -170,21 +218,16 @@ class TestRay:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = os.pathsep.join(p for p in sys.path if p)
-            ray.init(
-                num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}
-            )
+            how = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+            ray.init(num_cpus=2, include_dashboard=False, **how)
             yield ray
             ray.shutdown()
-
-    def test_the_plan_is_that_of_one_process(
-        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
-    ) -> None:
-        assert RayWorkers("auto").n == 2
-        assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", RayWorkers("auto")), alone)
 
     def test_a_worker_that_is_killed(
         self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
     ) -> None:
+        """The plan is that of one process, and what was lost is said."""
+        assert RayWorkers("auto").n == 2
         killed: list[int] = []
         with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
             progress = kill_once(killed, ray_tasks)
@@ -193,11 +236,9 @@ class TestRay:
         assert_same_plan(out, alone)
 
     def test_what_a_task_raises_arrives(self, cluster: Any, tmp_path: Path) -> None:
-        broken = save_tiny_checkpoint(tmp_path / "model", FAMILY)
-        change_tensor(broken, "model.layers.1.mlp.up_proj.weight", lambda t: t.fill_(float("nan")))
-        job = job_of(broken, 2)
+        job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
-            collect_shared(job, started(job), RayWorkers("auto"))
+            collect_shared(job, RayWorkers("auto"))
 
 
 def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +258,7 @@ def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_tasks() -> list[int]:
     """Return the processes of Ray that sum a piece, by the titles that it gives them; waits for one to begin."""
     for _ in range(300):
-        found = [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::_sum" in " ".join(p.info["cmdline"] or ())]
+        found = [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::_run" in " ".join(p.info["cmdline"] or ())]
         if found:
             return found
         time.sleep(0.1)
@@ -247,8 +288,29 @@ def test_gpus_where_there_is_none(monkeypatch: pytest.MonkeyPatch, asked: str) -
         workers_on_gpus(asked)
 
 
+@pytest.mark.parametrize(
+    ("n_bytes", "spread"),
+    [
+        (50, ("cuda:0", "cuda:1", "cuda:2", "cuda:3")),
+        (150, ("cuda:0+cuda:1", "cuda:2+cuda:3")),
+        (250, ("cuda:0+cuda:1+cuda:2",)),
+        (400, None),
+    ],
+)
+def test_a_model_larger_than_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, n_bytes: int, spread: tuple[str, ...] | None
+) -> None:
+    """Layers are spread over as many as it takes; over none where all are too few: then it is streamed."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [])
+    workers = LocalWorkers([f"cuda:{i}" for i in range(4)])
+    assert workers.hold(n_bytes) is (spread is not None)
+    assert spread is None or workers.devices == spread
+
+
 def test_gpus_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [])
     assert workers_on_gpus("all").devices == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
     assert workers_on_gpus("2").devices == ("cuda:0", "cuda:1")
     assert workers_on_gpus("0,3").devices == ("cuda:0", "cuda:3")

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.memory import least_bytes, parse_bytes, whole_bytes
 from kvcompress.calibration.moments import Moments, empty_moments
-from kvcompress.calibration.streamed import collect_streamed
+from kvcompress.calibration.streamed import begun_windows, collect_streamed
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.errors import Note, OptionError
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
+from tests.models.small import small_model
 from tests.tiny_models import random_ids
 
 pytest.importorskip("accelerate")
@@ -57,23 +57,24 @@ def test_the_moments_are_those_of_the_whole_model(tiny_checkpoint: Any, family: 
 
 
 def test_two_layers_are_in_memory_at_most(tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that runs, whose weights are in its module, and one that is being read."""
+    """One that runs, whose weights are in its module, and one that is being read; in memory that is used again."""
     held: list[int] = []
-    place = StreamedModel._place
-
-    def counted(module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
-        place(module, prefix, tensors)
-        if models:
-            held.append(sum(not next(layer.parameters()).is_meta for layer in models[0].layers))
-
-    models: list[StreamedModel] = []
-    monkeypatch.setattr(StreamedModel, "_place", staticmethod(counted))
+    placed: list[int] = []
     with open_checkpoint(tiny_checkpoint("llama-gqa", num_hidden_layers=6)) as checkpoint:
-        models.append(StreamedModel(checkpoint, dtype=torch.float32, device=CPU))
+        model = StreamedModel(checkpoint, dtype=torch.float32, device=CPU)
+        come = model._come
+
+        def counted(index: int, following: int | None) -> None:
+            come(index, following)
+            held.append(sum(not next(layer.parameters()).is_meta for layer in model.layers))
+            placed.append(next(model.layers[index].parameters()).untyped_storage().data_ptr())
+
+        monkeypatch.setattr(model, "_come", counted)
         moments = empty_moments(checkpoint.spec, {}, group=2)
-        collect_streamed(models[0], checkpoint.spec, random_ids(2, 40), moments, **SEEN)
+        collect_streamed(model, checkpoint.spec, random_ids(2, 40), moments, **SEEN)
     assert max(held) == 1 and len(held) > 12
-    assert all(p.is_meta for p in models[0].layers.parameters())
+    assert len(set(placed)) == 2
+    assert all(p.is_meta for p in model.layers.parameters())
 
 
 class TestMemory:
@@ -134,3 +135,57 @@ def test_sizes(text: str, n: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(OptionError, match="is no size"):
         parse_bytes(text)
+
+
+class TestResume:
+    """A streamed pass that is killed goes on with the layer that it had begun."""
+
+    @pytest.mark.parametrize("windows", [3, 11, 12, 20, 29, 30])
+    def test_after_any_layer(self, tiny_checkpoint: Any, tmp_path: Path, windows: int) -> None:
+        """Of 5 windows in 3 layers, there and back."""
+        source, ids = tiny_checkpoint("llama-gqa"), random_ids(5, 40, seed=7)
+        whole = streamed_moments(source, ids)
+
+        def dies(done: int, _: int) -> None:
+            if done >= ids.numel() * windows // 30:
+                raise KeyboardInterrupt
+
+        with open_checkpoint(source) as checkpoint:
+            for progress in (dies, None):
+                model = StreamedModel(checkpoint, dtype=torch.float32, device=CPU)
+                moments = empty_moments(checkpoint.spec, {}, group=2)
+                how = {**SEEN, "directory": tmp_path / "stream", "progress": progress}
+                if progress:
+                    with pytest.raises(KeyboardInterrupt):
+                        collect_streamed(model, checkpoint.spec, ids, moments, **how)
+                    assert begun_windows(tmp_path / "stream") == list(range(5))
+                    read = model.reading.n_bytes
+                else:
+                    collect_streamed(model, checkpoint.spec, ids, moments, **how)
+        for site, sums in whole.sites.items():
+            assert torch.equal(moments.sites[site].samples, sums.samples)
+            for a, b in zip(
+                moments.sites[site].outer + moments.sites[site].fisher, sums.outer + sums.fisher, strict=True
+            ):
+                assert torch.equal(a, b)
+        assert model.reading.n_bytes < read or windows < 25  # what was done is not read again
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_experts_come_one_by_one(model_type: str, tmp_path: Path) -> None:
+    """Files hold experts by themselves, modules hold them in one piece."""
+    model = small_model(model_type)
+    model.save_pretrained(tmp_path / "model")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as handle:
+        assert any(".experts.0." in name for name in handle.keys())  # noqa: SIM118
+    windows = random_ids(3, 40, seed=7)
+    ours = streamed_moments(tmp_path / "model", windows)
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
+        loaded = load_weights(checkpoint.path, dtype="float32")
+        whole = collect_moments(loaded, checkpoint.spec, windows, moments, **SEEN)
+    for site, sums in whole.sites.items():
+        for a, b in zip(ours.sites[site].outer + ours.sites[site].fisher, sums.outer + sums.fisher, strict=True):
+            assert torch.equal(a, b)

@@ -24,8 +24,9 @@ import safetensors.torch
 import torch
 from transformers.utils import logging
 
-import kvcompress.calibration.fisher as fisher
+import kvcompress.calibration.parts as parts
 import kvcompress.pipeline as pipeline
+from kvcompress.calibration.fisher import Summing
 from kvcompress.options import CompressOptions
 
 N_WINDOWS, SEQ_LEN = 24, 32
@@ -83,7 +84,8 @@ KILLS: dict[str, Callable[[], Any]] = {
     "first window": lambda: at_progress("calibrate", tokens(1)),
     "middle window": lambda: at_progress("calibrate", tokens(N_WINDOWS // 2)),
     "last window": lambda: at_progress("calibrate", tokens(N_WINDOWS)),
-    "while the sums are saved": lambda: at_rename(".kvcompress-moments-"),
+    "while the sums are saved": lambda: at_rename(".windows-000000"),
+    "while all sums are saved": lambda: at_rename(".kvcompress-moments-"),
     "in the library that saves them": in_library,
     "fit": lambda: at_progress("fit", 2),
     "write": lambda: at_progress("write", 0),
@@ -112,22 +114,22 @@ def fork(run: Callable[[], None], kill_after: float | None = None) -> int:
 
 
 def main(source: Path, text: Path, work: Path) -> dict[str, Any]:
-    # The sums are saved at most every ten seconds; a clock that runs fast makes that a few windows.
+    # The sums are saved at most every second; a clock that runs fast makes that a few windows.
     start = time.monotonic()
-    fisher.time = SimpleNamespace(monotonic=lambda: start + 2000 * (time.monotonic() - start))  # type: ignore[assignment]
+    parts.time = SimpleNamespace(monotonic=lambda: start + 2000 * (time.monotonic() - start))  # type: ignore[assignment]
 
     def run(directory: Path, *, resume: bool = False, kill: Callable[[], Any] | None = None) -> Callable[[], None]:
         def child() -> None:
             progress = kill() if kill else None
             if resume:
-                add = fisher._add_window
+                add = Summing.add
 
-                def counted(*args: Any) -> None:
+                def counted(*args: Any, **kwargs: Any) -> None:
                     with (directory.parent / f"{directory.name}.windows").open("a") as log:
                         log.write("x")
-                    add(*args)
+                    add(*args, **kwargs)
 
-                fisher._add_window = counted
+                Summing.add = counted  # type: ignore[method-assign]
             options = CompressOptions(calibration=(str(text),), tokens=tokens(N_WINDOWS), seq_len=SEQ_LEN, recent=4)
             pipeline.compress(source, directory / "out", options, device="cpu", resume=resume, progress=progress)
 

@@ -41,7 +41,7 @@ def test_layer_by_layer_or_whole(model_type: str, by_layer: bool, monkeypatch: p
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     with tapped(model, spec, 8) as taps:
-        run = backward.backward_pass(model, taps)
+        run = backward.backward_pass(model, taps, by_layer=backward.goes_by_layer(model, taps))
         used: list[str] = []
         for name in ("_by_layer", "_whole"):
             own = getattr(backward, name)
@@ -73,6 +73,6 @@ def test_only_far_queries_count() -> None:
     spec, ids = probe(model), torch.arange(3, 33)[None]
     for recent, n_read in ((30, 0), (9, 20)):
         with tapped(model, spec, recent) as taps:
-            for _, _, key, value in backward.backward_pass(model, taps)(ids, falling):
+            for _, _, key, value in backward.backward_pass(model, taps, by_layer=True)(ids, falling):
                 assert bool((key[:, :, n_read:] == 0).all()) and bool((value[:, :, n_read:] == 0).all())
                 assert n_read == 0 or float(value[:, :, :n_read].norm()) > 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from kvcompress.calibration.coherence import _Watch, measure_coherence
+from kvcompress.calibration.coherence import Watch, measure_coherence
 from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import Site
@@ -29,7 +30,7 @@ def coherence_of(make: Any, n_windows: int = 4) -> torch.Tensor:
     """Return the coherence of one head whose windows are make(generator) = (x, g), calibrated on others like them."""
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.cat(parts) for parts in zip(*(make(generator) for _ in range(8)), strict=True))
-    watch = _Watch(site_of(x, g), torch.arange(HEAD_DIM)[None])
+    watch = Watch.of(site_of(x, g), torch.arange(HEAD_DIM)[None])
     for _ in range(n_windows):
         watch.add(*make(generator))
     return watch.by_rank()
@@ -63,7 +64,9 @@ def test_it_is_that_of_the_gradients(tiny_checkpoint: Any, tiny_model: Any) -> N
     collect_moments(model, spec, ids, moments, sinks=2, recent=4, seed=0)
     assert moments.sites[Site(0, "key")].coherence is None
     done: list[tuple[int, int]] = []
-    measure_coherence(model, spec, ids, moments, sinks=2, recent=4, seed=0, progress=lambda *x: done.append(x))
+    collect = partial(collect_moments, model)
+    told = lambda *x: done.append(x)  # noqa: E731
+    measure_coherence(spec, ids, moments, sinks=2, recent=4, seed=0, collect=collect, progress=told)
     assert done[-1] == (128, 128)  # two windows of the eight
     for sums in moments.sites.values():
         assert sums.coherence is not None and sums.coherence.shape == sums.total.shape

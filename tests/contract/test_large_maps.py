@@ -1,0 +1,61 @@
+"""Fits and maps of more sites than memory holds: one at a time, and the same output to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcompress import pipeline
+from kvcompress.checkpoint.maps import MAPS_FILE
+from kvcompress.checkpoint.spilled import SpilledMaps
+from kvcompress.choose import fits
+from kvcompress.errors import Note
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import compress
+from kvcompress.plan import PLAN_FILE, Plan
+
+
+@pytest.mark.parametrize("options", [{}, {"ranks_only": True, "keep": 0.5}, {"key_basis": "band", "band": 4}])
+def test_the_output_is_the_same(
+    tiny_checkpoint: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    chosen = CompressOptions(calibration=(str(text_file),), tokens=256, seq_len=32, recent=4, **options)
+    compress(tiny_checkpoint("llama-gqa"), tmp_path / "held", chosen, device="cpu")
+    spilled, fitted = list[SpilledMaps](), list[object]()
+    own, fit = SpilledMaps.__init__, fits.fit_of
+    monkeypatch.setattr(SpilledMaps, "__init__", lambda self, d: (spilled.append(self), own(self, d))[1])
+    monkeypatch.setattr(fits, "fit_of", lambda *a: (fitted.append(a), fit(*a))[1])
+    monkeypatch.setattr(fits, "_HELD_SHARE", 0.0)
+    compress(tiny_checkpoint("llama-gqa"), tmp_path / "lean", chosen, device="cpu")
+    assert len(spilled) == 1 and len(fitted) == 2 * 6  # every site once for its curve, once for its maps
+    for name in (MAPS_FILE, PLAN_FILE, "report.json"):
+        assert (tmp_path / "held" / name).read_bytes() == (tmp_path / "lean" / name).read_bytes(), name
+    assert not list(tmp_path.glob(".*"))
+
+
+class TestMapsOnly:
+    """Weights of large models are not copied, unless that is asked for."""
+
+    @pytest.fixture
+    def written(self, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def write(**options: Any) -> set[str]:
+            monkeypatch.setattr(pipeline, "_MOST_COPIED", 1000)
+            compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", CompressOptions(metric="weights", **options))
+            return {file.name for file in (tmp_path / "out").iterdir()}
+
+        return write
+
+    def test_by_size(self, written: Any, tmp_path: Path) -> None:
+        with pytest.warns(Note, match=r"0 GB of weights are not copied.*--no-maps-only"):
+            files = written()
+        assert MAPS_FILE in files and "model.safetensors" not in files
+        assert Plan.load(tmp_path / "out").options["maps_only"] is True
+
+    def test_as_asked(self, written: Any, tmp_path: Path) -> None:
+        assert {MAPS_FILE, "model.safetensors"} <= written(maps_only=False)
+        assert Plan.load(tmp_path / "out").options["maps_only"] is False
+
+    def test_folds_have_weights_of_their_own(self, written: Any) -> None:
+        assert "model.safetensors" in written(folded=True, key_basis="frequency", keep=0.5)

@@ -1,0 +1,41 @@
+"""Workers that are none: this process does what they would, the last of it first, as a reference of what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.pieces import Job, Sums, pieces_of
+
+
+class Backwards:
+    n, fits = 3, True
+
+    def __init__(self) -> None:
+        self.summed: list[int] = []
+        self.called: list[str] = []
+
+    def hold(self, n_bytes: int) -> bool:
+        return True
+
+    def prepare(self, checkpoint: str, dtype: str) -> None:
+        pass
+
+    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+        self.summed += windows
+        for piece in reversed(pieces_of(windows, self.n, 4)):
+            sums = Sums(job, "cpu", saves=False)
+            sums.add(piece)
+            told(len(piece))
+            found = sums.taken()
+            assert found is not None
+            yield found
+
+    def each(self, function: Any, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        for index in reversed(range(len(items))):
+            self.called.append(function.__name__)
+            yield index, function(*items[index], "cpu")
+
+    def close(self) -> None:
+        pass
