@@ -55,7 +55,7 @@ class Part:
 def main() -> None:
     args = _arguments()
     models, texts = _named(args.model), _named(args.text)
-    parts = [Part(m, t, f) for t in texts for f in FAMILIES for m in models]
+    parts = [Part(m, t, f) for t in texts for f in args.families.split(",") for m in models]
     # hqq searches for its zeros, which takes as long as all others together: on further texts it comes last
     parts.sort(key=lambda part: part.family == "hqq" and part.text != next(iter(texts)))
     started = time.monotonic()
@@ -83,6 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="only some of these")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each process")
     return parser.parse_args()
 
