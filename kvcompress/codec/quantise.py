@@ -45,6 +45,7 @@ def gain(code: Tensor) -> Tensor:
     return torch.exp2((code.float() + _LOWEST_GAIN) / _GAINS_PER_OCTAVE)
 
 
+@torch.no_grad()
 def best_gain(z: Tensor, half: Tensor) -> Tensor:
     """Return the code of each token's gain: [...]; z: [..., R] in units of the steps, half: [R].
 

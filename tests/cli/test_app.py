@@ -39,7 +39,7 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of work: a busy machine is no fault
     assert process.returncode == 0
     assert process.stderr == "imported: []\n"
-    assert seconds < 1.0
+    assert seconds < 2.0  # half a second on a quick core, and one on that of some servers
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -169,9 +169,10 @@ class TestConfig:
     def test_no_cache_that_grows(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")
         edit_json(model / "config.json", model_type="mamba")
-        assert "model type 'mamba' is not supported: its forward takes no cache" in refused(
-            UnsupportedModelError, model
-        )
+        found = refused(UnsupportedModelError, model)
+        assert "model type 'mamba' is not supported: " in found
+        # since 5.24 of transformers it takes a cache, which holds a state
+        assert "its forward takes no cache" in found or "there is nothing to compress" in found
 
     def test_more_layers_than_weights(self, source: Any, refused: Any) -> None:
         model = source("llama-gqa")

@@ -128,7 +128,7 @@ def test_nothing_is_expanded_on_the_way(output: Path) -> None:
     """The whole of load, in a process that may have 4 GB of addresses."""
     edit(output, NUMBERS["a count of 10^9"])
     code = (
-        "import resource, sys, kvcompress\n"
+        "import resource, sys, kvcompress, kvcompress.errors, kvcompress.runtime.load\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 10**9\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
         "try: kvcompress.load(sys.argv[1])\n"

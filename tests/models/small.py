@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+#: Before the files of models were as they are now: a type may not run, or keep other things in its cache.
+EARLIER = Version(transformers.__version__) < Version("5.23")
 VOCABULARY = 320
 N_LAYERS = 4
 #: Where every layer has a window, it is this: longer than what stays exact in the survey.
@@ -75,6 +80,12 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
 def causal_types() -> list[str]:
     """Return every causal-LM type of the installed transformers."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def needs(model_type: str) -> None:
+    """Skip a test of a type that the installed transformers does not have."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
 
 
 def small_config(model_type: str, **changes: Any) -> Any:

@@ -7,18 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvcompress.calibration import backward
 from kvcompress.calibration.taps import tapped
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.model.probe import probe
-from tests.models.small import small_model
+from tests.models.small import EARLIER, needs, small_model
 
-#: Before these files of models were as they are now: a type may not run, or not layer by layer.
-EARLIER = Version(transformers.__version__) < Version("5.23")
 #: (type, whether layer by layer is exact): plain, experts, linear attention, latent attention, windows, soft caps,
 #: sinks as parameters, four streams, older files without the interface, shared blocks, layers that read others' cache.
 TYPES = [
@@ -30,8 +26,7 @@ TYPES = [
 
 @pytest.mark.parametrize(("model_type", "by_layer"), TYPES)
 def test_layer_by_layer_or_whole(model_type: str, by_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if model_type != "gemma3n_shared" and model_type not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    needs(model_type.replace("_shared", "_text"))
     try:
         model = small_model(model_type).requires_grad_(False) if model_type != "gemma3n_shared" else shared()
         spec = probe(model)
