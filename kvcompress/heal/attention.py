@@ -99,8 +99,8 @@ def healing_attention(
     if unknown:
         raise UnsupportedModelError(f"this model's attention has {unknown[0]}, with which healing does not train yet.")
     kwargs["dropout"] = 0.0
-    layer, switch = module.__dict__["kvcompress_heal"]
-    if not switch.on:
+    layer, switch = module.__dict__.get("kvcompress_heal", (None, None))  # none: a layer that keeps its own cache
+    if layer is None or not switch.on:
         return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
     if switch.folded:
         with torch.autocast(query.device.type, enabled=False):
@@ -145,10 +145,10 @@ def decode_faithful(
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2)
 
 
-def use_healing_attention(model: Any, modules: list[Any], layers: list[TrainableLayer], switch: Switch) -> None:
-    """Make the attention modules of a model see their cache through `layers`, which become no part of the model."""
+def use_healing_attention(model: Any, readers: list[tuple[Any, TrainableLayer]], switch: Switch) -> None:
+    """Make attention modules of a model see their cache through their layers, which become no part of the model."""
     model.__dict__["kvcompress_heal_before"] = compat.use_attention(model, ATTENTION_NAME, healing_attention)
-    for module, layer in zip(modules, layers, strict=True):
+    for module, layer in readers:
         module.__dict__["kvcompress_heal"] = (layer, switch)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.heal.attention import Switch, use_healing_attention, use_own_attention
 from kvcompress.heal.distil import Distillation
@@ -22,6 +23,7 @@ from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import PARTS, Site
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
+from kvcompress.runtime.attention import CODED
 from kvcompress.runtime.head_norm import HEAD_NORM, HeadNorm, add_head_norm
 from kvcompress.runtime.load import load
 from kvcompress.runtime.output import read_output
@@ -74,28 +76,43 @@ class Student:
 
     def distillation(self, options: HealOptions, windows: Tensor) -> Distillation:
         """Return what the Trainer trains; the run time is detached. windows: text to set new head norms by."""
+        self.layers = trainable_layers(self.model, self.plan, self.maps)
+        if self.plan.form == "coded":
+            return self._coded(options)
+        detach(self.model)
         spec = read_model_spec(self.model.config.to_dict())
         paths = [a.projection("value").module.rpartition(".")[0] for a in spec.layers]
         modules = [self.model.get_submodule(path) for path in paths]
-        self.layers = trainable_layers(self.model, self.plan, self.maps)
-        detach(self.model)
-        switch = Switch(self.plan.sinks, self.plan.recent, self.plan.form == "folded")
+        switch = Switch(self.plan.sinks, self.plan.recent, True)
         norms: list[HeadNorm] = []
         if options.head_norm and not hasattr(modules[0], HEAD_NORM):
             sizes = zip(modules, spec.layers, strict=True)
             norms = [add_head_norm(module, n_heads=a.n_heads, head_dim=a.head_dim) for module, a in sizes]
-        use_healing_attention(self.model, modules, self.layers, switch)
+        use_healing_attention(self.model, list(zip(modules, self.layers, strict=True)), switch)
         fit_head_norms(norms, self.model, windows[:_NORM_WINDOWS].to(self.model.device))
-        trained = trained_parameters(self.model, paths, options.train) if switch.folded else []
+        trained = trained_parameters(self.model, paths, options.train)
         return Distillation(self.model, self.teacher, self.layers, switch, options, trained=trained, new_norms=norms)
+
+    def _coded(self, options: HealOptions) -> Distillation:
+        """Whatever the model: its attention modules are those that the run time tells what is in their cache."""
+        by_number = dict(zip(layer_numbers(self.plan), self.layers, strict=True))
+        readers = [(m, by_number[getattr(m, CODED)]) for m in self.model.modules() if hasattr(m, CODED)]
+        if {id(layer) for _, layer in readers} != {id(layer) for layer in self.layers}:
+            raise UnsupportedModelError(
+                "this model's attention does not go through transformers' interface, so its maps cannot be trained yet."
+            )
+        detach(self.model)
+        switch = Switch(self.plan.sinks, self.plan.recent, False)
+        use_healing_attention(self.model, readers, switch)
+        return Distillation(self.model, self.teacher, self.layers, switch, options, trained=[], new_norms=[])
 
     def trained_maps(self) -> dict[Site, SiteMaps]:
         """Return the maps as they are now."""
         found: dict[Site, SiteMaps] = {}
-        for index, layer in enumerate(self.layers):
+        for number, layer in zip(layer_numbers(self.plan), self.layers, strict=True):
             for part in PARTS:
                 if (site := getattr(layer, part)) is not None:
-                    found[Site(index, part)] = site.trained_maps()
+                    found[Site(number, part)] = site.trained_maps()
         return found
 
     def trained_weights(self) -> dict[str, Tensor]:
@@ -116,11 +133,16 @@ class Student:
 def trainable_layers(model: Any, plan: Plan, maps: dict[Site, SiteMaps]) -> list[TrainableLayer]:
     """Return a trainable layer for each layer of a model that a plan is attached to, on the model's device."""
     planned, layers = {site.site: site for site in plan.sites}, []
-    for index, codec in enumerate(attachment_of(model).codecs):
-        plans = {part: planned[Site(index, part)] for part in PARTS}
+    for number, codec in zip(layer_numbers(plan), attachment_of(model).codecs, strict=True):
+        plans = {part: planned[Site(number, part)] for part in PARTS}
         found = {part: None if p.exact else maps[p.site] for part, p in plans.items()}
         layers.append(TrainableLayer(codec, plans, found).to(model.device))
     return layers
+
+
+def layer_numbers(plan: Plan) -> list[int]:
+    """Return the numbers of the layers that have a cache, rising, as the run time keeps its codecs."""
+    return sorted({site.site.layer for site in plan.sites})
 
 
 def trained_parameters(model: Any, attentions: list[str], train: str) -> list[str]:

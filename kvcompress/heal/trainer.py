@@ -176,6 +176,11 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise OptionError(f"healing runs on cpu or cuda, found '{device}'. Choose a card with CUDA_VISIBLE_DEVICES.")
+    if any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED")):
+        raise OptionError(
+            "healing shares windows out over devices (DDP), and accelerate is told to share out the model (FSDP or "
+            "DeepSpeed). Launch it without: torchrun --nproc-per-node N --no-python kvcompress heal ..."
+        )
     steps = -(-options.tokens // (options.batch * options.seq_len))
     every = max(1, steps // options.evaluations)
     arguments = TrainingArguments(

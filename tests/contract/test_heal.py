@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import kvcompress
 from kvcompress.checkpoint.maps import MAPS_FILE
@@ -25,6 +26,7 @@ from kvcompress.pipeline import compress, make_plan
 from kvcompress.plan import PLAN_FILE, Plan
 from kvcompress.report.healing import read_healing
 from kvcompress.runtime.attach import attach_plan, attachment_of
+from kvcompress.runtime.output import read_output
 from tests.export_cases import WIDE
 from tests.tiny_models import prose, random_ids
 
@@ -109,6 +111,30 @@ def test_before_training_the_model_sees_what_the_run_time_sees(
     torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(taught, exact, rtol=1e-4, atol=1e-4)
     assert float((seen - exact).abs().max()) > 0.05
+
+
+def test_a_model_that_no_reader_knows_is_healed(
+    tiny_checkpoint: Any, text_file: Path, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Gemma 3: which weights make its keys is not known, its layers' windows and RoPE differ, its keys are normed."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "query_pre_attn_scalar": 16}
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**sizes, **heads, sliding_window=24, layer_types=kinds, initializer_range=0.3)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    for file in tiny_checkpoint("llama-gqa").glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "gemma")
+    options = replace(CODED, calibration=(str(text_file),))
+    compress(tmp_path / "gemma", tmp_path / "out", options, device="cpu")
+    model, ids = kvcompress.load(tmp_path / "out", dtype=torch.float32), random_ids(2, 70)
+    with torch.no_grad(), attachment_of(model).simulated(sinks=2, recent=4):
+        expected = model(ids, use_cache=False).logits
+    Student(model, model, *read_output(tmp_path / "out")).distillation(FEW, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    few = replace(FEW, tokens=FEW.tokens // 3, evaluations=1)
+    assert set(run(tmp_path / "out", tmp_path / "healed", few, texts).stage["texts"]) == set(texts)
 
 
 def test_queries_in_chunks_see_what_they_see_at_once(
@@ -294,14 +320,21 @@ def test_what_cannot_be_healed_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_shared_out_is_refused(
+    output: Any, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(OptionError, match="Launch it without: torchrun"):
+        run(output(CODED), tmp_path / "healed", FEW, texts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_text_and_a_lost_original_are_named(output: Any, texts: tuple[str, ...], tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises(CalibrationError, match=r"short\.txt has 0 windows of 48"):
         run(output(CODED), tmp_path / "healed", FEW, (str(short),))
     moved = tmp_path / "moved"
-    import shutil
-
     shutil.copytree(output(FOLDED), moved)
     plan = json.loads((moved / PLAN_FILE).read_text())
     (moved / PLAN_FILE).write_text(json.dumps(plan | {"source": "/nowhere/model"}))
