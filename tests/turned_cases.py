@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders, largest_rows
 from kvcompress.kernels.turned import GroupedSite
 
 
@@ -29,11 +29,12 @@ def random_site(
         decoder[row, g * share : (g + 1) * share] = torch.randn(share) * size
     decoder = decoder.half()
     maps = head_decoders(decoder, layout, kv_heads)
+    largest = largest_rows(maps, layout)
     if part == "key":
         maps = decoder_fragments(maps, layout.sets[0])
     gain_word = sum(bits) if gain else None
     z = unpacked(part, words, bits, group, layout, gain_word)
-    return GroupedSite(words, layout, maps, torch.randn(width), gain_word), z, decoder
+    return GroupedSite(words, layout, maps, torch.randn(width), gain_word, largest), z, decoder
 
 
 def place(part: str, width: int, i: int, token: Tensor) -> tuple[Tensor, Tensor]:

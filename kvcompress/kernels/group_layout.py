@@ -68,13 +68,19 @@ def head_decoders(decoder: Tensor, layout: GroupLayout, n_kv_heads: int) -> Tens
     return (own.float() * factors.unsqueeze(2)).half().contiguous()
 
 
-def decoder_fragments(decoders: Tensor, n_numbers: int) -> Tensor:
-    """Return `head_decoders` as the matrix units take them: [KV heads, sets, 4, head_dim / 16, 32 lanes, 4] float16.
+def largest_rows(decoders: Tensor, layout: GroupLayout) -> Tensor:
+    """Return the norm of the longest row that codes are multiplied by, of each head of `head_decoders`: [KV heads]."""
+    rows = decoders[:, 32 * layout.sets[0] : 32 * sum(layout.sets)].float()
+    return rows.norm(dim=2).amax(1) if rows.shape[1] else torch.zeros(len(rows), device=rows.device)
 
-    Lane 4 r + c holds of column r of each of a set's four tiles 4 neighbouring dimensions, and so for every step; a
-    lane's dimensions are c's eighth of a head and the eighth that RoPE rotates with it. Columns are such that a lane's
-    results are those that it stores: of codes the quads c and c + 4, of float16 numbers (the first n_numbers sets)
-    the pairs c, c + 4, c + 8 and c + 12.
+
+def decoder_fragments(decoders: Tensor, n_numbers: int) -> Tensor:
+    """Return `head_decoders` as the matrix units take them: [KV heads, sets, 4, head_dim / 32, 32 lanes, 2, 4] float16.
+
+    Lane 4 r + c holds of column r of each of a set's four tiles 4 neighbouring dimensions for each step, two steps side
+    by side; a lane's dimensions are c's eighth of a head and the eighth that RoPE rotates with it. Columns are such
+    that a lane's results are those that it stores: of codes the quads c and c + 4, of float16 numbers (the first
+    n_numbers sets) the pairs c, c + 4, c + 8 and c + 12.
     """
     _, n_components, head_dim = decoders.shape
     lane, tile = torch.arange(32), torch.arange(4)[:, None]
@@ -88,4 +94,5 @@ def decoder_fragments(decoders: Tensor, n_numbers: int) -> Tensor:
     start = half[:, None] * (head_dim // 2) + place[:, None] * 4 + c * (head_dim // 8)  # [step, lane]
     dims = start[..., None] + torch.arange(4)  # [step, lane, 4]
     device = decoders.device
-    return decoders[:, component.to(device)[:, :, None, :, None], dims.to(device)].contiguous()
+    steps = decoders[:, component.to(device)[:, :, None, :, None], dims.to(device)]
+    return steps.unflatten(3, (-1, 2)).transpose(4, 5).contiguous()

@@ -73,7 +73,7 @@ def _launch(
     n_keys, n_values, room = sum(key_sets), sum(value_sets), _multiprocessors(device)[1]
     head_dim, group_heads, group_columns = sizes
     one_pass = group_heads * group_columns <= MOST_COLUMNS
-    if not page_blocks and one_pass and not any(key_sets[1:] + value_sets[1:]):
+    if one_pass and not page_blocks and not any(key_sets[1:] + value_sets[1:]):
         rows = turn_rows(group_columns)
         queries = 64 * rows * (16 * n_keys + 1)  # 2 BATCH_WORDS
         queries += 2 * head_dim * (group_heads * group_columns + 2 * rows + 2 * group_heads)  # INPUT_WORDS

@@ -242,9 +242,10 @@ def _prepare(prepare: Any, step: _Step) -> None:
     prepare(
         (exact_blocks + absorb_blocks, 1, 1), (32 * PREPARE_WARPS, 1, 1),
         [
-            step.query, layer.keys.maps, layer.key_mean, layer.angles, encoded, workspace.absorbed, workspace.biases,
-            exact.sink_keys, exact.sink_values, exact.keys, exact.values, step.query, workspace.exact_sums,
-            workspace.exact_stats, n, workspace.n_turns, n_kv_heads, (layer.turn // UNIT_TOKENS).bit_length() - 1, 0,
+            step.query, layer.keys.maps, layer.key_mean, layer.angles, layer.keys.largest_rows, encoded,
+            workspace.absorbed, workspace.biases, exact.sink_keys, exact.sink_values, exact.keys, exact.values,
+            step.query, workspace.exact_sums, workspace.exact_stats, n, workspace.n_turns, n_kv_heads,
+            (layer.turn // UNIT_TOKENS).bit_length() - 1, 0,
             n_sinks, layer.most_exact - n_sinks, 0, *step.query.stride()[:2], *strides(exact.sink_keys),
             *strides(exact.keys), *strides(exact.values), layer.scaling * 1.4426950408889634, rows, lengths,
             step.tokens.exact_pages, step.tokens.sinks, step.tokens.exact_pages.stride(0),

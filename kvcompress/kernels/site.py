@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.codec.codec import SiteCodec
-from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders, largest_rows
 from kvcompress.kernels.layout import LEVELS, PackedSite, row_words
 from kvcompress.kernels.rebuild import RebuildMaps, rebuild_maps
 from kvcompress.kernels.turned import GroupedSite
@@ -34,6 +34,7 @@ class GroupedMaps:
     layout: GroupLayout
     maps: Tensor
     mean: Tensor | None
+    largest_rows: Tensor | None
 
 
 def kernels_apply(device: torch.device) -> bool:
@@ -83,11 +84,13 @@ class SiteKernels:
         if layout is None or codec.tiles is None or self.n_kv_heads % n_groups:
             return None
         maps = head_decoders(self.dense.decoder, layout, self.n_kv_heads)
+        largest = None
         if codec.tiles.part == "key":
+            largest = largest_rows(maps, layout)
             maps = decoder_fragments(maps, layout.sets[0])
         # A part of a file's memory might lie anywhere: kernels read 16 bytes at a time.
         mean = None if codec.mean is None else codec.mean.clone()
-        return GroupedMaps(replace(layout, table=layout.table.to(maps.device)), maps, mean)
+        return GroupedMaps(replace(layout, table=layout.table.to(maps.device)), maps, mean, largest)
 
     def pack(self, x: Tensor) -> Tensor | None:
         """Return what codec.pack returns, or None; x: [batch, n_blocks * 32, n], the mean already subtracted."""
@@ -136,7 +139,7 @@ class SiteKernels:
         """packed: uint8 [batch, n_blocks, bytes of a row]; maps: what `grouped` returned."""
         codec = self.codec
         gain_word = sum(bits * (last - first) for bits, first, last in codec.classes) if codec.has_gain else None
-        return GroupedSite(packed.view(torch.int32), maps.layout, maps.maps, maps.mean, gain_word)
+        return GroupedSite(packed.view(torch.int32), maps.layout, maps.maps, maps.mean, gain_word, maps.largest_rows)
 
     def _packed(self, latents: Tensor) -> Tensor:
         from kvcompress.kernels.encode import pack_latents

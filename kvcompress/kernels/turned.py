@@ -49,7 +49,7 @@ class GroupedSite:
 
     words: [batch, n_blocks, n_words] int32. layout: see GroupLayout, its table on the device. maps: of values
     `head_decoders`, of keys `decoder_fragments` of these. mean: [n] float32: of values, or of keys before RoPE.
-    gain_word: where in a row the gains begin, None without gains.
+    gain_word: where in a row the gains begin, None without gains. largest_rows: of keys, see group_layout.
     """
 
     words: Tensor
@@ -57,6 +57,7 @@ class GroupedSite:
     maps: Tensor
     mean: Tensor | None
     gain_word: int | None
+    largest_rows: Tensor | None = None
 
 
 def applies(
@@ -192,8 +193,8 @@ def _absorb(prepare: Any, step: _Step, scale: float) -> tuple[Tensor, Tensor]:
     prepare(
         (exact_blocks + absorb_blocks, 1, 1), (32 * PREPARE_WARPS, 1, 1),
         [
-            *step.to_absorb, step.last, absorbed, biases, *step.exact, step.batch, step.n_turns, step.n_kv_heads,
-            (step.turn // UNIT_TOKENS).bit_length() - 1, step.angle_batch, *step.exact_sizes, scale,
+            *step.to_absorb, step.keys.largest_rows, step.last, absorbed, biases, *step.exact, step.batch, step.n_turns,
+            step.n_kv_heads, (step.turn // UNIT_TOKENS).bit_length() - 1, step.angle_batch, *step.exact_sizes, scale,
         ],
         PREPARE_MEMORY * step.head_dim,
     )  # fmt: skip

@@ -338,6 +338,9 @@ inline void copy_16(u32 to, const void* from) {
     emulator::fibers[emulator::current].groups.back().push_back({to, from});
 }
 
+inline unsigned long long first_to_go() { return 0; }
+inline void copy_16_once(u32 to, const void* from, unsigned long long) { copy_16(to, from); }
+
 inline void pin(u32&, const char*&) {}
 inline void commit() { emulator::fibers[emulator::current].groups.emplace_back(); }
 

@@ -160,7 +160,8 @@ def random_case(
             pool.view(torch.int32), site.words.shape, site.words.stride(), site.words.storage_offset()
         )
         layout = replace(site.layout, table=site.layout.table.to(device))
-        return replace(site, words=words, layout=layout, maps=site.maps.to(device), mean=site.mean.to(device))  # type: ignore[union-attr]
+        moved = {name: getattr(site, name).to(device) for name in ("maps", "mean", "largest_rows")}
+        return replace(site, words=words, layout=layout, **moved)
 
     whole = torch.as_strided(pool, (pool.untyped_storage().nbytes(),), (1,), 0).to(device)
     exact = exact.to(device)

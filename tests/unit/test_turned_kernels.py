@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.kernels import turned
 from kvcompress.kernels.arguments import ExactTokens
-from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders
+from kvcompress.kernels.group_layout import GroupLayout, decoder_fragments, group_layout, head_decoders, largest_rows
 from kvcompress.kernels.launch_shapes import CODES, NUMBERS
 from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.kernels.turned import MOST_EXACT, GroupedSite, applies, turned_attention
@@ -152,7 +152,7 @@ def random_case(
 
     def moved(site: GroupedSite) -> GroupedSite:
         layout = replace(site.layout, table=site.layout.table.to(device))
-        moved = {name: getattr(site, name).to(device) for name in ("words", "maps", "mean")}
+        moved = {name: getattr(site, name).to(device) for name in ("words", "maps", "mean", "largest_rows")}
         return replace(site, layout=layout, **moved)
 
     arguments = {
@@ -238,15 +238,28 @@ def test_fragments_hold_every_component_where_the_matrix_units_look_for_it() -> 
     decoders = head_decoders(decoder, layout, 4)
     assert torch.equal(decoders[1, 32 + 35], decoder[8 + 35, 64:128])  # numbers take 32 places
     fragments = decoder_fragments(decoders, layout.sets[0])
-    assert fragments.shape == (4, 1 + 2 + 1, 4, 4, 32, 4)
+    assert fragments.shape == (4, 1 + 2 + 1, 4, 2, 32, 2, 4)
     # a number, pair 1 of head 3: column 2 of tile 0; dimensions 2 * 8 + 4 .. of the second half for lane c = 2
-    assert torch.equal(fragments[3, 0, 0, 3, 4 * 2 + 2], decoder[4 + 2, 192 + 32 + 20 : 192 + 32 + 24])
+    assert torch.equal(fragments[3, 0, 0, 1, 4 * 2 + 2, 1], decoder[4 + 2, 192 + 32 + 20 : 192 + 32 + 24])
     # code 35 is component 3 of quad 0 of the second set: tile 1, column 1
-    assert torch.equal(fragments[1, 2, 1, 0, 4], decoder[8 + 35, 64:68])
+    assert torch.equal(fragments[1, 2, 1, 0, 4, 0], decoder[8 + 35, 64:68])
     # code 18 is component 2 of quad 4, which lane 0 takes second: tile 3, column 0
-    assert torch.equal(fragments[0, 1, 3, 0, 0], decoder[8 + 18, :4])
+    assert torch.equal(fragments[0, 1, 3, 0, 0, 0], decoder[8 + 18, :4])
     # group 1 has 4 codes of 4 bits: nothing in the second set
     assert not fragments[2, 2].any()
+
+
+def test_no_code_has_a_longer_row_than_is_said() -> None:
+    layout = group_layout([16] * 4 + [8] * 4 + [4] * 4, [0] * 12, 1)
+    assert layout is not None
+    decoder = torch.zeros(12, 2 * 64).half()
+    decoder[0], decoder[4, :64], decoder[8, 64:] = (
+        9.0,
+        0.5,
+        3.0,
+    )  # numbers do not count, high nibbles are 16 times as long
+    assert largest_rows(head_decoders(decoder, layout, 2), layout).tolist() == [16 * 0.5 * 8, 3.0 * 8]
+    assert largest_rows(torch.ones(2, 32, 64), group_layout([16] * 4, [0] * 4, 1)).tolist() == [0, 0]  # type: ignore[arg-type]
 
 
 def test_sizes_that_do_not_fit_are_left_to_the_reference() -> None:

@@ -2,7 +2,7 @@
 
 #define PADDED_COLUMNS (16 / TURN_ROWS)
 #define CHUNKS (2 * KEY_SETS)        // of a head's decoder: halves of sets
-#define CHUNK_SIZE (4 * STEPS * 32)  // in uint2
+#define CHUNK_SIZE (2 * STEPS * 32)  // in uint4
 
 // One row of this lane's: a query turned back to a turn's first position, R_-c q, as the first factor of products of 16
 // dimensions; half: whether it is row r or r + 8. query, angle, key_mean: from dimension c HEAD_DIM / 8 on. Returns
@@ -51,28 +51,39 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Half a set of a head's decoder: [2 tiles, 2 STEPS, 32 lanes] of 4 float16 numbers, this lane's of each.
-typedef uint2 Chunk[2][2 * STEPS];
+// Half a set of a head's decoder: [2 tiles, STEPS, 32 lanes] of 8 float16 numbers, this lane's of each, for two products.
+typedef uint4 Chunk[2][STEPS];
 
-__device__ __forceinline__ void load_chunk(Chunk& chunk, const uint2* from) {
+__device__ __forceinline__ void load_chunk(Chunk& chunk, const uint4* from) {
 #pragma unroll
-    for (int step = 0; step < 2 * STEPS; step++)
+    for (int step = 0; step < STEPS; step++)
 #pragma unroll
-        for (int tile = 0; tile < 2; tile++) chunk[tile][step] = from[(tile * 2 * STEPS + step) * 32];
+        for (int tile = 0; tile < 2; tile++) chunk[tile][step] = from[(tile * STEPS + step) * 32];
 }
 
-// Both rows times half a set of a head's decoder, as what is stored of an absorbed query: [half][4 components].
+// Both rows times half a set of a head's decoder: [half][4 components].
 __device__ __forceinline__ void absorb_chunk(
-    float (&x)[2][4], const u32 (&q)[2 * STEPS][4], const Chunk& chunk, float to_stored
+    float (&x)[2][4], const u32 (&q)[2 * STEPS][4], const Chunk& chunk
 ) {
     float d[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int step = 0; step < 2 * STEPS; step++)
 #pragma unroll
-        for (int tile = 0; tile < 2; tile++)
-            mma(d[tile], q[step][0], q[step][1], q[step][2], q[step][3], chunk[tile][step].x, chunk[tile][step].y);
+        for (int tile = 0; tile < 2; tile++) {
+            const uint4& two = chunk[tile][step / 2];
+            const u32 b0 = step % 2 ? two.z : two.x, b1 = step % 2 ? two.w : two.y;
+            mma(d[tile], q[step][0], q[step][1], q[step][2], q[step][3], b0, b1);
+        }
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[half][i] = clamped(d[i / 2][2 * half + i % 2] * to_stored);
+        for (int i = 0; i < 4; i++) x[half][i] = d[i / 2][2 * half + i % 2];
+}
+
+// Four of these as float16 numbers.
+__device__ __forceinline__ uint2 stored_four(const float (&x)[4], float to_stored) {
+    return make_uint2(
+        to_half2(clamped(x[0] * to_stored), clamped(x[1] * to_stored)),
+        to_half2(clamped(x[2] * to_stored), clamped(x[3] * to_stored))
+    );
 }

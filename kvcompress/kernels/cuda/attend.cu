@@ -53,12 +53,13 @@ template <int MOST>
 __device__ __forceinline__ void stage(u32* to, const u32* words, int row, int pieces, int n_blocks, int lane) {
     u32 place = shared_address(to) + 16 * lane;
     const char* from = (const char*)words + 16 * lane;
+    const u64 policy = first_to_go();
     pin(place, from);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < MOST; i += 32)
-            if (i + lane < pieces) copy_16(place + 16 * (b * MOST + i), from + 16 * i);
+            if (i + lane < pieces) copy_16_once(place + 16 * (b * MOST + i), from + 16 * i, policy);
         if (b + 1 < n_blocks) from += 4 * row;
     }
 }
@@ -86,29 +87,6 @@ __device__ __forceinline__ void stage_values(const Site& site, const Rows& rows,
     stage<VALUE_WORDS / 4>(
         site.memory + VALUES_AT, rows.values, site.value_row, site.value_pieces, site.n_blocks - unit * BLOCKS, lane
     );
-}
-
-// Bytes 0 (or 1) of four integers.
-__device__ __forceinline__ u32 four_bytes(const u32 (&x)[4], bool second) {
-    const u32 pick = second ? 0x51 : 0x40;
-    return __byte_perm(__byte_perm(x[0], x[1], pick), __byte_perm(x[2], x[3], pick), 0x5410);
-}
-
-// This lane's queries for sets of codes, from float16 to fixed-point numbers: the high bytes of eight, then the low.
-__device__ __forceinline__ void round_queries(uint4* queries, float inverse) {
-#pragma unroll
-    for (int set = KF; set < KEY_SETS; set++) {
-        const uint4 all = queries[32 * set];
-        const u32 two[4] = {all.x, all.y, all.z, all.w};
-        u32 x[2][4];  // rounded in the mantissa of 1.5 * 2^23, whose low bytes are those of the integer
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            x[i / 4][i % 4] =
-                __float_as_uint(from_half(i % 2 ? two[i / 2] >> 16 : two[i / 2] & 0xffff) * inverse + 12582912.0f);
-        queries[32 * set] = make_uint4(
-            four_bytes(x[0], true), four_bytes(x[1], true), four_bytes(x[0], false), four_bytes(x[1], false)
-        );
-    }
 }
 
 // The gains of tokens 8 i + r of a block, i = 0..3: their codes in the mantissa of 2^23, cheaper than a conversion.
@@ -217,18 +195,16 @@ __device__ __forceinline__ void sum_codes(int (&sums)[2][4], const Weights (&wei
 }
 
 // A unit of tokens. As soon as its keys are done with, those of unit `next` are asked for, and so with its values.
-// new_turn: whether the queries are new ones. phase: 0 and 1 in turn.
+// phase: 0 and 1 in turn.
 __device__ __forceinline__ void attend_unit(
     State& state, const Site& site, const Group& keys, const Group& values, const Lane& key_lane,
-    const Lane& value_lane, const u8* mask, int unit, int next, bool new_turn, int lo, int hi, int phase, int lane
+    const Lane& value_lane, const u8* mask, int unit, int next, int lo, int hi, int phase, int lane
 ) {
     const int r = lane / 4, c = lane % 4;
     const float4* own_biases = site.biases + (size_t)(unit >> site.turn_shift) * site.turn_stride * 8 + 2 * c;
     const float4 bias[2] = {own_biases[0], own_biases[1]};
-    const float inverse = new_turn && KEY_CODES ? own_biases[r - 2 * c].w : 0.0f;
     const int next_page = page_of(site, next >= 0 ? next : unit);
     wait<1>();
-    if (new_turn && KEY_CODES) round_queries((uint4*)(site.memory + QUERIES_AT) + lane, inverse);
     __syncwarp();
     const u32* memory = site.memory;
     float s[BLOCKS][2][4];  // of each block: of token 16 t + 8 h + r and column 2 c + k in [t][2 h + k]
@@ -446,8 +422,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(
 #pragma unroll 1
     for (int unit = from; unit < end; unit++, phase ^= 1)
         attend_unit(
-            state, site, keys, values, key_lane, value_lane, mask, unit, unit + 1 < end ? unit + 1 : -1,
-            unit == from || unit % (1 << turn_shift) == 0, lo, hi, phase, lane
+            state, site, keys, values, key_lane, value_lane, mask, unit, unit + 1 < end ? unit + 1 : -1, lo, hi, phase,
+            lane
         );
     let_next_begin();
 

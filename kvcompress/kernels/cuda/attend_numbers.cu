@@ -36,7 +36,7 @@ __device__ __forceinline__ void fill(u32* slot, const Source& source, int block,
 // head; angles: of the first of n_turns turns.
 struct Absorbed {
     const u16* query;
-    const uint2* decoder;
+    const uint4* decoder;
     const float* key_mean;
     const float2* angles;
     int q_head, n_turns;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void absorb_turns(
     float* means = (float*)(queries + TURN_ROWS * TURN_WORDS);
 #pragma unroll 1
     for (int head = worker % GROUP_HEADS; head < GROUP_HEADS; head += n_workers) {
-        const uint2* decoder = from.decoder + head * (CHUNKS * CHUNK_SIZE) + lane;
+        const uint4* decoder = from.decoder + head * (CHUNKS * CHUNK_SIZE) + lane;
         Chunk ahead[CHUNKS_AHEAD];
 #pragma unroll
         for (int i = 0; i < CHUNKS_AHEAD; i++)
@@ -88,14 +88,14 @@ __device__ __forceinline__ void absorb_turns(
         }
         auto absorb = [&](int chunk, const Chunk& its_decoder) {
             float x[2][4];
-            absorb_chunk(x, q, its_decoder, scale * QUERY_SCALE);
+            absorb_chunk(x, q, its_decoder);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = r + 8 * half, own = row % PADDED_COLUMNS;
                 u32* to = queries + row / PADDED_COLUMNS * TURN_WORDS + chunk / 2 * 128 + chunk % 2 * 2;
                 if (own < GROUP_COLUMNS)
                     *(uint2*)(to + ((head * GROUP_COLUMNS + own) * 4 + c) * 4) =
-                        make_uint2(to_half2(x[half][0], x[half][1]), to_half2(x[half][2], x[half][3]));
+                        stored_four(x[half], scale * QUERY_SCALE);
             }
         };
 #pragma unroll
@@ -143,12 +143,10 @@ __device__ __forceinline__ void weigh(
 // and attend to exact tokens; all of them those of the first turns, while the first keys come. stats, sums: as of
 // attend. Shared: SLOTS_WORDS (at least WARPS * 256 VALUE_SETS) + 2 BATCH_WORDS + INPUT_WORDS words.
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend_numbers(
-    const u16* query, const uint2* decoder, const float* key_mean, const float2* angles, const u16* sink_keys,
-    const u16* sink_values, const u16* keys, const u16* values, const u8* exact_mask, float* exact_sums,
-    float2* exact_stats, const u32* key_words, const u32* value_words, const Group* key_groups,
+    const u16* query, const uint4* decoder, const float* key_mean, const float2* angles, EXACT_TENSORS,
+    const u32* key_words, const u32* value_words, const Group* key_groups,
     const Group* value_groups, const int* first, const int* last, const u8* mask, float* stats, float* sums,
-    int angle_batch, int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head, int s_batch, int s_head,
-    int s_token, int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token, int n_blocks, int n_turns,
+    int angle_batch, EXACT_SIZES, int n_blocks, int n_turns,
     int turn_shift, int key_row, int value_row, int key_blocks, int value_blocks, int mask_stride, double scaling
 ) {
     DYNAMIC_SHARED(u32, all_memory);
@@ -219,12 +217,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + ABSORBERS), 1) attend
                 queries + (next - first_turn) / TURN_ROWS % 2 * BATCH_WORDS, warp - WARPS, ABSORBERS, from, scale, [] {}
             );
         }
-        const Exact exact = {
-            sink_keys,  sink_values, keys,    values,   has_exact_mask ? exact_mask : 0,
-            exact_sums, exact_stats, n_sinks, n_recent, s_batch,
-            s_head,     s_token,     k_batch, k_head,   k_token,
-            v_batch,    v_head,      v_token,
-        };
+        const Exact exact = EXACT();
         const int n_kv_heads = n_groups * GROUP_HEADS, parts = EXACT_PARTS(n_sinks + n_recent);
         for (int i = split + gridDim.x * (warp - WARPS); i < GROUP_HEADS * parts; i += gridDim.x * ABSORBERS)
             attend_exact(

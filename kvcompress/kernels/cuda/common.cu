@@ -37,6 +37,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
+typedef unsigned long long u64;
 
 // What only kernels that read pages have.
 #if PAGE_BLOCKS
@@ -139,6 +140,19 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int PENDING>
 __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// What is read once: the L2 may let go of it first.
+__device__ __forceinline__ u64 first_to_go() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy_16_once(u32 to, const void* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "l"(policy)
+                 : "memory");
 }
 
 // The next launch may begin once every thread block has said so, or has ended; elsewhere than on compute capability 9.0

@@ -17,6 +17,19 @@ struct Exact {
     PAGED(Seen seen; const int *pages, *sinks; int pages_row;)
 };
 
+// The parameters of a launch that Exact is made of, its tensors and its sizes (turned.py), and how it is made of them.
+#define EXACT_TENSORS                                                                                     \
+    const u16 *sink_keys, const u16 *sink_values, const u16 *keys, const u16 *values, const u8 *exact_mask, \
+        float *exact_sums, float2 *exact_stats
+#define EXACT_SIZES                                                                                               \
+    int n_sinks, int n_recent, int has_exact_mask, int q_batch, int q_head, int s_batch, int s_head, int s_token, \
+        int k_batch, int k_head, int k_token, int v_batch, int v_head, int v_token
+#define EXACT(...)                                                                                                  \
+    {sink_keys, sink_values, keys,    values,  has_exact_mask ? exact_mask : 0,                                     \
+     exact_sums, exact_stats, n_sinks, n_recent, s_batch,                                                           \
+     s_head,    s_token,     k_batch, k_head,  k_token,                                                             \
+     v_batch,   v_head,      v_token, __VA_ARGS__}
+
 // How many exact tokens a query token of a batch in pages sees: the sinks are among the others until any is packed.
 __device__ __forceinline__ int exact_tokens(const Seen& seen, int batch, int n_sinks) {
     const int packed = seen.encoded[batch];
