@@ -1,4 +1,4 @@
-"""Headless Chromium over its debugging pipe, with nothing but the standard library."""
+"""Headless Chromium over its debugging pipe, with nothing but the standard library; and what a page needs besides."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+needs_charts = pytest.mark.skipif(find_spec("vl_convert") is None, reason="vl-convert-python is not installed")
 _FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from kvcompress.documents import DocumentError, is_file_name, read_json
+from kvcompress.documents import DocumentError, is_file_name, read_json, shaped
 from kvcompress.errors import CheckpointError
 
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -47,6 +47,14 @@ class TensorEntry(NamedTuple):
         return self.n_numbers * _DTYPE_BYTES.get(self.dtype, 1)
 
 
+class _Kinds(TypedDict):
+    """What early releases of transformers build a model of, whatever it is."""
+
+    layer_types: NotRequired[list[str] | None]
+    rms_norm_eps: NotRequired[float | None]
+    layer_norm_eps: NotRequired[float | None]
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the parsed config.json of a directory."""
     file = directory / "config.json"
@@ -81,6 +89,10 @@ def check_widths(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Non
     widest = 8 * max((n for entry in tensors.values() for n in entry.shape), default=0)
     inner = [value for value in config.values() if isinstance(value, dict)]  # text_config and the like
     for fields in (config, *inner):
+        try:
+            shaped(fields, _Kinds, "config.json")
+        except DocumentError as error:
+            raise CheckpointError(f"{error}. Check the file.") from error
         for name, value in fields.items():
             most = len(tensors) if name in _LAYER_COUNTS else widest if name in _SIZES else None
             if most is not None and isinstance(value, int) and not 0 <= value <= most:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import browser_page, chromium
+from tests.browser import browser_page, chromium, needs_charts
 
 needs_browser = pytest.mark.skipif(chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)")
 METHODS = "default,palu,mea-half,kivi,fp8"
@@ -36,6 +36,7 @@ def document(finished):
     return json.loads((finished / "compare.json").read_text())
 
 
+@needs_charts
 def test_every_cell_is_in_every_file(finished, document):
     names = [f"{m} at {k}" for m in ("default", "palu", "mea-half") for k in ("0.5", "0.25")]
     names += ["kivi-4bit", "kivi-2bit", "fp8", "fp8-unscaled"]
@@ -74,6 +75,7 @@ def test_again_measures_nothing(kvcompress, arguments, finished, document, monke
     assert json.loads(outcome.stdout) == document
 
 
+@needs_charts
 def test_the_table_on_the_terminal(kvcompress, arguments, finished, document):
     outcome = kvcompress(*arguments, "--out", finished)
     assert outcome.code == 0
@@ -84,6 +86,7 @@ def test_the_table_on_the_terminal(kvcompress, arguments, finished, document):
     assert "compare.html" in outcome.stdout
 
 
+@needs_charts
 def test_nothing_on_the_page_tells_where_files_lie(finished, model, text):
     for name in ("compare.md", "compare.html"):
         assert str(Path(model).parent) not in (finished / name).read_text()
@@ -91,6 +94,7 @@ def test_nothing_on_the_page_tells_where_files_lie(finished, model, text):
 
 
 @needs_browser
+@needs_charts
 def test_the_page_in_a_browser(finished, document):
     with browser_page() as page:
         page.open(finished / "compare.html")
@@ -116,6 +120,7 @@ def test_the_page_in_a_browser(finished, document):
         assert page.complaints == []
 
 
+@needs_charts
 @pytest.mark.parametrize("name", ["light", "dark"])
 def test_the_figure_holds_every_cell_that_does_not_lie_on_another(finished, document, name):
     from xml.etree import ElementTree
@@ -128,6 +133,7 @@ def test_the_figure_holds_every_cell_that_does_not_lie_on_another(finished, docu
         assert (f"{cell['keep_asked']:g}" if cell["kind"] == "ours" else cell["method"]) in said
 
 
+@needs_charts
 def test_where_ours_is_beaten_the_page_says_so(document):
     """A peer that is moved ahead of one of our points is named at the top, in the list and in the table."""
     from kvcompress.evaluate.front import verdicts
@@ -147,6 +153,7 @@ def test_where_ours_is_beaten_the_page_says_so(document):
         assert "<li>kivi-2bit: AHEAD of default at 0.25, default at 0.5</li>" in part[: part.index("</div>")]
 
 
+@needs_charts
 def test_a_page_can_be_drawn_anew(kvcompress, fails, finished, tmp_path):
     (tmp_path / "compare.json").write_text((finished / "compare.json").read_text())
     assert kvcompress("compare", "--redraw", "--out", tmp_path).code == 0

@@ -10,6 +10,8 @@ import pytest
 
 from kvcompress.plan import Plan
 
+#: A warning of transformers 5.0, on some file systems.
+pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 FEW = ("--tokens", 1024, "--seq-len", 64, "--batch", 4, "--held-out", 2, "--evaluations", 2, "--maps-rate", 0.02)
 
 

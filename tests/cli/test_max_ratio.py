@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.plan import Plan
 from kvcompress_cli.loading import load_compressed
+from tests.browser import needs_charts
 
 SMALL = ("--tokens", "512", "--seq-len", "64", "--recent", "8")
 
@@ -54,6 +55,7 @@ def test_the_ratios_are_those_that_eval_measures(searched, tmp_path):
     assert again.perplexity["ratio"] == pytest.approx(chosen["ratios"][second], rel=1e-5)
 
 
+@needs_charts
 def test_the_report_shows_the_curve(searched, kvcompress, tmp_path):
     document, output = searched
     outcome = kvcompress("report", output)

@@ -24,6 +24,9 @@ class Terminal:
     def reconfigure(self, **_: object) -> None:
         pass
 
+    def isatty(self) -> bool:
+        return False
+
     def write(self, text: str) -> None:
         self.text += text
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from kvcompress.evaluations import record_evaluation
-from tests.browser import browser_page, chromium
+from tests.browser import browser_page, chromium, needs_charts
 
 needs_browser = pytest.mark.skipif(chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)")
+pytestmark = needs_charts
 NAMES = {"key": "keys", "value": "values"}
 
 
