@@ -148,6 +148,7 @@ class _PagedTokens:
     n_encoded: int
     n_held: int
     sinks: int
+    n_dropped: int = 0
 
     @classmethod
     def of(cls, cache: LayerCache, row: Row, keys: Tensor, values: Tensor) -> _PagedTokens:
