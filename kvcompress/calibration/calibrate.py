@@ -72,7 +72,7 @@ def obtain_moments(
         return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
     protocol = _calibration_protocol(checkpoint, options, device, dtype)
     streams = _must_stream(checkpoint, protocol, memory, workers)
-    if streams:
+    if streams or getattr(workers, "is_spread", False):
         options = _without_sampling(options)
         protocol = _calibration_protocol(checkpoint, options, device, dtype)
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
@@ -182,7 +182,7 @@ def _without_sampling(options: CompressOptions) -> CompressOptions:
     sources = options.calibration or DEFAULT_CALIBRATION
     if calibration_text.SELF not in sources:
         return options
-    told = "the model is streamed from disk, so text that it samples from itself (self) is left out of the calibration."
+    told = "no device holds the model, so text that it samples from itself (self) is left out of the calibration."
     warnings.warn(told, Note, stacklevel=2)
     return replace(options, calibration=tuple(s for s in sources if s != calibration_text.SELF))
 

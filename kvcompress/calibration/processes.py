@@ -44,6 +44,11 @@ class LocalWorkers:
     def n(self) -> int:
         return len(self.devices)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether a worker has several GPUs, because one cannot hold the model."""
+        return any("+" in devices for devices in self.devices)
+
     def hold(self, n_bytes: int) -> bool:
         """Return whether a worker can hold so many bytes; where one GPU cannot, each gets as many as it takes."""
         if not self.devices[0].startswith("cuda"):

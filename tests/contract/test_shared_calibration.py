@@ -306,6 +306,7 @@ def test_a_model_larger_than_a_gpu(
     workers = LocalWorkers([f"cuda:{i}" for i in range(4)])
     assert workers.hold(n_bytes) is (spread is not None)
     assert spread is None or workers.devices == spread
+    assert workers.is_spread is (spread is not None and len(spread) < 4)
 
 
 def test_gpus_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
