@@ -20,6 +20,8 @@ BLOCK_TOKENS = 32
 #: Components of one block and of equal bits that are stored as one in the tile layout, which rows have whose keys are
 #: in turns of a multiple of TILE_TOKENS.
 QUAD, TILE_TOKENS = 4, 128
+#: Tokens of a turn where the tool chooses, and what a head must have for GPU kernels to take its keys in turns.
+DEFAULT_TURN, TURN_HEAD_DIMS = 256, (64, 96, 128, 256)
 #: Bits of the code of a token's gain, where any component of its site is quantised.
 GAIN_BITS = 4
 #: Bases whose components are single numbers (or complex ones), so that each can have bits of its own.
@@ -61,8 +63,9 @@ class CompressOptions:
     per_group: int = 1
     #: Channels of each head in a block of `band`.
     band: int = 16
-    #: Tokens whose keys are un-rotated by one position, that of the first of them; 1: each key by its own.
-    turn: int = 1
+    #: Tokens whose keys are un-rotated by one position, that of the first of them; 1: each key by its own. None: of
+    #: `latent` keys as many as suit the GPU kernels, in layers that those take (see choose.turning).
+    turn: int | None = None
     policy: str = "loss"
     #: Which layers the policy `middle` compresses: half, deep or START:STOP.
     layers: str = "half"
@@ -129,6 +132,8 @@ class CompressOptions:
             raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
 
     def _check_turn(self) -> None:
+        if self.turn is None:
+            return
         if not is_turn(self.turn):
             raise OptionError(
                 f"turn must be 1 or a power of two of at least {BLOCK_TOKENS} (32, 64, 128, ...), found {self.turn!r}."
@@ -148,7 +153,15 @@ class CompressOptions:
     def at_a_time(self) -> int:
         """Neighbouring components of a block that are kept, and given bits, as one: QUAD where rows can have tiles."""
         by_heads = {self.key_basis, self.value_basis} <= {"per_head", "latent"}
-        return QUAD if by_heads and self.turn % TILE_TOKENS == 0 else 1
+        return QUAD if by_heads and self.most_turn % TILE_TOKENS == 0 else 1
+
+    @property
+    def most_turn(self) -> int:
+        """Tokens of a turn, where there are turns."""
+        if self.turn is not None:
+            return self.turn
+        by_groups = self.key_basis == self.value_basis == "latent" and not self.folded
+        return DEFAULT_TURN if by_groups else 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"calibration": list(self.calibration)}

@@ -26,6 +26,8 @@ from kvcompress.checkpoint.writer import atomic_directory, check_space, check_ta
 from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
 from kvcompress.choose.fits import Fits, room_where_needed
 from kvcompress.choose.fitting import FittedSite, key_basis, value_basis
+from kvcompress.choose.refit import refitted
+from kvcompress.choose.turning import turns_of
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.distance import distance_of, seen_of_samples
 from kvcompress.errors import BudgetError, Note, OptionError, OutputError, UnsupportedModelError
@@ -126,8 +128,10 @@ def make_plan(
     """
     spec = checkpoint.spec.turned(moments.rotations)
     checkpoint = replace(checkpoint, spec=spec)
-    if options.turn > 1:
-        moments = turned_moments(spec, moments, options.turn, seed=options.seed)
+    turns = turns_of(spec, options)
+    if max(turns.values()) == 1:
+        options = replace(options, turn=1)  # so that components need not come in fours
+    moments = turned_moments(spec, moments, turns, seed=options.seed)
     maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
     fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, workers, is_lean=scratch is not None)
     sites, spectra, seen = [], {}, []
@@ -135,10 +139,13 @@ def make_plan(
     for site, choice in chosen:
         turning, fit = spec.rotations.get(site), fitted[site]
         number = None if turning is None else rotations.index(turning)
-        sites.append(replace(_site_plan(site, choice, fit, options.turn), rotation=number))
+        sites.append(replace(_site_plan(site, choice, fit, turns.get(site, 1)), rotation=number))
         spectra[site] = fit.energy.tolist()
         if not sites[-1].exact:
-            own = maps[site] = _site_maps(fit, choice, moments.sites[site])
+            own = _site_maps(fit, choice, moments.sites[site])
+            if options.metric == "fisher" and not fit.rotated:  # keys after RoPE have any phase, samples only theirs
+                own = refitted(own, moments.sites[site])
+            maps[site] = own
             seen += _seen(fit, own, moments.sites[site].samples)
     if not any(site.rank for site in sites):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")

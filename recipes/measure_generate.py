@@ -3,7 +3,7 @@
     python recipes/measure_generate.py --shape llama-3-8b --batch 8 --context 32768 --new-tokens 128
 
 The model has random weights and the plan random maps, as in `kvcompress bench`; turns of 256 tokens and --keep as in
-recipes/gpu.toml. A tokens-a-second figure is that of the tokens after the first, each waited for, so that it leaves
+the default. A tokens-a-second figure is that of the tokens after the first, each waited for, so that it leaves
 the prompt out; the prompt's own time stands beside it. Every row is the second of two runs.
 """
 

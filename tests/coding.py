@@ -35,7 +35,8 @@ def coded_plan(
     """
     spec = checkpoint.spec
     if turn > 1:
-        moments = turned_moments(spec, moments, turn, seed=0)
+        turns = {site: turn for site in spec.sites if site.part == "key"}
+        moments = turned_moments(spec, moments, turns, seed=0)
     options = CompressOptions(
         key_basis=key_basis, value_basis=value_basis, sinks=sinks, recent=recent, folded=folded, ranks_only=True
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress.options import (
+    DEFAULT_TURN,
     GROUPED,
     KEY_BASES,
     METRICS,
@@ -29,8 +30,6 @@ _DEFAULTS = CompressOptions()
 _CACHE = "What is kept"
 _TEXT = "Calibration"
 _FORM = "Output"
-#: What --for vllm chooses where nothing else was: what its kernels take, see recipes/gpu.toml.
-FOR_VLLM = {"turn": 256}
 
 
 def _option(name: str, help: str, panel: str, **settings: Any) -> Any:
@@ -74,7 +73,12 @@ def compress(
     value_basis: Annotated[str | None, _option("value_basis", _one_of(VALUE_BASES), _CACHE)] = None,
     group: Annotated[
         int | None,
-        _option("group", "KV heads in a block of latent.", _CACHE, show_default="maps within 3% of the weights"),
+        _option(
+            "group",
+            "KV heads in a block of latent.",
+            _CACHE,
+            show_default="what kernels take, maps within 3% of the weights",
+        ),
     ] = None,
     per_group: Annotated[
         int | None, _option("per_group", "Virtual heads that a group of KV heads keeps, with grouped.", _CACHE)
@@ -82,7 +86,12 @@ def compress(
     band: Annotated[int | None, _option("band", "Channels of each head in a block of band.", _CACHE)] = None,
     turn: Annotated[
         int | None,
-        _option("turn", "Tokens whose keys are un-rotated by one position (band, per_head, latent).", _CACHE),
+        _option(
+            "turn",
+            "Tokens whose keys are un-rotated by one position (band, per_head, latent).",
+            _CACHE,
+            show_default=f"{DEFAULT_TURN} for latent keys where GPU kernels take the layer, else 1",
+        ),
     ] = None,
     policy: Annotated[
         str | None, _option("policy", f"How layers share the budget. {_one_of(POLICY_NAMES)}", _CACHE)
@@ -129,7 +138,7 @@ def compress(
         typer.Option(
             "--for",
             metavar="vllm",
-            help="Choose what this engine runs best at the given keep: keys in turns of 256 tokens.",
+            help="Say what a token takes in this engine's pages; the default form is what it runs best.",
             rich_help_panel=_FORM,
             show_default=False,
         ),
@@ -162,7 +171,6 @@ def compress(
     if for_engine is not None:
         _refuse(for_engine != "vllm", f"--for {for_engine} is unknown. Known: vllm.")
         _refuse(bool(folded), "--for vllm is for a coded cache. Leave out --folded, or export: kvcompress export.")
-        chosen |= {name: value for name, value in FOR_VLLM.items() if chosen.get(name) is None}
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )

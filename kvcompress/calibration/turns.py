@@ -8,20 +8,24 @@ d positions, and all distances alike, the moments of such keys follow from those
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvcompress.calibration.moments import Moments, SiteMoments
-from kvcompress.model.model_spec import AttentionSpec, ModelSpec
+from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
 
 
-def turned_moments(spec: ModelSpec, moments: Moments, turn: int, *, seed: int) -> Moments:
-    """Return the moments with those of keys turned; layers without RoPE, and values, stay as they are."""
+def turned_moments(spec: ModelSpec, moments: Moments, turns: Mapping[Site, int], *, seed: int) -> Moments:
+    """Return the moments with those of keys turned; layers without RoPE, and values, stay as they are.
+
+    turns: of each layer's keys the tokens of a turn; 1 where every key is un-rotated by its own position.
+    """
     sites = dict(moments.sites)
     for site, rotation in spec.rotations.items():
-        if site.part == "key":
+        if (turn := turns.get(site, 1)) > 1:
             generator = torch.Generator().manual_seed(seed + site.layer)
             inv_freq = torch.tensor(rotation.frequencies)
             sites[site] = turned_site(sites[site], spec.attention(site), inv_freq, turn, generator=generator)

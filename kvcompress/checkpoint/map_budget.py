@@ -7,8 +7,11 @@ import math
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.model.model_spec import AttentionSpec
 
-#: With turns a GPU kernel works on groups of KV heads, of at most so many query heads and so many numbers together.
-_TURN_HEADS, _TURN_WIDTH = 8, 256
+#: With turns a GPU kernel works on groups of KV heads of at most so many numbers together, for so many of their query
+#: heads at once.
+_TURN_WIDTH, TURN_COLUMNS = 256, 8
+#: Blocks narrower than this give away too much (docs/measurements.md): rather let the kernel read the codes twice.
+_NARROW = 128
 #: All maps together may take this share of the weight bytes, by default.
 MAPS_SHARE = 0.03
 #: Moments are kept for the groups of heads that would fit into the share at this keep; smaller keeps use the same.
@@ -30,8 +33,14 @@ def moments_group(checkpoint: Checkpoint) -> int:
 
 
 def turn_group(attention: AttentionSpec, group: int | None = None) -> int:
-    """Return the most KV heads per block of `latent` that the kernel for keys in turns takes, a divisor of `group`."""
-    most = min(_TURN_HEADS * attention.n_kv_heads // attention.n_heads, _TURN_WIDTH // attention.head_dim)
+    """Return the KV heads per block of `latent` that suit the kernel for keys in turns, a divisor of `group`.
+
+    As many as have query heads that it takes at once; twice as many where blocks were narrow, or to have all in one.
+    """
+    most = TURN_COLUMNS * attention.n_kv_heads // attention.n_heads
+    if most * attention.head_dim < _NARROW or attention.n_kv_heads <= 2 * most:
+        most *= 2
+    most = min(most, _TURN_WIDTH // attention.head_dim)
     return next((g for g in range(most, 1, -1) if (group or attention.n_kv_heads) % g == 0), 1)
 
 

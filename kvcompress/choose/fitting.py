@@ -11,8 +11,9 @@ from torch import Tensor
 from kvcompress.bases import BASES, Basis, Components, FittedBasis
 from kvcompress.bases.base import expected_loss
 from kvcompress.calibration.moments import SiteMoments
-from kvcompress.checkpoint.map_budget import default_group, turn_group
+from kvcompress.checkpoint.map_budget import default_group
 from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.choose.turning import group_in_turns
 from kvcompress.model.model_spec import AttentionSpec, Part
 from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.policies.base import tail_energy
@@ -53,8 +54,7 @@ def _at_a_time(options: CompressOptions) -> int:
 
 def _group(checkpoint: Checkpoint, options: CompressOptions) -> int:
     """Return how many KV heads a block of `latent` has, unless that is chosen; with turns one that the kernels take."""
-    group = options.group or default_group(checkpoint, options.keep)
-    return group if options.turn == 1 or options.group else turn_group(checkpoint.spec.layers[0], group)
+    return options.group or group_in_turns(checkpoint.spec, options, default_group(checkpoint, options.keep))
 
 
 @dataclass(frozen=True)

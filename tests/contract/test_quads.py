@@ -73,7 +73,7 @@ def test_every_layer_of_such_a_plan_has_tiles(planned: Any, tiny_model: Any, ran
 def test_components_are_taken_singly_where_rows_cannot_have_tiles(planned: Any) -> None:
     assert CompressOptions(turn=128).at_a_time == CompressOptions(turn=512, ranks_only=True).at_a_time == QUAD
     for options in (
-        {},
+        {"turn": 1},
         {"turn": 64},
         {"turn": 128, "key_basis": "band"},
         {"turn": 128, "value_basis": "head", "ranks_only": True},

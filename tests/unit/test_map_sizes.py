@@ -109,9 +109,18 @@ def test_moments_are_bounded(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "group"),
-    [((32, 8, 128), 2), ((64, 8, 128), 1), ((32, 32, 64), 4), ((9, 3, 64), 1), ((12, 12, 32), 6), ((8, 1, 256), 1)],
+    [
+        ((32, 8, 128), 2),
+        ((64, 8, 128), 1),
+        ((32, 32, 64), 4),
+        ((12, 12, 32), 6),
+        ((8, 1, 256), 1),
+        ((9, 3, 64), 3),  # nine query heads, so that all heads are in one block
+        ((14, 2, 64), 2),
+        ((32, 8, 32), 4),  # rather two passes than blocks of 64 numbers
+    ],
 )
-def test_turns_have_groups_of_at_most_eight_query_heads_and_256_numbers(
+def test_turns_have_groups_of_eight_query_heads_and_256_numbers_unless_blocks_were_narrow(
     sizes: tuple[int, int, int], group: int
 ) -> None:
     assert turn_group(checkpoint(*sizes).spec.layers[0]) == group

@@ -30,6 +30,10 @@ def rotated(x: Tensor, distance: Tensor, attention: AttentionSpec, inv_freq: Ten
     return heads.flatten(1)
 
 
+def in_turns(checkpoint: Any) -> dict[Site, int]:
+    return {site: TURN for site in checkpoint.spec.sites if site.part == "key"}
+
+
 @pytest.fixture
 def filled(tiny_checkpoint: Any) -> Any:
     """filled(family, group): (checkpoint, moments, tokens x, gradients g) of random keys with a mean."""
@@ -58,7 +62,7 @@ def test_moments_are_those_of_every_distance(filled: Any, family: str, group: in
     checkpoint, moments, x, g = filled(family, group)
     attention = checkpoint.spec.layers[0]
     inv_freq = Rotary.of_checkpoint(checkpoint.path).inv_freq
-    turned = turned_moments(checkpoint.spec, moments, TURN, seed=0).sites[Site(0, "key")]
+    turned = turned_moments(checkpoint.spec, moments, in_turns(checkpoint), seed=0).sites[Site(0, "key")]
     assert len(turned.partitions) == (1 if attention.n_kv_heads == (group or attention.n_kv_heads) else 2)
     every = empty_moments(checkpoint.spec, {}, group=group or attention.n_kv_heads, band=4).sites[Site(0, "key")]
     for d in range(TURN):
@@ -78,7 +82,8 @@ def test_samples_are_keys_at_a_distance(filled: Any, family: str) -> None:
     checkpoint, moments, *_ = filled(family)
     attention, inv_freq = checkpoint.spec.layers[0], Rotary.of_checkpoint(checkpoint.path).inv_freq
     before, turned = (
-        m.sites[Site(0, "key")] for m in (moments, turned_moments(checkpoint.spec, moments, TURN, seed=3))
+        m.sites[Site(0, "key")]
+        for m in (moments, turned_moments(checkpoint.spec, moments, in_turns(checkpoint), seed=3))
     )
     at_every = torch.stack(
         [rotated(before.samples, torch.full((20,), d), attention, inv_freq) for d in range(TURN)], 1
@@ -86,14 +91,16 @@ def test_samples_are_keys_at_a_distance(filled: Any, family: str) -> None:
     error, distance = (at_every - turned.samples[:, None]).abs().amax(2).min(1)
     assert error.max() < 1e-4 * before.samples.abs().max()
     assert len(distance.unique()) > 8
-    again, other = (turned_moments(checkpoint.spec, moments, TURN, seed=s).sites[Site(0, "key")] for s in (3, 4))
+    again, other = (
+        turned_moments(checkpoint.spec, moments, in_turns(checkpoint), seed=s).sites[Site(0, "key")] for s in (3, 4)
+    )
     assert torch.equal(again.samples, turned.samples) and not torch.equal(other.samples, turned.samples)
 
 
 def test_values_and_layers_without_rope_stay(filled: Any) -> None:
     checkpoint, moments, *_ = filled("smollm3")
     assert [a.rotary_dim > 0 for a in checkpoint.spec.layers] == [True, False, True]
-    turned = turned_moments(checkpoint.spec, moments, TURN, seed=0)
+    turned = turned_moments(checkpoint.spec, moments, in_turns(checkpoint), seed=0)
     changed = [site for site, sums in turned.sites.items() if sums is not moments.sites[site]]
     assert changed == [Site(0, "key"), Site(2, "key")]
     assert turned.protocol == moments.protocol
@@ -102,7 +109,7 @@ def test_values_and_layers_without_rope_stay(filled: Any) -> None:
 def test_data_free_moments_have_no_samples_to_turn(tiny_checkpoint: Any) -> None:
     with open_checkpoint(tiny_checkpoint("llama-bias")) as checkpoint:
         moments = weight_moments(checkpoint, group=2)
-        sums = turned_moments(checkpoint.spec, moments, TURN, seed=0).sites[Site(0, "key")]
+        sums = turned_moments(checkpoint.spec, moments, in_turns(checkpoint), seed=0).sites[Site(0, "key")]
     assert sums.samples.shape == (0, 16) and sums.outer[0].isfinite().all()
 
 
