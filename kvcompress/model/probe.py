@@ -109,9 +109,10 @@ def _layers(config: Any, run: Recorded) -> tuple[list[AttentionSpec], list[OwnLa
         own = [o for o in own if not o.window]
     if not layers:
         kinds = ", ".join(sorted({o.kind for o in own})) or "none"
+        beside = " An indexer's keys choose which tokens are read." if "Indexed" in kinds else ""
         raise UnsupportedModelError(
             f"model type '{config.model_type}' is not supported: no layer hands keys and values, and nothing else, to "
-            f"a cache that grows with the text, so there is nothing to compress (its cache layers: {kinds})."
+            f"a cache that grows with the text, so there is nothing to compress (its cache layers: {kinds}).{beside}"
         )
     return layers, own
 
@@ -146,6 +147,13 @@ def signature(model: Any, spec: ModelSpec) -> tuple[float, ...]:
     values = updates[spec.layers[len(spec.layers) // 2].layer].value.detach().flatten(1).double().cpu()
     chosen = values[:, torch.linspace(0, values.shape[1] - 1, 8).long()].flatten()
     return tuple(round(x, 5) for x in (chosen / chosen.norm().clamp_min(1e-12)).tolist())
+
+
+def few_logits(model: Any) -> Tensor:
+    """Return the logits of a few tokens, with the cache that the model takes by itself: [1, n_tokens, vocabulary]."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=_tokens(model, (1, _LENGTH)), use_cache=True).logits
+    return logits.float()
 
 
 def likeness(model: Any, spec: ModelSpec, known: tuple[float, ...]) -> float:

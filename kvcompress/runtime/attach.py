@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvcompress import compat
@@ -15,7 +16,7 @@ from kvcompress.compat import PreTrainedModel
 from kvcompress.errors import OptionError
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import Site
-from kvcompress.model.probe import probe
+from kvcompress.model.probe import few_logits, probe
 from kvcompress.plan import Plan
 from kvcompress.runtime.attention import CODED, FOLDED_BY, OWN, compressed_attention
 from kvcompress.runtime.cache import CompressedCache
@@ -175,8 +176,22 @@ def attach_plan(model: PreTrainedModel, plan: Plan, maps: Mapping[Site, SiteMaps
     """Attach a plan and its maps to a loaded model and return the model."""
     inner = compat.inner_model(model)
     detach(inner)
+    # attention of a model's own file may mean something else by what it is given
+    is_own = plan.form == "coded" and compat.text_config(inner)._attn_implementation == "eager"
+    own = few_logits(inner) if is_own else None
     inner.kvcompress_attachment = Attachment(inner, plan, maps)
+    if own is not None:
+        _check_same(inner, own)
     return model
+
+
+def _check_same(model: PreTrainedModel, own: Tensor) -> None:
+    """Raise AttachmentError unless a few tokens, all of them exact, have the logits that they had before."""
+    within = 1e-2 if next(model.parameters()).dtype == torch.float32 else 1e-1
+    error = float((few_logits(model) - own).norm() / own.norm().clamp_min(1e-12))
+    if not error <= within:
+        detach(model)
+        raise compat.unproven(f"{type(model).__name__} has other logits with a cache attached (by {error:.2g} of them)")
 
 
 def attachment_of(model: nn.Module) -> Attachment:

@@ -16,7 +16,7 @@ A model needs no reader: what its attention hands to the cache is compressed, an
 proven on the loaded model. This table is written by a run over every causal-LM type of transformers {version}, a small
 random model of each with its own pattern of layers, in float32 on a CPU:
 
-    python -m tests.models.survey --json findings.jsonl
+    python -m tests.models.survey --jobs 8 --json findings.jsonl
     python -m tests.models.page findings.jsonl docs/models.md
 
 **passes**: at full rank (every site through its codecs) greedy decoding of a left-padded batch, 40 tokens beyond the
@@ -26,7 +26,9 @@ one could be built from the configuration class. Of {n} types: {counts}.
 
 *Layers*: how many are compressed; the others keep transformers' own cache layer and are counted in every size. *Sites*:
 numbers a token of keys + values (of latent attention: the latent + its rotated part). *Reads*: by `attention`, tile by
-tile, or `rebuilt` where the model works on what the cache returns before it attends; both store codes alone.
+tile, or `rebuilt` where the model works on what the cache returns before it attends; both store codes alone. Where
+every layer that attends has a window, what is in it is compressed. What compressing others' windows would gain, real
+models and quantised weights: [measurements](measurements.md).
 
 | type | status | layers | sites | rotation | reads | reason |
 |---|---|---|---|---|---|---|
@@ -56,7 +58,7 @@ def _row(finding: dict[str, Any]) -> str:
     compressed = layers.pop("compressed", "")
     own = ", ".join(f"{n} {_KINDS.get(kind, kind)}" for kind, n in layers.items())
     told = f"{compressed}" + (f" (+ {own})" if own else "")
-    reason = finding["reason"].replace("|", "/").replace("\n", " ")[:240]
+    reason = finding["reason"].replace("|", "/").replace("\n", " ")[:300]
     name, status, sites, rotation, reads = (finding[k] for k in ("model_type", "status", "sites", "rotation", "reads"))
     cells = (name, status, told, sites, rotation, reads, reason)
     return "| " + " | ".join(cells) + " |"

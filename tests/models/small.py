@@ -31,7 +31,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("moe_latent_size", "moe_shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim_swa"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 512),
     **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "pad_token_id"), 0),
@@ -103,9 +103,20 @@ def small_config(model_type: str, **changes: Any) -> Any:
             kinds = list(dict.fromkeys(names[field]))
             sizes[field] = (kinds * N_LAYERS)[:N_LAYERS]
     config = type(target)(**(sizes | _OF_TYPE.get(model_type, {}) | changes))
-    if all(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers):  # it is compressed
-        config.sliding_window = WINDOW
+    if _has_windows_alone(config):  # then they are compressed
+        for name in {"sliding_window", "attention_window_size"} & set(config.to_dict()):
+            setattr(config, name, WINDOW)
     return config
+
+
+def _has_windows_alone(config: Any) -> bool:
+    """Return whether every layer that attends has a sliding window, as far as transformers knows their kinds."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError):  # kinds that the model's own file defines
+        return False
+    kinds = [layer.is_sliding for layer in layers if hasattr(layer, "is_sliding")]
+    return bool(kinds) and all(kinds)
 
 
 def small_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompress
+from kvcompress import compat
 from kvcompress.checkpoint.headers import read_headers
-from kvcompress.errors import CheckpointError
+from kvcompress.errors import AttachmentError, CheckpointError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
@@ -102,3 +103,19 @@ def test_another_theta_is_refused(tiny_checkpoint: Any, options: CompressOptions
     model = AutoModelForCausalLM.from_pretrained(source, rope_parameters=other)
     with pytest.raises(CheckpointError, match=r"turns layers.0.key with the position in another way"):
         kvcompress.attach(model, tmp_path / "out")
+
+
+def test_attention_that_means_something_else_is_refused(
+    tiny_checkpoint: Any, options: CompressOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention of a model's own file may take what our masks do not say: its logits are others then, which is seen."""
+    source = tiny_checkpoint("llama-gqa")
+    compress(source, tmp_path / "out", options, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    kvcompress.attach(model, tmp_path / "out")
+    kvcompress.detach(model)
+    exact = compat.exact_attention
+    monkeypatch.setattr(compat, "exact_attention", lambda *args, **kwargs: 1.1 * exact(*args, **kwargs))
+    with pytest.raises(AttachmentError, match="has other logits with a cache attached"):
+        kvcompress.attach(model, tmp_path / "out")
+    assert "kvcompress_attachment" not in model.__dict__
