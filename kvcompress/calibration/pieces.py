@@ -246,7 +246,7 @@ def collect_watched(
     pieces = [list(range(i, min(i + size, len(windows)))) for i in range(0, len(windows), size)]
     for index, found in workers.each(_watch, [(job, arrays, piece) for piece in pieces]):
         for site, watch in watches.items():
-            watch.add_ratios(torch.from_numpy(found[site]), len(pieces[index]))
+            watch.add_ratios(torch.tensor(found[site]), len(pieces[index]))
         done += len(pieces[index])
         if progress:
             progress(done * windows.shape[1], windows.numel())

@@ -32,7 +32,7 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE
 from tests.hostile.test_bad_checkpoint import change_tensor
-from tests.sharing import Backwards
+from tests.sharing import Backwards, awake
 from tests.tiny_models import random_ids, save_tiny_checkpoint
 
 FAMILY = "llama-gqa"
@@ -228,6 +228,7 @@ class TestRay:
     ) -> None:
         """The plan is that of one process, and what was lost is said."""
         assert RayWorkers("auto").n == 2
+        assert len(list(RayWorkers("auto").each(awake, [()] * 4))) == 4  # else one that only imports may be killed
         killed: list[int] = []
         with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
             progress = kill_once(killed, ray_tasks)
