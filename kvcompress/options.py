@@ -164,7 +164,9 @@ class CompressOptions:
         return DEFAULT_TURN if by_groups else 1
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"calibration": list(self.calibration)}
+        """Return all options by name; one that is not decided yet (maps_only) is left out."""
+        found = asdict(self) | {"calibration": list(self.calibration)}
+        return {name: value for name, value in found.items() if name != "maps_only" or value is not None}
 
 
 def is_turn(n_tokens: Any) -> bool:

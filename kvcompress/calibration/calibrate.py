@@ -95,24 +95,27 @@ def obtain_moments(
     job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=limit)
     device = "cpu" if workers or streams else protocol["device"]  # where tokens come
     collect: Callable[..., Moments]
-    if workers:
-        load.cache_clear()  # every worker has a model of its own
-        moments = collect_shared(job, workers, progress=done)
-        collect = functools.partial(collect_watched, job, workers)
-    elif streams:
-        check_streams(job, checkpoint)
-        model = streamed_model(where, arithmetic, protocol["device"])
-        moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, model))
-        collect = functools.partial(collect_streamed, model, scratch=parts.directory)
-        device = protocol["device"]
-    else:
-        collect = functools.partial(collect_moments, load())
-        moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
-    moments.protocol = protocol
-    adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
-    measure_coherence(checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up)
-    moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
-    moments.save(file)
+    with parts.kept_if_begun():
+        if workers:
+            load.cache_clear()  # every worker has a model of its own
+            moments = collect_shared(job, workers, progress=done)
+            collect = functools.partial(collect_watched, job, workers)
+        elif streams:
+            check_streams(job, checkpoint)
+            model = streamed_model(where, arithmetic, protocol["device"])
+            moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, model))
+            collect = functools.partial(collect_streamed, model, scratch=parts.directory)
+            device = protocol["device"]
+        else:
+            collect = functools.partial(collect_moments, load())
+            moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
+        moments.protocol = protocol
+        adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
+        measure_coherence(
+            checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
+        )
+        moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+        moments.save(file)
     parts.remove()
     return moments
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ class Parts:
             else:
                 shutil.rmtree(directory, ignore_errors=True)
         return found
+
+    @contextmanager
+    def kept_if_begun(self) -> Iterator[None]:
+        """A block that leaves no directory behind where it fails before anything is in a part."""
+        try:
+            yield
+        except BaseException:
+            if not any(self.directory.glob("windows-*")) and not any(self.directory.glob("stream-*")):
+                self.remove()
+            raise
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
