@@ -166,6 +166,19 @@ def greedy(model: Any, ids: list[int], n_new: int, pieces: list[int] | None = No
     return found
 
 
+def check_twice(llm: Any, model: Any, ids: list[list[int]], n_new: int) -> None:
+    """Check that vLLM continues prompts of ids as the run time does, `model`: anew, then over what the first time left.
+
+    The second time whole pages are found, and their window: a prompt goes on where they end.
+    """
+    assert new_tokens(generate(llm, ids, n_new)) == [greedy(model, x, n_new) for x in ids]
+    again = generate(llm, ids, n_new)
+    found = [o.num_cached_tokens for o in again]
+    assert max(found) >= 256
+    expected = [greedy(model, x, n_new, [n] if n else None) for x, n in zip(ids, found, strict=True)]
+    assert new_tokens(again) == expected
+
+
 @pytest.fixture(scope="session")
 def plain(source: Path) -> Any:
     """The tiny model in transformers, uncompressed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.conftest import generate, greedy, new_tokens, prompts
+from tests.vllm.conftest import check_twice, generate, greedy, new_tokens, prompts
 
 N_NEW = 40
 
@@ -29,15 +29,7 @@ def test_the_same_tokens_as_the_run_time(
 ) -> None:
     directory = compressed(**options)
     model = run_time(directory)
-    ids = prompts(300, 70, 520, 1, 97, 256, 33)
-    llm = engine(directory)
-    assert new_tokens(generate(llm, ids, N_NEW)) == [greedy(model, x, N_NEW) for x in ids]
-    # The second time whole pages are found, and their window: a prompt goes on where they end.
-    again = generate(llm, ids, N_NEW)
-    found = [o.num_cached_tokens for o in again]
-    assert max(found) >= 256
-    expected = [greedy(model, x, N_NEW, [n] if n else None) for x, n in zip(ids, found, strict=True)]
-    assert new_tokens(again) == expected
+    check_twice(engine(directory), model, prompts(300, 70, 520, 1, 97, 256, 33), N_NEW)
 
 
 def test_chunks_of_64_are_the_run_time_s(compressed: Callable[..., Path], engine: Any, run_time: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from tests.tiny_models import VOCABULARY, build_tokenizer, prose
-from tests.vllm.conftest import generate, greedy, new_tokens, prompts
+from tests.vllm.conftest import check_twice, prompts
 
 N_NEW, WINDOW = 40, 48
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -43,14 +43,7 @@ def compressed_gemma(gemma: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_the_same_tokens_as_the_run_time(compressed_gemma: Path, engine: Any, run_time: Any) -> None:
-    model, ids = run_time(compressed_gemma), prompts(300, 70, 1, 97, 33)
-    llm = engine(compressed_gemma)
-    assert new_tokens(generate(llm, ids, N_NEW)) == [greedy(model, x, N_NEW) for x in ids]
-    again = generate(llm, ids, N_NEW)
-    found = [o.num_cached_tokens for o in again]
-    assert max(found) >= 256
-    expected = [greedy(model, x, N_NEW, [n] if n else None) for x, n in zip(ids, found, strict=True)]
-    assert new_tokens(again) == expected
+    check_twice(engine(compressed_gemma), run_time(compressed_gemma), prompts(300, 70, 1, 97, 33), N_NEW)
 
 
 def test_the_log_counts_what_the_windows_take(compressed_gemma: Path, engine: Any, monkeypatch: Any) -> None:
