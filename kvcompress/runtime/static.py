@@ -183,6 +183,10 @@ class StaticLayer(CompressedLayer):
             self.sink_keys[:, :, first:last_sink] = keys[:, :, : last_sink - first]
             self.sink_values[:, :, first:last_sink] = values[:, :, : last_sink - first]
 
+    @property
+    def n_held(self) -> int:
+        return self.tokens.n_tokens  # not what the buffers have room for: masks of a second prompt ask
+
     def get_seq_length(self) -> int:
         return self.tokens.n_tokens
 
