@@ -6,6 +6,10 @@ All ways are given the same prompts of random lengths, greedy. Printed is the sh
 original model in transformers writes next itself, given the same text, and what another token lacks in log-likelihood;
 so the plan should lose next to nothing (`compress --keep 0.5`, or `--keep 1 --ranks-only`). The way `off` is vLLM
 without compression, which says what rounding alone costs.
+
+With --run-time any plan will do: the share is that of tokens which our run time writes next over the same compressed
+cache, token by token, and those that it writes by itself up to its first other one. Not for `preemption`, after which
+the engine reads as a prompt, exactly, what the run time has packed.
 """
 
 from __future__ import annotations
@@ -21,12 +25,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+#: Tokens of a prompt's chunk in the way `chunks`.
+CHUNK = 64
+#: Different lengths of prompts with --run-time.
+LENGTHS = 4
 WAYS: dict[str, dict[str, Any]] = {
     "off": {"additional_config": {"kvcompress": "off"}},
     "graphs": {},
     "eager": {"enforce_eager": True},
     "no-prefix-caching": {"enable_prefix_caching": False},
-    "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 32},
+    "chunks": {"max_num_batched_tokens": CHUNK, "max_num_seqs": 32},
     "preemption": {"small": True},
     "arrivals": {"arrive": True, "max_num_seqs": 32},
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
@@ -45,31 +53,33 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=400, help="tokens of a prompt, at most")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for vLLM")
+    parser.add_argument("--memory", type=float, default=4.0, help="GiB for vLLM's cache")
     parser.add_argument("--draft", help="the model that drafts tokens in the way `draft`")
+    parser.add_argument("--run-time", action="store_true", help="compare with our run time over the same cache")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         write(*(Path(x) for x in options.child))
         return
     prompts = cut_prompts(options)
-    judge = Judge(options.original or options.output, options.dtype)
+    judge = RunTime(options) if options.run_time else Judge(options.original or options.output, options.dtype)
     first: list[list[int]] | None = None
     for way in options.ways:
         started = time.perf_counter()
         found = run(options, way, prompts)
-        if "texts" not in found:
+        if "passes" not in found:
             print(f"{way:18} did not run: {found['failure']}", flush=True)
             continue
-        texts = found["texts"]
-        share, lacking, seen = judge.agreement(prompts, texts)
-        first = first or texts
-        alike = sum(a == b for a, b in zip(first, texts, strict=True))
-        print(
-            f"{way:18} {share:8.3%} of {seen} tokens; where another, it lacks {lacking:.4f} nats; "
-            f"{alike}/{len(texts)} texts as {options.ways[0]}; {found['notes']}; {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
+        first = first or found["passes"][0]["texts"]
+        for n, written in enumerate(found["passes"]):
+            texts = written["texts"]
+            alike = sum(a == b for a, b in zip(first, texts, strict=True))
+            print(
+                f"{way + ' again' * n:18} {judge.says(way, prompts, texts, written['cached'])}; "
+                f"{alike}/{len(texts)} texts as {options.ways[0]}; {sum(written['cached'])} tokens found in the cache"
+                f"{found['notes']}; {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
 
 def cut_prompts(options: argparse.Namespace) -> list[list[int]]:
@@ -79,6 +89,8 @@ def cut_prompts(options: argparse.Namespace) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(options.original or options.output)
     rng = random.Random(0)
     lengths = [rng.randint(1, options.longest) for _ in range(options.prompts)]
+    if options.run_time:  # whose batches are of one length
+        lengths = [lengths[i % LENGTHS] for i in range(options.prompts)]
     text = Path(options.text).read_text(encoding="utf-8")[: 8 * sum(lengths)]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -97,6 +109,10 @@ class Judge:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.model = loaded.to(self.device).eval()
 
+    def says(self, way: str, prompts: list[list[int]], texts: list[list[int]], cached: list[int]) -> str:
+        share, lacking, seen = self.agreement(prompts, texts)
+        return f"{share:8.3%} of {seen} tokens; where another, it lacks {lacking:.4f} nats"
+
     def agreement(self, prompts: list[list[int]], texts: list[list[int]]) -> tuple[float, float, int]:
         """Return the share of tokens that are the model's own choice, what others lack in log-likelihood on average,
         and how many there were."""
@@ -114,6 +130,41 @@ class Judge:
         return same / n, lacking / max(1, n - same), n
 
 
+class RunTime:
+    """Our run time in transformers, over the output's compressed cache, and for the way `off` over its own."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from kvcompress.evaluate.sides import both_sides
+        from kvcompress.runtime.load import load
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}, {options.dtype}", flush=True)
+        dtype = getattr(torch, options.dtype)
+        self.original, self.compressed = both_sides(
+            load(options.output, base=options.original, dtype=dtype, device=device)
+        )
+
+    def says(self, way: str, prompts: list[list[int]], texts: list[list[int]], cached: list[int]) -> str:
+        import torch
+
+        from kvcompress.evaluate.engine import follows
+
+        side = self.original if way == "off" else self.compressed
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (prompt, found) in enumerate(zip(prompts, cached, strict=True)):
+            groups.setdefault((len(prompt), found), []).append(i)
+        hits = []
+        for (length, found), members in groups.items():
+            # What was found in the cache was read before; a prompt's chunks see those before them packed.
+            pieces = range(CHUNK, length, CHUNK) if way == "chunks" else [found] if found else []
+            read, written = (torch.tensor([rows[i] for i in members]) for rows in (prompts, texts))
+            hits.append(follows(side, read, written, pieces=list(pieces)))
+        seen = torch.cat(hits).double()
+        return f"{float(seen.mean()):8.3%} of {seen.numel()} tokens, by itself {float(seen.cumprod(1).mean()):.2%}"
+
+
 def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict[str, Any]:
     import torch
 
@@ -121,13 +172,19 @@ def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict
         "model": str(options.original or options.output),
         "dtype": options.dtype,
         "max_model_len": options.longest + options.new_tokens + 8,
-        "gpu_memory_utilization": options.memory,
+        "max_num_seqs": min(64, options.prompts),
+        "kv_cache_memory_bytes": int(options.memory * 2**30),
+        "gpu_memory_utilization": 0.05,  # of the GPU's memory that must be free; the judge lies there, too
     }
+    if options.run_time:  # each prompt in one step: a second chunk would see the first one packed
+        arguments["max_num_batched_tokens"] = max(8192, sum(map(len, prompts)) + options.prompts)
     if not torch.cuda.is_available():
         arguments["enforce_eager"] = True
     if options.original:
         arguments["additional_config"] = {"kvcompress": str(options.output)}
     arguments |= WAYS[way]
+    if options.run_time and way == "chunks":  # so that all chunks but the last are full
+        arguments |= {"max_num_seqs": 1, "enable_prefix_caching": False}
     if arguments.pop("draft", False):
         arguments["speculative_config"] = {"method": "draft_model", "model": options.draft, "num_speculative_tokens": 3}
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,17 +214,20 @@ def write(settings_file: Path, result: Path) -> None:
     llm = LLM(**arguments)
     sampling = SamplingParams(max_tokens=settings["new_tokens"], temperature=0.0, ignore_eos=True, detokenize=False)
     if arrive:
-        texts = arriving(llm.llm_engine, prompts, sampling)
-        notes = "arrived at random"
+        passes = [arriving(llm.llm_engine, prompts, sampling)]
     else:
-        texts = []
+        passes = []
         for _ in range(2 if arguments.get("enable_prefix_caching") is None else 1):  # the second finds prefixes
             outputs = llm.generate([{"prompt_token_ids": x} for x in prompts], sampling, use_tqdm=False)
-            texts = [list(o.outputs[0].token_ids) for o in outputs]
-        notes = f"{sum(o.num_cached_tokens or 0 for o in outputs)} tokens found in the cache"
-    if preempted:
-        notes += f", preempted {len(preempted)} times"
-    result.write_text(json.dumps({"texts": texts, "notes": notes}), encoding="utf-8")
+            passes.append(written_by(outputs))
+    notes = f", preempted {len(preempted)} times" if preempted else ""
+    result.write_text(json.dumps({"passes": passes, "notes": notes}), encoding="utf-8")
+
+
+def written_by(outputs: list[Any]) -> dict[str, list[Any]]:
+    """Return the texts of finished requests, and how many tokens of each prompt were found in the cache."""
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    return {"texts": texts, "cached": [output.num_cached_tokens or 0 for output in outputs]}
 
 
 def blocks_for(length: int) -> int:
@@ -189,16 +249,16 @@ def count_preemptions() -> list[int]:
     return counted
 
 
-def arriving(engine: Any, prompts: list[list[int]], sampling: Any) -> list[list[int]]:
-    """Return the texts of requests that arrive at random, up to three before each step."""
+def arriving(engine: Any, prompts: list[list[int]], sampling: Any) -> dict[str, list[Any]]:
+    """Return what requests that arrive at random write, up to three before each step."""
     rng, waiting, found = random.Random(1), list(range(len(prompts))), {}
     while waiting or engine.has_unfinished_requests():
         for i in [waiting.pop(0) for _ in range(min(len(waiting), rng.randint(0, 3)))]:
             engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, sampling)
         for output in engine.step():
             if output.finished:
-                found[int(output.request_id)] = list(output.outputs[0].token_ids)
-    return [found[i] for i in range(len(prompts))]
+                found[int(output.request_id)] = output
+    return written_by([found[i] for i in range(len(prompts))])
 
 
 if __name__ == "__main__":

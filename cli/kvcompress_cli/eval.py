@@ -123,7 +123,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="vllm",
-            help="Run OUT in vLLM and compare with the run time in transformers, on --text.",
+            help="Run OUT in vLLM: on --text against the run time in transformers, on --tasks against the original.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -158,9 +158,7 @@ def evaluate(
         cache=cache,
     )
     if engine is not None:
-        from kvcompress_cli.eval_engine import show_engine
-
-        show_engine(output, options, engine=engine, base=base, device=device, dtype=dtype, json=json)
+        _in_engine(output, options, engine=engine, base=base, device=device, dtype=dtype, json=json)
         return
     mode = mode_of(options, retrieval=retrieval, by_position=by_position, generation=generation)
     if mode == "--cache":
@@ -188,6 +186,20 @@ def evaluate(
     else:
         show(result)
     record(output, _KINDS[mode], result.to_json())
+
+
+def _in_engine(output: Path, options: EvalOptions, *, json: bool, **how: Any) -> None:
+    from kvcompress_cli import eval_engine, eval_tasks
+
+    loaded = eval_engine.load_beside(output, options, **how)
+    if options.tasks is None:
+        eval_engine.show_engine(loaded, output, options, json=json)
+        return
+    evaluation = eval_tasks.run(loaded, options, engine=output)
+    if json:
+        terminal.print_json(evaluation.to_json())
+    else:
+        eval_tasks.show(evaluation)
 
 
 def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], Callable[[Any], None]]:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from kvcompress_cli import terminal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvcompress.evaluate.task_results import MetricResult, TaskEvaluation
     from kvcompress_cli.eval_options import EvalOptions
     from kvcompress_cli.loading import Loaded
 
 
-def run(loaded: Loaded, options: EvalOptions) -> TaskEvaluation:
-    """Return the library's evaluation, with progress on stderr."""
+def run(loaded: Loaded, options: EvalOptions, *, engine: Path | None = None) -> TaskEvaluation:
+    """Return the library's evaluation, with progress on stderr. engine: the output, to be run in vLLM."""
+    from kvcompress.evaluate.engine_tasks import EngineAnswerer
     from kvcompress.evaluate.tasks import evaluate_tasks
     from kvcompress_cli.progress import stage_progress
 
@@ -30,6 +33,7 @@ def run(loaded: Loaded, options: EvalOptions) -> TaskEvaluation:
             answers=options.answers,
             sinks=options.sinks,
             recent=options.recent,
+            answerer=None if engine is None else EngineAnswerer.beside(loaded.model, engine),
             progress=progress,
         )
 

@@ -54,8 +54,10 @@ class Answers:
         *,
         batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
+        by: Callable[[list[Pair]], list[Score]] | None = None,
     ) -> list[Score]:
-        """Return the score of each pair, computing only those that are not known yet."""
+        """Return the score of each pair, computing only those that are not known yet. by: what scores pairs for the
+        side, where it does not do so itself."""
         keys = [request_key(pair) for pair in pairs]
         new = {key: i for i, key in enumerate(keys) if isinstance(self.get(side, key), (str, type(None)))}
         missing = list(new)
@@ -68,7 +70,13 @@ class Answers:
             if progress:
                 progress(len(keys) - total + done, len(keys))
 
-        score_pairs(side, [pairs[i] for i in new.values()], batch_size=batch_size, on_score=keep, progress=report)
+        unknown = [pairs[i] for i in new.values()]
+        if by is None:
+            score_pairs(side, unknown, batch_size=batch_size, on_score=keep, progress=report)
+        elif unknown:
+            for index, score in enumerate(by(unknown)):
+                keep(index, score)
+            self.flush()
         return [Score(*self.get(side, key)) for key in keys]  # type: ignore[misc]
 
     def __enter__(self) -> Answers:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.sides import Side, both_sides, dtype_name
-from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.model.model_spec import DTYPE_BYTES
+from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attachment_of
 
-#: Prompts that the run time continues in one batch.
-_AT_ONCE = 16
+#: Prompts that the run time continues in one batch, on a CPU and on a GPU.
+_AT_ONCE_CPU, _AT_ONCE = 16, 64
+#: Share of the memory that must be free for the engine to start; it takes what it needs.
+_FREE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,13 @@ class EngineAgreement:
     """The engine against the run time over the same cache.
 
     same_token: the share of the engine's greedy tokens that the run time writes next, given the engine's text so far.
-    identical: the share of prompts of which it writes all. perplexity: of given texts decoded token by token in the
+    same_text: the share that it writes by itself, up to the first other one of each prompt. identical: the share of
+    prompts of which it writes all. perplexity: of given texts decoded token by token in the
     engine, and run_time_perplexity: what `eval` finds, with blocks of 32 tokens encoded together, as generation does.
     """
 
     same_token: float
+    same_text: float
     identical: float
     perplexity: float
     run_time_perplexity: float
@@ -58,16 +64,18 @@ def evaluate_engine(
     length = max(prompt_tokens + new_tokens, seq_len) + 1
     # All prompts are read in one step: a second chunk of a prompt would see the first one packed.
     at_once = max(8192, prompts.numel() + len(windows))
-    own = {"dtype": dtype_name(model), "max_model_len": length, "max_num_batched_tokens": at_once}
+    most = max(len(prompts), len(windows))
+    memory = engine_memory(attachment_of(model).plan, most * length, dtype_name(model))
+    own = {"dtype": dtype_name(model), "max_model_len": length, "max_num_batched_tokens": at_once, "max_num_seqs": most}
     settings = {
         "model": str(directory),
-        "arguments": own | (arguments or {}),
+        "arguments": own | memory | (arguments or {}),
         "prompts": prompts.tolist(),
         "new_tokens": new_tokens,
-        "given": windows.tolist(),
+        "given": [[window[:1], window[1:]] for window in windows.tolist()],
     }
     found = run_engine(settings)
-    hits = _follows(side, prompts, torch.tensor(found["greedy"]))
+    hits = follows(side, prompts, torch.tensor(found["greedy"]))
     logprobs = torch.tensor(found["logprobs"], dtype=torch.float64)
     protocol = {
         "engine": "vllm",
@@ -82,11 +90,20 @@ def evaluate_engine(
     }
     return EngineAgreement(
         same_token=float(hits.double().mean()),
+        same_text=float(hits.double().cumprod(1).mean()),
         identical=float(hits.all(1).double().mean()),
         perplexity=float((-logprobs.mean()).exp()),
         run_time_perplexity=_perplexity(model, windows.to(side.device)),
         protocol=protocol,
     )
+
+
+def engine_memory(plan: Plan, n_tokens: int, dtype: str) -> dict[str, Any]:
+    """Return arguments of LLM for a cache that surely holds so many tokens: twice what they take uncompressed, and a
+    little. Left to itself the engine takes a share of all memory, in which the model lies already."""
+    n_layers = len({site.layer for site in plan.sites})
+    whole = sum(site.width for site in plan.sites) * DTYPE_BYTES[dtype] * (n_layers + len(plan.own_layers)) / n_layers
+    return {"kv_cache_memory_bytes": int(2 * n_tokens * whole) + (256 << 20), "gpu_memory_utilization": _FREE_SHARE}
 
 
 def run_engine(settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,20 +120,24 @@ def run_engine(settings: dict[str, Any]) -> dict[str, Any]:
         return result
 
 
-def _follows(side: Side, prompts: Tensor, written: Tensor) -> Tensor:
-    """Return where the run time's next token is the one written, given those before: bool [prompts, new tokens].
+def follows(side: Side, prompts: Tensor, written: Tensor, *, pieces: Sequence[int] = ()) -> Tensor:
+    """Return where a side's next token is the one written, given those before: bool [prompts, new tokens].
 
-    With the real cache and token by token, as in generation, _AT_ONCE prompts at a time: all are equally long.
+    With the side's real cache and token by token, as in generation; some prompts at a time, as all are equally long.
+    pieces: where prompts [n, tokens] are cut into several forwards, because the engine read them so.
     """
-    hits = []
+    hits, at_once = [], _AT_ONCE_CPU if side.device.type == "cpu" else _AT_ONCE
     with torch.no_grad(), side.reading():
-        for ids, tokens in zip(prompts.split(_AT_ONCE), written.split(_AT_ONCE), strict=True):
-            cache, ids = cache_argument(side.model, side.new_cache()), ids.to(side.device)
+        for ids, tokens in zip(prompts.split(at_once), written.split(at_once), strict=True):
+            cache = cache_argument(side.model, side.new_cache())
+            *early, read = ids.to(side.device).tensor_split(list(pieces), 1)
+            for piece in early:
+                side.model(input_ids=piece, use_cache=True, logits_to_keep=1, **cache)
             best = []
             for i in range(tokens.shape[1]):
-                logits = side.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache).logits
+                logits = side.model(input_ids=read, use_cache=True, logits_to_keep=1, **cache).logits
                 best.append(logits[:, -1].argmax(-1).cpu())
-                ids = tokens[:, i : i + 1].to(side.device)
+                read = tokens[:, i : i + 1].to(side.device)
             hits.append(torch.stack(best, 1) == tokens)
     return torch.cat(hits)
 

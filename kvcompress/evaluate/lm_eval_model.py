@@ -17,6 +17,7 @@ from lm_eval.api.task import ConfigurableTask
 from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.answers import Answers, text_key
+from kvcompress.evaluate.engine_tasks import EngineAnswerer
 from kvcompress.evaluate.scoring import Pair, compressed_share, encode_pair, encode_text, prefix_token
 from kvcompress.evaluate.sides import Side
 from kvcompress.evaluate.task_files import METRICS, LocalTask
@@ -26,6 +27,7 @@ _MAX_NEW_TOKENS = 256
 #: Most sequences generated together; their caches live at the same time.
 _GENERATED_TOGETHER = 16
 _SAMPLING_SEED = 1234  # lm-eval's default
+_ALL = 1 << 30
 
 
 class SideLM(LM):
@@ -113,14 +115,9 @@ class SideLM(LM):
             yield from (keys[i : i + n] for i in range(0, len(keys), n))
 
     def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        n_new = int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_NEW_TOKENS)))
+        until, n_new, room = self._limits(options)
         if not options.get("do_sample"):
             options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        room = self.side.max_tokens - n_new
-        if room < 1:
-            raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
         ids, mask = self._left_padded([encode_text(self.tokenizer, context)[-room:] for context in contexts])
         with torch.random.fork_rng(), self.side.reading():
             torch.manual_seed(_SAMPLING_SEED)
@@ -136,11 +133,50 @@ class SideLM(LM):
         texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [_cut(str(text), until) for text in texts]
 
+    def _limits(self, options: dict[str, Any]) -> tuple[list[str], int, int]:
+        """Take (stop strings, most new tokens) out of a task's options; with them, the most tokens of a prompt."""
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        n_new = int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_NEW_TOKENS)))
+        room = self.side.max_tokens - n_new
+        if room < 1:
+            raise OptionError(f"a task asks for {n_new} new tokens; the model reads {self.side.max_tokens} in all.")
+        return until, n_new, room
+
     def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width, pad = max(len(row) for row in rows), prefix_token(self.tokenizer)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.side.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.side.device)
         return ids, mask
+
+
+class EngineLM(SideLM):
+    """The compressed side as vLLM answers for it; side: which says how inputs are cut and answers are known."""
+
+    def __init__(self, side: Side, tokenizer: Any, *, answerer: EngineAnswerer, answers: Answers) -> None:
+        # An engine starts once for all questions of a kind, not for each batch.
+        super().__init__(side, tokenizer, answers=answers, batch_size=_ALL)
+        self._answerer = answerer
+
+    def share_compressed(self, task: str) -> float | None:
+        """Return None: what a token sees packed depends on how the engine read the prompt."""
+        return None
+
+    def _scores(self, pairs: list[Pair]) -> Any:
+        return self.answers.scores(self.side, pairs, by=self._answerer.scores)
+
+    def _generation_batches(self, asked: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[list[str]]:
+        groups: dict[str, list[str]] = {}
+        for key, (_, options) in asked.items():
+            groups.setdefault(repr(options), []).append(key)
+        yield from groups.values()
+
+    def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+        if options.get("do_sample"):
+            raise OptionError("a task samples its answers, which --engine does not do. Leave it out, or --engine.")
+        until, n_new, room = self._limits(options)
+        prompts = [encode_text(self.tokenizer, context)[-room:] for context in contexts]
+        return [_cut(text, until) for text in self._answerer.texts(prompts, n_new=n_new, stop=until)]
 
 
 def _generation_keys(asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

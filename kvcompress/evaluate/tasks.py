@@ -9,17 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.answers import Answers
+from kvcompress.evaluate.engine_tasks import EngineAnswerer
 from kvcompress.evaluate.scoring import Pair, encode_pair
 from kvcompress.evaluate.sides import Side, both_sides, dtype_name
 from kvcompress.evaluate.task_files import LocalTask, find_task_files, load_task
 from kvcompress.evaluate.task_results import SideRun, TaskEvaluation, average, task_result
 from kvcompress.runtime.attach import attachment_of
+
+if TYPE_CHECKING:
+    from kvcompress.evaluate.lm_eval_model import SideLM
 
 #: Called with what runs ("original" or "compressed"), how many requests are done, and of how many.
 TaskProgress = Callable[[str, int, int], None]
@@ -39,13 +44,15 @@ def evaluate_tasks(
     answers: Path | None = None,
     sinks: int | None = None,
     recent: int | None = None,
+    answerer: EngineAnswerer | None = None,
     progress: TaskProgress | None = None,
 ) -> TaskEvaluation:
     """Return how an attached model and its original answer tasks: names of lm-eval's, .jsonl files, directories.
 
     limit: only the first documents of each task. n_fewshot: examples before each question, the task's own number by
     default. answers: a file that keeps each answer, so that a killed run continues. original: for a folded model.
-    Raises OptionError if lm-eval is not installed, a task is unknown, or its data cannot be had.
+    answerer: an engine that answers for the compressed side. Raises OptionError if lm-eval is not installed, a task is
+    unknown, or its data cannot be had.
     """
     if not tasks:
         raise OptionError("no task is named. Name tasks of lm-eval, .jsonl files or directories of them.")
@@ -55,7 +62,8 @@ def evaluate_tasks(
     with Answers(answers) as known, _quiet_lm_eval():
         with _explained(names):
             loaded = _load(names, local, n_fewshot)
-        runs = [_run(side, tokenizer, loaded, known, limit, batch_size, progress) for side in sides]
+        models = _models(sides, tokenizer, known, batch_size, answerer, progress)
+        runs = [_run(lm, loaded, limit) for lm in models]
     results = tuple(task_result(name, runs, local) for name in sorted(runs[0].samples, key=_given_order(names, local)))
     protocol = {
         "lm_eval": runs[0].version,
@@ -66,6 +74,8 @@ def evaluate_tasks(
         "tasks": [result.task for result in results],
         "n_fewshot": sorted({result.n_fewshot for result in results}),
     }
+    if answerer is not None:
+        protocol["engine"] = "vllm"
     plan = attachment_of(model).plan
     return TaskEvaluation(results, average(results), plan.keep, protocol)
 
@@ -127,23 +137,31 @@ def _load(names: list[str], local: dict[str, LocalTask], n_fewshot: int | None) 
     return loaded
 
 
-def _run(
-    side: Side,
+def _models(
+    sides: Sequence[Side],
     tokenizer: Any,
-    loaded: Any,
     answers: Answers,
-    limit: int | None,
     batch_size: int,
+    answerer: EngineAnswerer | None,
     progress: TaskProgress | None,
-) -> SideRun:
-    import lm_eval
+) -> Iterator[SideLM]:
+    """Yield the sides as models of lm-eval."""
+    from kvcompress.evaluate.lm_eval_model import EngineLM, SideLM
 
-    from kvcompress.evaluate.lm_eval_model import SideLM
+    for side in sides:
+        if side.attachment is not None and answerer is not None:
+            in_engine = replace(side, fingerprint=f"{side.fingerprint}-vllm")
+            yield EngineLM(in_engine, tokenizer, answerer=answerer, answers=answers)
+        else:
+            report = None if progress is None else partial(progress, side.name)
+            yield SideLM(side, tokenizer, answers=answers, batch_size=batch_size, progress=report)
+
+
+def _run(lm: SideLM, loaded: Any, limit: int | None) -> SideRun:
+    import lm_eval
 
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    report = None if progress is None else partial(progress, side.name)
-    lm = SideLM(side, tokenizer, answers=answers, batch_size=batch_size, progress=report)
     # lm-eval's own bootstrap prints and starts processes; standard errors come from the documents' values instead
     document = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
     return SideRun(

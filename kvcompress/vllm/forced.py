@@ -1,8 +1,8 @@
 """Given texts and greedy continuations in vLLM, in a process of its own: python -m kvcompress.vllm.forced IN.json
 OUT.json.
 
-A given text is decoded token by token: the engine is made to write it, and says how likely it found each token. Nothing
-of it is read as a prompt, whose tokens would see each other exactly.
+A given text is decoded token by token: the engine is made to write it, and says how likely it found each token. It is
+not read as a prompt, whose tokens would see each other exactly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def make_processor() -> type:
     return WriteGiven
 
 
+def forcing() -> tuple[dict[str, Any], Callable[[list[int]], dict[str, Any]]]:
+    """Return what LLM needs, and what SamplingParams needs for a text, so that the engine writes the text.
+
+    The model runner of GPUs replays traces, and takes no processor of the older interface, which that of CPUs takes.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return {"logits_processors": [make_processor()]}, lambda text: {"extra_args": {_GIVEN: text}}
+    return {"enable_trace_replay": True}, lambda text: {"trace_decode_token_ids": text}
+
+
 def _only(logits: Tensor, token: int) -> Tensor:
     left = torch.full_like(logits, float("-inf"))
     left[token] = 0.0
@@ -44,33 +57,42 @@ def _only(logits: Tensor, token: int) -> Tensor:
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return {"greedy": tokens of each prompt, "logprobs": of each given token after the first of each text}.
+    """Return {"greedy": tokens of each prompt, "texts": of each continued one, and of each given one "logprobs": of its
+    tokens, and "best": whether each was the likeliest}.
 
-    settings: model, arguments (of LLM), prompts and new_tokens, given (texts as token ids, of two tokens or more).
+    settings, all but the first two optional: model, arguments (of LLM); prompts and new_tokens; given: pairs of token
+    ids, what is read as a prompt and what is written after it; continued: prompts, with stop strings and new_tokens.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=settings["model"], logits_processors=[make_processor()], **settings["arguments"])
-    common: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    found: dict[str, Any] = {"greedy": [], "logprobs": []}
-    if settings["prompts"]:
-        sampling = SamplingParams(max_tokens=settings["new_tokens"], **common)
+    forced, written_by = forcing() if settings.get("given") else ({}, lambda text: {})
+    llm = LLM(model=settings["model"], **forced, **settings["arguments"])
+    common: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+    found: dict[str, Any] = {"greedy": [], "texts": [], "logprobs": [], "best": []}
+    if settings.get("prompts"):
+        sampling = SamplingParams(max_tokens=settings["new_tokens"], detokenize=False, **common)
         outputs = llm.generate([{"prompt_token_ids": x} for x in settings["prompts"]], sampling, use_tqdm=False)
         found["greedy"] = [list(o.outputs[0].token_ids) for o in outputs]
-    if settings["given"]:
+    if settings.get("continued"):
+        asked = settings["continued"]
+        sampling = SamplingParams(max_tokens=asked["new_tokens"], stop=asked["stop"], temperature=0.0)
+        outputs = llm.generate([{"prompt_token_ids": x} for x in asked["prompts"]], sampling, use_tqdm=False)
+        found["texts"] = [o.outputs[0].text for o in outputs]
+    if settings.get("given"):
         # The log-probabilities are those of the model, before anything is taken from it.
         each = [
-            SamplingParams(max_tokens=len(x) - 1, logprobs=0, extra_args={_GIVEN: x[1:]}, **common)
-            for x in settings["given"]
+            SamplingParams(max_tokens=len(text), logprobs=0, detokenize=False, **written_by(text), **common)
+            for _, text in settings["given"]
         ]
-        outputs = llm.generate([{"prompt_token_ids": x[:1]} for x in settings["given"]], each, use_tqdm=False)
-        for text, output in zip(settings["given"], outputs, strict=True):
+        outputs = llm.generate([{"prompt_token_ids": x} for x, _ in settings["given"]], each, use_tqdm=False)
+        for (_, text), output in zip(settings["given"], outputs, strict=True):
             written = list(output.outputs[0].token_ids)
-            if written != text[1:]:
-                raise RuntimeError(f"the engine wrote other tokens than it was given: {written[:8]}, {text[1:9]}")
-            steps = output.outputs[0].logprobs
-            found["logprobs"].append([step[token].logprob for step, token in zip(steps, written, strict=True)])
+            if written != text:
+                raise RuntimeError(f"the engine wrote other tokens than it was given: {written[:8]}, {text[:8]}")
+            steps = [step[token] for step, token in zip(output.outputs[0].logprobs, written, strict=True)]
+            found["logprobs"].append([step.logprob for step in steps])
+            found["best"].append([step.rank == 1 for step in steps])
     return found
 
 

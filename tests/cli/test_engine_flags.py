@@ -23,6 +23,7 @@ from kvcompress.vllm.pages import PoolBlock
         ("bench", "--engine", "vllm", "--caches", "fp8", "--device", "cpu"),
         ("eval", "OUT", "--engine", "other", "--text", "x"),
         ("eval", "OUT", "--engine", "vllm"),
+        ("eval", "OUT", "--engine", "vllm", "--text", "x", "--tasks", "y"),
         ("compress", "MODEL", "OUT", "--for", "other"),
         ("compress", "MODEL", "OUT", "--for", "vllm", "--folded"),
     ],

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.answers import Answers
+from kvcompress.evaluate.engine_tasks import EngineAnswerer
 from kvcompress.evaluate.scoring import encode_pair, score_pairs
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import load_task
@@ -193,6 +194,48 @@ def test_generating_and_rolling_requests(attached: Any) -> None:
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     assert stock.loglikelihood_rolling(roll)[0] == pytest.approx(rolled[0], rel=1e-4)
     assert stock.generate_until(ask[:1])[0] == written[0]
+
+
+@needs_lm_eval
+def test_an_engine_answers_for_the_compressed_side(attached: Any, task_directory: Path, monkeypatch: Any) -> None:
+    """The engine itself is asked in tests/vllm; this one finds each token the likeliest, at -1."""
+    from lm_eval.api.instance import Instance
+
+    from kvcompress.evaluate.lm_eval_model import EngineLM
+
+    asked: list[dict[str, Any]] = []
+
+    def engine(settings: dict[str, Any]) -> dict[str, Any]:
+        asked.append(settings)
+        texts = [text for _, text in settings.get("given", [])]
+        written = ["one two"] * len(settings.get("continued", {"prompts": []})["prompts"])
+        return {
+            "logprobs": [[-1.0] * len(x) for x in texts],
+            "best": [[True] * len(x) for x in texts],
+            "texts": written,
+        }
+
+    monkeypatch.setattr("kvcompress.evaluate.engine_tasks.run_engine", engine)
+    model, tokenizer = attached
+    file = str(task_directory / "last_word.jsonl")
+    answerer = EngineAnswerer.beside(model, task_directory)
+    found, without = (
+        evaluate_tasks(model, tokenizer, [file], answerer=answerer),
+        evaluate_tasks(model, tokenizer, [file]),
+    )
+    (task,), (plain,) = found.tasks, without.tasks
+    figures = {m.metric: m for m in task.metrics}
+    assert figures["acc"].compressed == 1.0
+    lengths = [len(pair.continuation) for pair in task_pairs(tokenizer, [Path(file)])]
+    assert figures["perplexity"].compressed == pytest.approx(math.exp(sum(lengths) / len(lengths)))
+    assert {m.metric: m.original for m in plain.metrics} == {m.metric: m.original for m in task.metrics}
+    assert len(asked) == 1 and found.protocol["engine"] == "vllm" and "engine" not in without.protocol
+    lm = EngineLM(both_sides(model)[1], tokenizer, answerer=answerer, answers=Answers())
+    options = {"until": ["two"], "max_gen_toks": 12}
+    assert lm.generate_until([Instance("generate_until", {}, (x, options), 0) for x in ("a", "b")]) == ["one "] * 2
+    assert asked[1]["continued"]["stop"] == ["two"] and len(asked) == 2
+    with pytest.raises(OptionError, match="samples"):
+        lm.generate_until([Instance("generate_until", {}, ("c", {"do_sample": True}), 0)])
 
 
 @needs_lm_eval

@@ -120,7 +120,7 @@ def engine() -> Iterator[Callable[..., Any]]:
 
     def start(directory: Path, **arguments: Any) -> Any:
         common = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 4}
-        memory = {"kv_cache_memory_bytes": 64 << 20}
+        memory = {"kv_cache_memory_bytes": 64 << 20, "gpu_memory_utilization": 0.05}  # that much of a GPU must be free
         running.append(LLM(model=str(directory), **(common | memory | arguments)))
         return running[-1]
 

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from transformers import AutoTokenizer
 
 from kvcompress.bench.engine import EngineWorkload, time_engine
 from kvcompress.evaluate.engine import evaluate_engine
+from kvcompress.evaluate.engine_tasks import EngineAnswerer
+from kvcompress.evaluate.scoring import Pair
+from kvcompress.runtime.attach import attachment_of
 from tests.tiny_models import prose
+from tests.vllm.conftest import greedy, prompts
 
 SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4}
 
@@ -25,6 +31,35 @@ def test_the_engine_agrees_with_the_run_time(compressed: Callable[..., Path], ru
     )  # fmt: skip
     assert found.same_token >= 0.99
     assert abs(found.perplexity / found.run_time_perplexity - 1) < 0.002
+
+
+@torch.no_grad()
+def test_questions_are_answered_as_by_the_run_time(compressed: Callable[..., Path], run_time: Any) -> None:
+    directory = compressed(keep=0.25)
+    model = run_time(directory)
+    contexts = prompts(150, 40, 1)
+    own = [greedy(model, x, 12) for x in contexts]
+    pairs = [Pair(tuple(x), tuple(y)) for x, y in zip(contexts, own, strict=True)]
+    pairs += [Pair(tuple(contexts[0]), tuple(prompts(9, seed=7)[0]))]
+    answerer = EngineAnswerer(directory, max_tokens=512, arguments=SMALL | {"dtype": "float32"})
+    scores = answerer.scores(pairs)
+    assert [score.is_greedy for score in scores] == [True, True, True, False]
+    for pair, score in zip(pairs, scores, strict=True):
+        assert score.logprob == pytest.approx(_written_logprob(model, pair), rel=1e-3, abs=1e-3)
+    # The model writes bytes that are no text; those of one prompt are enough to see where it ends.
+    whole = AutoTokenizer.from_pretrained(directory).decode(own[0], skip_special_tokens=True)
+    stop = whole[len(whole) // 2 :][:3]
+    (text,) = answerer.texts(contexts[:1], n_new=12, stop=[stop])
+    assert stop and text.strip() == whole.split(stop)[0].strip()
+
+
+def _written_logprob(model: Any, pair: Pair) -> float:
+    """Return the log-likelihood of a continuation that the run time decodes token by token."""
+    cache, read, total = attachment_of(model).new_cache(), torch.tensor([pair.context]), 0.0
+    for token in pair.continuation:
+        logits = model(input_ids=read, past_key_values=cache).logits[0, -1]
+        total, read = total + float(logits.log_softmax(-1)[token]), torch.tensor([[token]])
+    return total
 
 
 def test_caches_are_timed() -> None:
