@@ -18,7 +18,7 @@ from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, whole_bytes
+from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, limited, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION, Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, empty_moments, weight_moments
 from kvcompress.calibration.parts import Parts, Seldom
@@ -111,9 +111,10 @@ def obtain_moments(
             moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
         moments.protocol = protocol
         adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
-        measure_coherence(
-            checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
-        )
+        with limited(protocol["device"], None if workers else limit):
+            measure_coherence(
+                checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
+            )
         moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
         moments.save(file)
     parts.remove()

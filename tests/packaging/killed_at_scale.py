@@ -3,8 +3,8 @@
     python tests/packaging/killed_at_scale.py MODEL TEXT WORK --way streamed --moments 20
 
 Ways: streamed (layers from disk), shared (four processes), both (two processes that stream), ray (a cluster that runs,
-RAY_ADDRESS or auto). A small model on the CPU: what is killed and resumed is the same on GPUs. Prints a line for each
-moment, and ends with 1 if a plan differs, or if anything is left behind.
+RAY_ADDRESS or auto). A small model on the CPU, or with --devices cuda:0,cuda:1 on GPUs, a process each for shared and
+both. Prints a line for each moment, and ends with 1 if a plan differs, or if anything is left behind.
 """
 
 from __future__ import annotations
@@ -36,24 +36,30 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 
 SEQ_LEN = 32
-#: Way -> (workers of the run that is killed, of the one that resumes it, whether layers are streamed).
-WAYS: dict[str, tuple[Callable[[], Any], Callable[[], Any], bool]] = {
-    "streamed": (lambda: None, lambda: None, True),
-    "shared": (lambda: LocalWorkers(["cpu"] * 4), lambda: LocalWorkers(["cpu"] * 3), False),
-    "both": (lambda: LocalWorkers(["cpu"] * 2), lambda: None, True),
-    "ray": (lambda: RayWorkers(os.environ.get("RAY_ADDRESS", "auto")), lambda: None, False),
+Make = Callable[[list[str]], Any]  # of devices
+#: Way -> (workers of the run that is killed, of the one that resumes it; whether layers are streamed).
+WAYS: dict[str, tuple[Make, Make, bool]] = {
+    "streamed": (lambda _: None, lambda _: None, True),
+    "shared": (LocalWorkers, lambda devices: LocalWorkers(devices[1:]), False),
+    "both": (lambda devices: LocalWorkers(devices[:2]), lambda _: None, True),
+    "ray": (
+        lambda devices: RayWorkers(os.environ.get("RAY_ADDRESS", "auto"), devices[0]),
+        lambda _: None,
+        False,
+    ),
 }
 
 
-def run(arguments: argparse.Namespace, out: Path, make: Callable[[], Any], *, memory: int | None, resume: bool) -> None:
+def run(arguments: argparse.Namespace, out: Path, make: Make, *, memory: int | None, resume: bool) -> None:
     """Compress to the end, in this process, and whatever workers it takes."""
     # Sums are saved at most every second; with a clock that runs fast that is every few windows.
     parts._SAVING_SHARE = 100.0
     chosen = {"seq_len": SEQ_LEN, "tokens": arguments.windows * SEQ_LEN, "recent": 4, "keep": 0.25}
     options = CompressOptions(calibration=(str(arguments.text),), maps_only=True, **chosen)
-    workers = make()
+    workers = make(arguments.devices.split(","))
+    device = arguments.devices.split(":")[0].split(",")[0]
     try:
-        compress(arguments.model, out, options, device="cpu", workers=workers, memory=memory, resume=resume)
+        compress(arguments.model, out, options, device=device, workers=workers, memory=memory, resume=resume)
     finally:
         if workers is not None:
             workers.close()
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--way", choices=WAYS, required=True)
+    parser.add_argument("--devices", default="cpu,cpu,cpu,cpu")
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,7 +127,7 @@ def main() -> None:
     for name in ("unbroken", "timed"):
         (work / name).mkdir(parents=True)
     unbroken = work / "unbroken" / "out"
-    assert ended(forked(lambda: run(arguments, unbroken, lambda: None, memory=None, resume=False))) == 0
+    assert ended(forked(lambda: run(arguments, unbroken, lambda _: None, memory=None, resume=False))) == 0
     begun = time.monotonic()
     assert ended(forked(lambda: run(arguments, work / "timed" / "out", first, memory=memory, resume=False))) == 0
     length, rng = time.monotonic() - begun, random.Random(arguments.seed)
@@ -146,7 +153,8 @@ def main() -> None:
 
 
 def begin_with_fork() -> None:
-    """Let workers be forks, too: they begin at once, and on the CPU they may."""
+    """Let workers be forks, too: they begin at once, and may, since nothing of this process has used a GPU yet."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking whether there is one uses it
     own = multiprocessing.get_context
     multiprocessing.get_context = lambda _=None: own("fork")  # type: ignore[assignment]
 
