@@ -145,6 +145,12 @@ def _whole(model: Any, taps: Taps, ids: Tensor, tail: TailGradient) -> Gradients
     finally:
         handle.remove()
     check_finite(final)
+    cut = [i for i, tap in taps.layers.items() if not all(leaf.requires_grad for pair in tap.far for leaf in pair)]
+    if cut or not final.requires_grad:
+        raise CalibrationError(
+            f"no gradient reaches layer {(cut or [0])[0]}'s keys and values: the model computes on the way in "
+            "steps that have none, as some quantised weights do. Compress the 16-bit model, its maps attach."
+        )
     leaves = [leaf for tap in taps.layers.values() for pair in tap.far for leaf in pair]
     grads = torch.autograd.grad(final, leaves, tail(final.detach()), allow_unused=True)
     yield from _summed(taps.layers, leaves, grads)

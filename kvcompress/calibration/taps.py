@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress import compat
 from kvcompress.calibration.attention import near_far_attention
+from kvcompress.calibration.straight import straight_through
 from kvcompress.model.model_spec import ModelSpec
 from kvcompress.model.recording import extras_of
 
@@ -83,5 +84,5 @@ def tapped(model: Any, spec: ModelSpec, recent: int) -> Iterator[Taps]:
     recent: keys at most this many tokens back are near, seen exactly; a token always sees itself exactly.
     """
     taps = Taps(model, spec, recent)
-    with compat.attention_replaced(model, _TAPPING, taps.attend):
+    with compat.attention_replaced(model, _TAPPING, taps.attend), straight_through(model):
         yield taps

@@ -37,6 +37,17 @@ def torchao_int8(source: Path, target: Path) -> None:
 
 def compressed_tensors_int8(source: Path, target: Path) -> None:
     """int8 weights, a scale for each row, packed as llm-compressor packs them."""
+    compressed_tensors(source, target, "int", 127)
+
+
+def compressed_tensors_fp8(source: Path, target: Path) -> None:
+    """8-bit floats, weights and what comes in to them, as most FP8 models of the hub: a scale a row and a token."""
+    compressed_tensors(source, target, "float", 448, incoming={"strategy": "token", "dynamic": True})
+
+
+def compressed_tensors(
+    source: Path, target: Path, kind: str, largest: int, *, incoming: dict[str, Any] | None = None
+) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -47,20 +58,22 @@ def compressed_tensors_int8(source: Path, target: Path) -> None:
     )
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
-    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights)}
+    eight = {"num_bits": 8, "type": kind, "symmetric": True}
+    weights = QuantizationArgs(**eight, strategy="channel")
+    activations = None if incoming is None else QuantizationArgs(**eight, **incoming)
+    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)}
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
-            largest = module.weight.data.float().abs().amax(1, keepdim=True)
-            module.weight_scale.data = (largest / 127).to(module.weight_scale.dtype)
+            scale = module.weight.data.float().abs().amax(1, keepdim=True) / largest
+            module.weight_scale.data = scale.to(module.weight_scale.dtype)
     packing = ModelCompressor.from_pretrained_model(model)
     packing.compress_model(model)
     model.save_pretrained(target)
     packing.update_config(target)
 
 
-@pytest.mark.parametrize("write", [torchao_int8, compressed_tensors_int8])
+@pytest.mark.parametrize("write", [torchao_int8, compressed_tensors_int8, compressed_tensors_fp8])
 def test_quantised_weights_are_compressed_and_run(
     write: Callable[[Path, Path], None], options: CompressOptions, tiny_checkpoint: Any, tmp_path: Path, text_file: Path
 ) -> None:
@@ -69,7 +82,7 @@ def test_quantised_weights_are_compressed_and_run(
     for file in source.glob("*token*"):
         (quantised / file.name).write_bytes(file.read_bytes())
     weights = {name: entry.dtype for name, entry in read_headers(quantised).items() if "v_proj" in name}
-    assert {"I8", "I32"} & set(weights.values()), weights
+    assert {"I8", "I32", "F8_E4M3"} & set(weights.values()), weights
     tokenizer = AutoTokenizer.from_pretrained(quantised)
     plan = compress(quantised, tmp_path / "own", options, device="cpu").plan
     assert plan.keep <= 0.25 and plan.dtype == "bfloat16"

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcompress.calibration import backward
 from kvcompress.calibration.taps import tapped
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.model.probe import probe
 from tests.models.small import EARLIER, needs, small_model
 
@@ -71,3 +71,32 @@ def test_only_far_queries_count() -> None:
             for _, _, key, value in backward.backward_pass(model, taps, by_layer=True)(ids, falling):
                 assert bool((key[:, :, n_read:] == 0).all()) and bool((value[:, :, n_read:] == 0).all())
                 assert n_read == 0 or float(value[:, :, :n_read].norm()) > 0
+
+
+class Rounding(nn.Linear):
+    """A linear layer that rounds what comes in, in a step without a gradient, as quantised activations are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward((x * 4096).round() / 4096)
+
+
+def test_gradients_pass_layers_that_round() -> None:
+    """They are those of the same weights without rounding; where nothing says that it rounds, one line does."""
+    ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+
+    def gradients(model: Any) -> list[Tensor]:
+        with tapped(model, probe(model), 8) as taps:
+            run = backward.backward_pass(model, taps, by_layer=backward.goes_by_layer(model, taps))
+            return [grad for _, _, *grads in run(ids, falling) for grad in grads]
+
+    model: Any = small_model("llama").requires_grad_(False)
+    exact = gradients(model)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Rounding
+    with pytest.raises(CalibrationError, match="no gradient reaches layer 0's keys and values"):
+        gradients(model)
+    model.is_quantized = True
+    for ours, theirs in zip(gradients(model), exact, strict=True):
+        assert 0 < float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
