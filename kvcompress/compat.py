@@ -25,6 +25,7 @@ from transformers import AttentionInterface, DynamicCache, GenerationConfig, Pre
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -144,6 +145,13 @@ def use_attention(model: PreTrainedModel, name: str, function: Callable[..., Any
             if hasattr(config, _IMPLEMENTATION):
                 config._attn_implementation_internal = name
     return before
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Have torch compile every layer at its first call, one graph for all that are alike."""
+    for layer in decoder_of(model).modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=False)
 
 
 def register_unmasked_attention(name: str, function: Callable[..., Any]) -> None:

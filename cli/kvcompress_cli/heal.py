@@ -67,6 +67,10 @@ def heal(
     gradient_checkpointing: Annotated[
         bool | None, _option("gradient_checkpointing", "Recompute layers: less memory, more time.", _TRAINING)
     ] = None,
+    compile: Annotated[
+        bool | None,
+        _option("compile", "Compile the layers first: more tokens a second (folded outputs).", _TRAINING),
+    ] = None,
     deterministic: Annotated[
         bool | None, _option("deterministic", "The same bits every time, on a GPU too; slower there.", _TRAINING)
     ] = None,

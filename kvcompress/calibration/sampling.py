@@ -38,8 +38,8 @@ def sample_windows(
     length = min(_ROW, seq_len)
     n_rows = -(-n_windows * seq_len // length)
     batches = []
-    for first in range(0, n_rows, _BATCH):
-        n = min(_BATCH, n_rows - first)
+    for first in range(0, n_rows, batch):
+        n = min(batch, n_rows - first)
 
         def sampled(n_steps: int, first: int = first, n: int = n) -> None:
             if progress:

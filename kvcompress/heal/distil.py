@@ -16,8 +16,8 @@ from kvcompress.heal.layers import TrainableLayer
 from kvcompress.heal.options import HealOptions
 from kvcompress.runtime.head_norm import HeadNorm
 
-#: Rows of logits alive at once, in both models: [1024, 150k] float32 is 600 MB.
-_LOGIT_ROWS = 1024
+#: Logits alive at once, in both models: 600 MB of float32.
+_LOGITS = 1024 * 150_000
 #: Columns of what `Distillation` returns outside of training.
 FIGURES = ("nll_original", "nll_healed", "kl", "agreement")
 
@@ -87,22 +87,29 @@ class Distillation(nn.Module):
         Otherwise {"figures"}: float64 [4], sums over the predicted tokens, named by FIGURES.
         """
         student, teacher = self._models
-        with torch.no_grad(), self.switch.off():
-            goal = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        student.train(self.training)
-        states = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        # windows of other numbers than the training's are measured too seldom to compile layers for them
+        with torch.compiler.set_stance("default" if self.training else "force_eager"):
+            with torch.no_grad(), self.switch.off():
+                goal = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            student.train(self.training)
+            states = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         goal, states = goal[:, :-1].flatten(0, 1), states[:, :-1].flatten(0, 1)
         labels = input_ids[:, 1:].flatten()
         if not self.training:
             return {"figures": self._figures(states, goal, labels)}
         loss = torch.zeros((), device=states.device)
-        for rows, wanted, label in zip(*(t.split(_LOGIT_ROWS) for t in (states, goal, labels)), strict=True):
+        for rows, wanted, label in self._in_parts(states, goal, labels):
             loss = loss + checkpoint(self._loss_of_rows, rows, wanted, label, use_reentrant=False)
         loss = loss / len(labels)
         if self.options.hidden_loss:
             scale = goal.float().square().mean().clamp_min(1e-12)
             loss = loss + self.options.hidden_loss * (states.float() - goal.float()).square().mean() / scale
         return {"loss": loss}
+
+    def _in_parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield tensors of as many rows each, cut where the logits of more rows would not fit."""
+        at_once = max(1, _LOGITS // self.student_model.config.get_text_config().vocab_size)
+        return zip(*(tensor.split(at_once) for tensor in rows), strict=True)
 
     def _loss_of_rows(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over rows of KL(teacher || student) and of the text's own loss, by their weights."""
@@ -120,7 +127,7 @@ class Distillation(nn.Module):
     def _figures(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
         student, teacher = self._models
         sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=states.device)
-        for rows, wanted, label in zip(*(t.split(_LOGIT_ROWS) for t in (states, goal, labels)), strict=True):
+        for rows, wanted, label in self._in_parts(states, goal, labels):
             p = teacher.lm_head(wanted).float().log_softmax(-1)
             q = student.lm_head(rows).float().log_softmax(-1)
             sums += torch.stack(

@@ -197,6 +197,8 @@ def _check(plan: Plan, options: HealOptions, directory: Path, output: Path, *, f
         )
     if plan.form == "coded" and options.head_norm:
         raise OptionError("a norm of head outputs changes the model, so it is for folded outputs. Leave it out.")
+    if plan.form == "coded" and options.compile:
+        raise OptionError("layers are compiled for folded outputs alone: coded ones differ too much. Leave it out.")
     if options.seq_len <= plan.sinks + plan.recent + 1:
         raise OptionError(
             f"seq_len {options.seq_len} is no longer than the exact tokens ({plan.sinks} sinks, {plan.recent} recent), "

@@ -53,6 +53,8 @@ class HealOptions:
     #: RMSNorm of every head's output before the output projection (arXiv 2601.19611, Eq. 12); folded outputs.
     head_norm: bool = False
     gradient_checkpointing: bool = False
+    #: torch.compile for the layers of both models, in training: more tokens a second once compiled; folded outputs.
+    compile: bool = False
     #: On a GPU, too, the same bits every time (on a CPU they are), so that a resumed training ends as an unbroken one.
     deterministic: bool = False
     precision: str = "auto"

@@ -18,6 +18,8 @@ _CHARS_PER_TOKEN = 8
 #: Windows from one held-out window to the next, where a source has as many: a later training on more of the same text
 #: then keeps the same ones out.
 _SPACING = 61
+#: How often a source is passed over, at most, so that a short one has its share beside a long one.
+_MOST_PASSES = 4
 #: Tokens that a model samples from itself, at most: a token costs a forward.
 _MOST_SAMPLED = 262_144
 
@@ -39,10 +41,10 @@ def heal_texts(
     held_out: int,
     sample: Callable[[int], Tensor] | None = None,
 ) -> HealTexts:
-    """Return windows of several sources, in equal shares as far as their text reaches.
+    """Return windows of several sources, in equal shares as far as four passes over their text reach.
 
     Each source's held-out windows lie apart, from its beginning on. Together the sources may have fewer
-    than `tokens` tokens: then the training passes over them more than once. sample(n): n windows that the
+    than `tokens` tokens even so: then the training passes over all of them again. sample(n): n windows that the
     uncompressed model samples from itself, for the source `self`. Raises CalibrationError for a source that has no
     more text than its held-out windows.
     """
@@ -65,11 +67,8 @@ def heal_texts(
         spacing = min(_SPACING, len(windows) // held_out)
         out[torch.arange(held_out) * spacing + spacing // 2] = True
         training[source], kept[source] = windows[~out], windows[out]
-    shares = _shares([len(w) for w in training.values()], wanted)
-    chosen = [
-        w[torch.linspace(0, len(w) - 1, n).round().long()] for w, n in zip(training.values(), shares, strict=True) if n
-    ]
-    ids = torch.cat(chosen)
+    shares = _shares([_MOST_PASSES * len(w) for w in training.values()], wanted)
+    ids = torch.cat([_repeated(w, n) for w, n in zip(training.values(), shares, strict=True)])
     digest = hashlib.sha256(ids.numpy().tobytes())
     for windows in kept.values():
         digest.update(windows.numpy().tobytes())
@@ -86,6 +85,12 @@ def _windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tenso
         if left <= 0 or len(ids) >= n_windows * seq_len:
             break
     return windows_of(tokenizer, ids, seq_len, n_windows)
+
+
+def _repeated(windows: Tensor, n: int) -> Tensor:
+    """Return n windows: all of them as often as they fit, and the rest evenly spread over them."""
+    passes, rest = divmod(n, len(windows))
+    return torch.cat([windows] * passes + [windows[torch.linspace(0, len(windows) - 1, rest).round().long()]])
 
 
 def _shares(available: list[int], wanted: int) -> list[int]:

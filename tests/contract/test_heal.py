@@ -243,6 +243,26 @@ def test_folded_outputs_are_trained_and_exported(
         torch.testing.assert_close(stock(ids).logits, healed(ids).logits, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks for it
+def test_compiled_layers_train_as_others_do(
+    output: Any, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    compile_module = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module, **settings: Any) -> None:  # what is traced runs as it is: no compiler's minutes
+        compiled.append(module)
+        compile_module(module, **settings, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    options = replace(FEW, train="all", tokens=6 * 4 * SEQ_LEN, learning_rate=2e-3)
+    plain = run(output(FOLDED), tmp_path / "plain", options, texts)
+    assert not compiled and plain.kept
+    traced_run = run(output(FOLDED), tmp_path / "traced", replace(options, compile=True), texts)
+    assert len(compiled) == 2 * len({site.site.layer for site in traced_run.plan.sites})
+    assert total(traced_run.stage, "after") == pytest.approx(total(plain.stage, "after"), rel=1e-3)
+
+
 def test_a_norm_of_head_outputs_is_trained_loaded_and_refused_by_export(
     output: Any, texts: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -308,6 +328,7 @@ def test_a_model_learns_from_text_that_it_samples_itself(
     [
         ({"train": "all"}, "coded form"),
         ({"head_norm": True}, "norm of head outputs"),
+        ({"compile": True}, "layers are compiled for folded outputs alone"),
         ({"seq_len": 17, "text": ("x.txt",)}, None),
     ],
 )

@@ -1,0 +1,67 @@
+"""Text sources -> windows to train on: equal shares, short texts again and again, and what is kept out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcompress.heal.texts import HealTexts, heal_texts
+
+SEQ_LEN = 10
+
+
+class Words:
+    """A tokenizer of one token a word, its number: so that it can be seen which windows were taken."""
+
+    eos_token_id = None
+    bos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Any:
+    """cut(windows of every source, tokens): what heal_texts makes of sources of so many windows, two of each kept out.
+
+    The words of source k are 100000 + 1000 k and the numbers after it.
+    """
+
+    def make(sizes: list[int], n_windows: int) -> HealTexts:
+        files = []
+        for number, size in enumerate(sizes):
+            files.append(tmp_path / f"{number}.txt")
+            words = (str(100_000 + 1000 * number + i) for i in range(size * SEQ_LEN))
+            files[-1].write_text(" ".join(words), encoding="utf-8")
+        names = tuple(str(file) for file in files)
+        return heal_texts(Words(), names, tokens=n_windows * SEQ_LEN, seq_len=SEQ_LEN, held_out=2)
+
+    return make
+
+
+def counts(texts: HealTexts, n_sources: int) -> list[int]:
+    first = [(int(window[0]) - 100_000) // 1000 for window in texts.training]
+    return [first.count(source) for source in range(n_sources)]
+
+
+def test_a_short_text_has_its_share_by_up_to_four_passes(cut: Any) -> None:
+    texts = cut([60, 5], 30)  # 58 windows and 3 to train on
+    assert counts(texts, 2) == [18, 12]
+    again = [int(w[0]) for w in texts.training if int(w[0]) >= 101_000]
+    assert sorted(again.count(first) for first in set(again)) == [4, 4, 4]
+    assert len({int(w[0]) for w in texts.training if int(w[0]) < 101_000}) == 18  # of a long one no window twice
+
+
+def test_a_pass_that_is_not_whole_is_spread_over_the_text(cut: Any) -> None:
+    texts = cut([60, 12], 30)
+    assert counts(texts, 2) == [15, 15]
+    again = [int(w[0]) for w in texts.training if int(w[0]) >= 101_000]
+    assert sorted(again.count(first) for first in set(again)) == [1] * 5 + [2] * 5
+
+
+def test_no_training_window_is_kept_out(cut: Any) -> None:
+    texts = cut([9, 40], 60)
+    out = {int(w[0]) for windows in texts.held_out.values() for w in windows}
+    assert len(out) == 4 and not out & {int(w[0]) for w in texts.training}
