@@ -9,14 +9,10 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration.calibrate import Progress, obtain_moments
-from kvcompress.calibration.moments import Moments, SiteMoments
-from kvcompress.calibration.pieces import Workers
+from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
@@ -24,26 +20,27 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.spilled import SpilledMaps
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
 from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
+from kvcompress.choose.coded import CodedSite, coded_site
 from kvcompress.choose.fits import Fits, room_where_needed
 from kvcompress.choose.fitting import FittedSite, key_basis, value_basis
-from kvcompress.choose.refit import refitted
 from kvcompress.choose.turning import turns_of
-from kvcompress.codec.codec import SiteCodec
-from kvcompress.codec.distance import distance_of, seen_of_samples
+from kvcompress.codec.distance import distance_of
 from kvcompress.errors import BudgetError, Note, OptionError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
 from kvcompress.fold.grouping import choose_groups, group_sizes
-from kvcompress.model.model_spec import Site
+from kvcompress.model.model_spec import ModelSpec, Site
 from kvcompress.options import BLOCK_TOKENS, GROUPED, CompressOptions
-from kvcompress.plan import REPORT_FILE, Plan, SitePlan, runs
+from kvcompress.plan import REPORT_FILE, Plan
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
+from kvcompress.side_by_side import fitting_device, side_by_side
+
+if TYPE_CHECKING:
+    from kvcompress.calibration.pieces import Workers
 
 #: Weights above this are not copied unless it is asked for: a copy would take the disk a second time and minutes, for
 #: files that are to the byte the original's. It is 30 billion parameters in 16 bits.
 _MOST_COPIED = 60e9
-#: Tokens of each site of which it is told how far typical text is from what was calibrated on.
-_TYPICAL_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,13 @@ def compress(
             progress=report,
         )
         fitters = workers if workers is not None and workers.fits else None
+        fits_on = "cpu" if fitters or memory is not None else device  # what `memory` allows is for calibration
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
             with room_where_needed(checkpoint, moments, options, scratch) as room:
-                plan, maps, spectra = make_plan(checkpoint, moments, options, report, workers=fitters, scratch=room)
+                plan, maps, spectra = make_plan(
+                    checkpoint, moments, options, report, workers=fitters, scratch=room, device=fits_on
+                )
                 report("write", 0, 1)
                 copying.result()
                 _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
@@ -120,33 +120,41 @@ def make_plan(
     *,
     workers: Workers | None = None,
     scratch: Path | None = None,
+    device: str = "cpu",
 ) -> tuple[Plan, MutableMapping[Site, SiteMaps], dict[Site, list[float]]]:
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone.
 
     workers: who fits sites; threads of this process by default. scratch: a directory for fits and maps that are too
-    large to be held together: then one site's are in memory at a time, and each is fitted twice.
+    large to be held together: then one site's are in memory at a time, and each is fitted twice. device: where large
+    products are computed, if it has the room.
     """
     spec = checkpoint.spec.turned(moments.rotations)
     checkpoint = replace(checkpoint, spec=spec)
     turns = turns_of(spec, options)
     if max(turns.values()) == 1:
         options = replace(options, turn=1)  # so that components need not come in fours
-    moments = turned_moments(spec, moments, turns, seed=options.seed)
+    device, is_lean = fitting_device(device, _widest(spec)), scratch is not None
+    moments = turned_moments(spec, moments, turns, seed=options.seed, device=device)
     maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
-    fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, workers, is_lean=scratch is not None)
+    how: dict[str, Any] = {"workers": workers, "is_lean": is_lean, "device": device}
+    fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, **how)
+    refits = options.metric == "fisher"
+
+    def coded(one: tuple[Site, Choice]) -> CodedSite:
+        site, choice = one
+        return coded_site(site, choice, fitted[site], moments.sites[site], turn=turns.get(site, 1), refits=refits)
+
+    made = map(coded, chosen) if is_lean else side_by_side(coded, list(chosen), width=_widest(spec))
     sites, spectra, seen = [], {}, []
     rotations = tuple(dict.fromkeys(spec.rotations.values()))
-    for site, choice in chosen:
-        turning, fit = spec.rotations.get(site), fitted[site]
-        number = None if turning is None else rotations.index(turning)
-        sites.append(replace(_site_plan(site, choice, fit, turns.get(site, 1)), rotation=number))
-        spectra[site] = fit.energy.tolist()
-        if not sites[-1].exact:
-            own = _site_maps(fit, choice, moments.sites[site])
-            if options.metric == "fisher" and not fit.rotated:  # keys after RoPE have any phase, samples only theirs
-                own = refitted(own, moments.sites[site])
-            maps[site] = own
-            seen += _seen(fit, own, moments.sites[site].samples)
+    for one in made:
+        site = Site(one.plan.layer, one.plan.part)
+        turning = spec.rotations.get(site)
+        sites.append(replace(one.plan, rotation=None if turning is None else rotations.index(turning)))
+        spectra[site] = one.energy
+        seen += one.seen
+        if one.maps is not None:
+            maps[site] = one.maps
     if not any(site.rank for site in sites):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     typical = distance_of(seen)
@@ -177,62 +185,25 @@ def _fitted_and_chosen(
     moments: Moments,
     options: CompressOptions,
     progress: Progress | None,
-    workers: Workers | None,
     *,
+    workers: Workers | None,
     is_lean: bool,
+    device: str,
 ) -> tuple[Mapping[Site, FittedSite], Iterable[tuple[Site, Choice]]]:
     """Return every site's basis, fitted to its moments, and what each keeps; is_lean: both one site at a time."""
     spec = checkpoint.spec
     if options.key_basis == GROUPED:
         groups, choices = choose_groups(spec, moments, options, progress)
         return groups, choices.items()
-    fits = Fits(checkpoint, moments, options)
+    fits = Fits(checkpoint, moments, options, device=device)
     fitted = fits if is_lean else fits.held(progress, workers)
     if options.quantised:
-        return fitted, choose_bits(spec, moments, options, fitted)
+        return fitted, choose_bits(spec, moments, options, fitted, device=device)
     return fitted, choose_ranks(spec, options, fitted)
 
 
-def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
-    plan = SitePlan(
-        layer=site.layer,
-        part=site.part,
-        basis=fit.name,
-        width=fit.blocks.numel(),
-        bits=tuple((bits, last - first) for bits, first, last in runs(choice.bits.tolist())),
-        predicted_loss=choice.predicted_loss,
-        block_width=fit.blocks.shape[1],
-        rotated=fit.rotated,
-    )
-    return replace(plan, turn=turn) if site.part == "key" and not (plan.rotated or plan.exact) else plan
-
-
-def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMaps:
-    """Return the maps in their storage dtype; rows too large for float16 move their scale into the decoder."""
-    components, bits = choice.components, choice.bits
-    dtype = torch.float32 if bool((bits == 32).any()) else torch.float16
-    scale = (components.encoder.abs().amax(1, keepdim=True) / (torch.finfo(torch.float16).max / 2)).clamp_min(1.0)
-    return SiteMaps(
-        blocks=fit.blocks.int(),
-        encoder=(components.encoder / scale).to(dtype),
-        decoder=(components.decoder * scale).to(dtype),
-        block=components.block.int(),
-        bits=bits,
-        step=torch.where(bits < 16, choice.step / scale[:, 0].float(), 1.0),
-        mean=moments.mean.float() if fit.centred else None,
-    )
-
-
-def _seen(fit: FittedSite, own: SiteMaps, samples: Tensor) -> list[Any]:
-    """Return what tells how far typical text is: the calibration text's own tokens, as a site's codec encodes them.
-
-    Keys that are encoded after RoPE are left out, and so is everything where there are no samples.
-    """
-    if not len(samples) or own.mean is None or fit.rotated:
-        return []
-    return seen_of_samples(
-        SiteCodec(own, torch.device("cpu")), samples[:: -(-len(samples) // _TYPICAL_SAMPLES)] - own.mean
-    )
+def _widest(spec: ModelSpec) -> int:
+    return max(spec.width(site) for site in spec.sites)
 
 
 def source_name(source: str) -> str:
@@ -277,9 +248,12 @@ def _check_options(checkpoint: Checkpoint, output: Path, options: CompressOption
 
 def _check_weights_finite(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for NaN and infinity where it is known what to look at; calibration meets the others."""
-    for site in checkpoint.spec.sites:
-        if checkpoint.spec.attention(site).key is not None:
-            checkpoint.site_weight(site)
+    read = [site for site in checkpoint.spec.sites if checkpoint.spec.attention(site).key is not None]
+
+    def check(site: Site) -> None:  # keeps none of them
+        checkpoint.site_weight(site)
+
+    side_by_side(check, read, width=_widest(checkpoint.spec))
 
 
 def _copy_files(checkpoint: Checkpoint, options: CompressOptions, target: Path) -> None:

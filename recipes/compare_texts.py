@@ -31,12 +31,13 @@ FAMILIES = {
     "formats": "fp8,turboquant,per-token-head,fp4,quanto",
     "blocks": "kivi,xkv",
     "kq-svd": "kq-svd",
-    "calibrated": "default,kvtc,kvtc-deflate,palu,mea-half",
+    "ours": "default",
+    "published": "kvtc,kvtc-deflate,palu,mea-half",
     "hqq": "hqq",
 }
-_CALIBRATED = "calibrated"
+_CALIBRATED = ("ours", "published")
 #: In which order their cells stand in tables.
-_SHOWN = ("calibrated", "kq-svd", "blocks", "hqq", "formats")
+_SHOWN = (*_CALIBRATED, "kq-svd", "blocks", "hqq", "formats")
 _KVCOMPRESS = [sys.executable, "-c", "from kvcompress_cli.app import main; main()"]
 
 
@@ -114,7 +115,7 @@ def _measure(part: Part, model: str, text: str, moments: Future[Path], args: arg
     """Run one part and return how it ended."""
     directory = part.directory(args.out)
     directory.mkdir(parents=True, exist_ok=True)
-    if part.family == _CALIBRATED:
+    if part.family in _CALIBRATED:
         file = moments.result()
         if not (directory / file.name).exists():
             os.link(file, directory / file.name)

@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
 def _plan(checkpoint: Checkpoint, keep: float, args: argparse.Namespace, device: str) -> Any:
     options = CompressOptions(keep=keep, tokens=args.tokens)
     moments = obtain_moments(checkpoint, Path(args.work) / "x", options, device=device, dtype="float32")
-    return make_plan(checkpoint, moments, options)[:2]
+    return make_plan(checkpoint, moments, options, device=device)[:2]
 
 
 def _windows_and_sinks(model: Any, original: Original, keep: float, plan: Any, maps: Any) -> None:

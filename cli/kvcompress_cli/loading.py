@@ -16,7 +16,6 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.errors import CheckpointError, KVCompressError, OptionError
 from kvcompress.model.model_spec import DTYPE_BYTES
 from kvcompress.plan import Plan
-from kvcompress.runtime.load import load
 from kvcompress.runtime.output import original_of
 
 
@@ -61,6 +60,8 @@ def load_compressed(
 
     Raises a KVCompressError where anything is missing or does not fit.
     """
+    from kvcompress.runtime.load import load  # here: with transformers, which a device's name does not need
+
     plan = Plan.load(directory)
     device = resolve_device(device)
     run_dtype = resolve_dtype(dtype, device, plan.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -56,9 +57,8 @@ def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
         from kvcompress_cli.loading import resolve_device
 
         return RayWorkers(ray, resolve_device(device))
-    from kvcompress.calibration.ranks import RankWorkers, is_rank
-
-    if is_rank():
+    if _is_rank():
+        from kvcompress.calibration.ranks import RankWorkers
         from kvcompress_cli.loading import resolve_device
 
         if gpus is not None:
@@ -69,6 +69,11 @@ def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
 
         return workers_on_gpus(gpus)
     return None
+
+
+def _is_rank() -> bool:
+    """Return whether torchrun began this process, and others beside it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 
 @contextmanager

@@ -10,7 +10,6 @@ distortion c only a part c follows the component (see choose.bits).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from kvcompress.calibration.moments import Moments, SiteMoments
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import ModelSpec, Site
+from kvcompress.side_by_side import side_by_side
 from kvcompress.whitening import whitened_eigenbasis
 
 #: Of the calibration's windows every fourth is read again, at most this many.
@@ -96,8 +96,8 @@ def watches_of(spec: ModelSpec, moments: Moments, device: torch.device | str = "
     def watch(site: Site) -> SiteMoments:
         return Watch.of(moments.sites[site].to("cpu"), blocks.head_groups(spec.attention(site), 1), device)
 
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # small eigenproblems, one thread each
-        return Moments(dict(zip(moments.sites, pool.map(watch, moments.sites), strict=True)))
+    made = side_by_side(watch, list(moments.sites), width=max(map(spec.width, moments.sites)))
+    return Moments(dict(zip(moments.sites, made, strict=True)))
 
 
 def measure_coherence(

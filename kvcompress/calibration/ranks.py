@@ -20,11 +20,6 @@ _PATIENCE = timedelta(days=7)
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def is_rank() -> bool:
-    """Return whether torchrun began this process, and others beside it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
-
-
 class RankWorkers:
     """The ranks of torchrun, this one among them; each has the GPU of its number where `device` is cuda."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice
@@ -171,9 +173,13 @@ def _builtin_code() -> Iterator[str]:
         yield from islice(_file_documents(file, RecordReader()), 1)
 
 
+@functools.cache
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-    files = [f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts)]
+    files = []
+    for directory, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in skipped]  # site-packages may hold a hundred thousand files
+        files += [Path(directory, name) for name in names if name.endswith(".py")]
     # A stable order that mixes packages, so that the first files read are no alphabet's beginning.
     return sorted(files, key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).hexdigest())

@@ -16,20 +16,27 @@ from torch import Tensor
 
 from kvcompress.calibration.moments import Moments, SiteMoments
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
+from kvcompress.side_by_side import side_by_side
 
 
-def turned_moments(spec: ModelSpec, moments: Moments, turns: Mapping[Site, int], *, seed: int) -> Moments:
+def turned_moments(
+    spec: ModelSpec, moments: Moments, turns: Mapping[Site, int], *, seed: int, device: str = "cpu"
+) -> Moments:
     """Return the moments with those of keys turned; layers without RoPE, and values, stay as they are.
 
-    turns: of each layer's keys the tokens of a turn; 1 where every key is un-rotated by its own position.
+    turns: of each layer's keys the tokens of a turn; 1 where every key is un-rotated by its own position. device:
+    where they are turned; moments are on the CPU.
     """
-    sites = dict(moments.sites)
-    for site, rotation in spec.rotations.items():
-        if (turn := turns.get(site, 1)) > 1:
-            generator = torch.Generator().manual_seed(seed + site.layer)
-            inv_freq = torch.tensor(rotation.frequencies)
-            sites[site] = turned_site(sites[site], spec.attention(site), inv_freq, turn, generator=generator)
-    return replace(moments, sites=sites)
+
+    def turned(site: Site) -> SiteMoments:
+        generator = torch.Generator().manual_seed(seed + site.layer)
+        inv_freq = torch.tensor(spec.rotations[site].frequencies)
+        sums = moments.sites[site].to(device)
+        return turned_site(sums, spec.attention(site), inv_freq, turns[site], generator=generator).to("cpu")
+
+    chosen = [site for site in spec.rotations if turns.get(site, 1) > 1]
+    found = side_by_side(turned, chosen, width=max(map(spec.width, chosen), default=1))
+    return replace(moments, sites=moments.sites | dict(zip(chosen, found, strict=True)))
 
 
 def turned_site(
@@ -37,19 +44,21 @@ def turned_site(
 ) -> SiteMoments:
     """Return the moments of a layer's keys in turns of `turn` tokens; each sample is rotated by a random distance.
 
-    inv_freq: [rotary_dim / 2]. Every stored block must hold both channels of each pair that RoPE rotates.
+    sums: on any device, where the result is, too. inv_freq: [rotary_dim / 2]. generator: on the CPU. Every stored block
+    must hold both channels of each pair that RoPE rotates.
     """
+    device = sums.total.device
     frequencies = torch.zeros(attention.head_dim, dtype=torch.float64)  # channels that RoPE leaves alone: 0
     frequencies[torch.tensor(attention.pairs())] = inv_freq.double()[:, None]
 
     def cos_sin(distance: Tensor) -> tuple[Tensor, Tensor]:
-        angles = distance[:, None] * frequencies
+        angles = (distance[:, None] * frequencies).to(device)
         return angles.cos(), angles.sin()  # [n_distances, head_dim]
 
     cos, sin = cos_sin(torch.arange(turn))
     averages = cos.T @ cos / turn, cos.T @ sin / turn, sin.T @ sin / turn
-    partner, sign = _quarter_turn(attention)
-    channel = torch.arange(attention.width) % attention.head_dim
+    partner, sign = (t.to(device) for t in _quarter_turn(attention))
+    channel = torch.arange(attention.width, device=device) % attention.head_dim
     mean_cos, mean_sin = cos.mean(0)[channel], sin.mean(0)[channel]
     sample_cos, sample_sin = cos_sin(torch.randint(turn, (len(sums.samples),), generator=generator))
 
@@ -81,8 +90,8 @@ def _averaged(
     head_dim = averages[0].shape[0]
     channel = block % head_dim
     cos_cos, cos_sin, sin_sin = (a[channel[:, None], channel] for a in averages)
-    place = torch.empty(len(partner), dtype=torch.long)
-    place[block] = torch.arange(len(block))
+    place = torch.empty_like(partner)
+    place[block] = torch.arange(len(block), device=block.device)
     other, signs = place[partner[block]], sign[block]
     left = signs[:, None] * second[other]  # J S
     right = second[:, other] * signs  # S J^T

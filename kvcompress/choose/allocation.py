@@ -12,10 +12,10 @@ from kvcompress.bases import Components
 from kvcompress.calibration.moments import Moments
 from kvcompress.choose.bits import BitCurve, bit_curve
 from kvcompress.choose.fitting import FittedSite
-from kvcompress.choose.side_by_side import side_by_side
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
 from kvcompress.options import GAIN_BITS, LEVELS, CompressOptions
 from kvcompress.policies import POLICIES, Policy, SiteCurve
+from kvcompress.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,17 @@ def choose_ranks(
 
 
 def choose_bits(
-    spec: ModelSpec, moments: Moments, options: CompressOptions, fitted: Mapping[Site, FittedSite]
+    spec: ModelSpec,
+    moments: Moments,
+    options: CompressOptions,
+    fitted: Mapping[Site, FittedSite],
+    *,
+    device: str = "cpu",
 ) -> Iterator[tuple[Site, Choice]]:
-    """Yield what sites keep when the budget is shared out in bits, after what the gains of tokens take."""
+    """Yield what sites keep when the budget is shared out in bits, after what the gains of tokens take.
+
+    device: where large products are computed.
+    """
     full_bits = 8 * DTYPE_BYTES[spec.dtype]
 
     def curve_of(site: Site) -> BitCurve:
@@ -59,6 +67,7 @@ def choose_bits(
             full_bits=full_bits,
             at_a_time=options.at_a_time,
             in_nats=options.metric == "fisher",
+            device=device,
         )
 
     curves = side_by_side(curve_of, list(fitted), width=max(spec.width(site) for site in fitted))
@@ -71,7 +80,9 @@ def choose_bits(
         whole = fit.basis.components(len(fit.basis.energy))
         order = _stored_order(bits, whole.block)[: int((bits > 0).sum())]
         components, bits = _taken(whole, order), bits[order]
-        loss = 0.0 if len(order) == spec.width(site) else fit.loss(components) * _mean_coherence(curve, order)
+        loss = 0.0
+        if len(order) < spec.width(site):
+            loss = fit.losses([components], device=device)[0] * _mean_coherence(curve, order)
         step = torch.ones(len(order))
         for level in LEVELS:
             mine = bits == level

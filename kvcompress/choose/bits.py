@@ -52,23 +52,24 @@ def bit_curve(
     full_bits: int,
     at_a_time: int = 1,
     in_nats: bool = True,
+    device: str = "cpu",
 ) -> BitCurve:
     """Return the curve of a site: c(b) of the design is measured on samples of each component, not assumed.
 
     at_a_time: neighbouring components of a block that are one unit, and so have equal bits. in_nats: whether losses
-    are the model's; others (squared errors) have no coherence.
+    are the model's; others (squared errors) have no coherence. device: where samples are encoded and steps are fitted.
     A component of b bits costs c(b) of what it costs to drop it, by its own energy; dropping it costs the energy
     that is true to the whole site (see fitting.true_energy), times its coherence r, by which errors of tokens add up.
     Of the error at distortion c a part c follows the component (a quantiser's error is independent of what it
     returns), so that it costs c (c r + 1 - c).
     """
-    samples = _samples(fit, moments, attention)
+    samples = _samples(fit, moments, attention, device)
     per_item = fit.basis.numbers
     own, dropped = ((e / per_item).repeat_interleave(per_item) for e in (fit.basis.energy, fit.energy))
     coherence = _coherence(moments, len(own)) if in_nats else torch.ones_like(own)
     step, loss = {}, {0: dropped * coherence}
     for bits in LEVELS:
-        step[bits], distortion = fit_steps(samples, bits)
+        step[bits], distortion = (t.cpu() for t in fit_steps(samples, bits))
         c = distortion.double()
         loss[bits] = (own * c * (c * coherence + 1 - c)).minimum(loss[0])
     loss[full_bits] = torch.zeros_like(own)
@@ -119,12 +120,12 @@ def _hull_steps(loss: dict[int, Tensor], unit_of: Tensor) -> tuple[Tensor, Tenso
     return unit, level, saved.clamp_min(0), cost
 
 
-def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec) -> Tensor:
-    """Return samples of every component, scaled as its encoder scales it: [n_samples, R], float32."""
+def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec, device: str) -> Tensor:
+    """Return samples of every component, scaled as its encoder scales it: [n_samples, R], float32, on a device."""
     components = fit.basis.components(len(fit.basis.energy))
     generator = torch.Generator().manual_seed(0)
     if not len(moments.samples):  # encoders scale every component to variance 1
-        return torch.randn(_N_GAUSSIAN_SAMPLES, 1, generator=generator).expand(-1, len(components.block))
+        return torch.randn(_N_GAUSSIAN_SAMPLES, 1, generator=generator).to(device).expand(-1, len(components.block))
     x = moments.samples.double() - (moments.mean if fit.centred else 0)
     if fit.rotated and attention.rotary_dim:
         # Keys are encoded at whatever position they come to stand: any phase of each frequency is as likely.
@@ -135,9 +136,9 @@ def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec) ->
         heads[..., first] = real * phase.cos() - imaginary * phase.sin()
         heads[..., second] = imaginary * phase.cos() + real * phase.sin()
         x = heads.flatten(1)
-    blocks = x[:, fit.blocks].transpose(0, 1)  # [n_blocks, n_samples, width]
-    samples = torch.empty(len(x), len(components.block))
+    blocks = x.to(device)[:, fit.blocks.to(device)].transpose(0, 1)  # [n_blocks, n_samples, width]
+    samples, encoder = torch.empty(len(x), len(components.block), device=device), components.encoder.to(device)
     for block in range(len(blocks)):
-        mine = components.block == block
-        samples[:, mine] = (blocks[block] @ components.encoder[mine].T).float()
+        mine = (components.block == block).nonzero()[:, 0].to(device)
+        samples[:, mine] = (blocks[block] @ encoder[mine].T).float()
     return samples

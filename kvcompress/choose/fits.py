@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from kvcompress.bases import Basis
 from kvcompress.calibration.memory import free_bytes
 from kvcompress.calibration.moments import Moments, SiteMoments
-from kvcompress.calibration.pieces import Workers
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
-from kvcompress.choose.side_by_side import side_by_side
 from kvcompress.model.model_spec import AttentionSpec, Part, Site
 from kvcompress.options import GROUPED, CompressOptions
+from kvcompress.side_by_side import side_by_side
+
+if TYPE_CHECKING:
+    from kvcompress.calibration.pieces import Workers
 
 Progress = Callable[[str, int, int], None]
 #: Matrices of float64 that a fit holds for each block: its moments, encoder and decoder, and what is made of them.
@@ -28,7 +31,11 @@ _HELD_SHARE = 0.25
 class Fits(Mapping[Site, FittedSite]):
     """The fits of a checkpoint's sites, each made when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, moments: Moments, options: CompressOptions) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, moments: Moments, options: CompressOptions, *, device: str = "cpu"
+    ) -> None:
+        """device: where this process computes large products."""
+        self._device = device
         self._spec, self._moments, self._options = checkpoint.spec, moments, options
         self._bases = {"key": key_basis(checkpoint, options), "value": value_basis(checkpoint, options)}
         self._at_hand = lru_cache(maxsize=1)(self._fit)
@@ -62,7 +69,7 @@ class Fits(Mapping[Site, FittedSite]):
         return {site: found[site] for site in sites}
 
     def _fit(self, site: Site) -> FittedSite:
-        return fit_of(*self._arguments(site))
+        return fit_site(*self._arguments(site), device=self._device)
 
     def _arguments(self, site: Site) -> tuple[Basis, SiteMoments, AttentionSpec, Part, CompressOptions]:
         basis = self._bases[site.part]

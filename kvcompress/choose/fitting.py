@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvcompress.bases import BASES, Basis, Components, FittedBasis
-from kvcompress.bases.base import expected_loss
 from kvcompress.calibration.moments import SiteMoments
 from kvcompress.checkpoint.map_budget import default_group
 from kvcompress.checkpoint.reader import Checkpoint
@@ -63,7 +63,8 @@ class FittedSite:
 
     energy: [n_items], what leaving each item out costs the whole site, correlations between blocks included.
     `rotated`: keys that are encoded after RoPE, or have none. `covariance` and `fisher` are those of the widest
-    stored blocks, `outer` [n_outer, outer width].
+    stored blocks, [n_outer, outer width, outer width], each of which is some of the blocks one after another: `inner`,
+    [n_outer, n_inner].
     """
 
     name: str
@@ -72,35 +73,60 @@ class FittedSite:
     energy: Tensor
     centred: bool
     rotated: bool
-    outer: Tensor
+    inner: Tensor
     covariance: Tensor
     fisher: Tensor
 
     def loss(self, components: Components) -> float:
         """Return 1/2 tr(F E[e e^T]) of keeping these components, over the widest blocks whose moments are stored."""
-        return expected_loss(self.covariance, self.fisher, _widened(components, self.blocks, self.outer))
+        return self.losses([components])[0]
+
+    def losses(self, kept: Iterable[Components], *, device: str = "cpu") -> list[float]:
+        """Return the loss of each of several choices of components, computed on a device.
+
+        What decoding leaves of a block depends on that block alone: R is block-diagonal in tr(F R C R^T).
+        """
+        n_blocks, width = self.blocks.shape
+        apart = (self.inner.shape[1], width)
+        covariance = self.covariance.to(device).unflatten(1, apart)  # [n_outer, n_inner, width, outer width]
+        fisher = self.fisher.to(device).unflatten(2, apart)
+        found = []
+        for components in kept:
+            left = _residuals(components, n_blocks, width, device)[self.inner.to(device)]
+            error = (left @ covariance).flatten(1, 2).unflatten(2, apart).transpose(1, 2) @ left.mT
+            found.append(0.5 * float((fisher.transpose(1, 2) * error).sum()))
+        return found
 
 
 def fit_site(
-    basis: Basis, moments: SiteMoments, attention: AttentionSpec, part: Part, options: CompressOptions
+    basis: Basis,
+    moments: SiteMoments,
+    attention: AttentionSpec,
+    part: Part,
+    options: CompressOptions,
+    *,
+    device: str = "cpu",
 ) -> FittedSite:
-    """Return the basis fitted to a site, under the metric that the options choose."""
+    """Return the basis fitted to a site, under the metric that the options choose; moments and fit are on the CPU.
+
+    device: where large products are computed.
+    """
     blocks = basis.blocks(attention)
     centred = not options.folded  # a fold must be linear
     covariance = moments.covariance(blocks, centred=centred)
     fisher = moments.fisher_information(blocks)
     by_activation = options.metric == "activation"
     fitted = basis.fit(covariance, _identity_like(fisher) if by_activation else fisher)
-    outer = moments.partition_with(blocks)
+    outer, inner = _gathered(blocks, moments.partition_with(blocks))
     wide = moments.covariance(outer, centred=centred), moments.fisher_information(outer)
     rotated = part == "key" and (basis.commutes_with_rope or attention.rotary_dim == 0)
-    site = FittedSite(basis.name, fitted, blocks, fitted.energy, centred, rotated, outer, *wide)
+    site = FittedSite(basis.name, fitted, blocks, fitted.energy, centred, rotated, inner, *wide)
     if by_activation or outer.shape == blocks.shape:
         return site
-    return replace(site, energy=true_energy(site))
+    return replace(site, energy=true_energy(site, device=device))
 
 
-def true_energy(site: FittedSite) -> Tensor:
+def true_energy(site: FittedSite, *, device: str = "cpu") -> Tensor:
     """Return energies whose tails are the whole site's predicted loss at a dozen ranks, scaled in between.
 
     A basis of small blocks takes errors in different blocks as unrelated. They are not, and a policy that believed
@@ -109,7 +135,7 @@ def true_energy(site: FittedSite) -> Tensor:
     n_items = len(site.basis.energy)
     ranks = torch.linspace(0, n_items, min(_CHECKED_RANKS, n_items) + 1).round().long().tolist()
     believed = tail_energy(site.basis.energy)
-    true = [site.loss(site.basis.components(r)) for r in ranks]
+    true = site.losses((site.basis.components(r) for r in ranks), device=device)
     energy = site.basis.energy.clone()
     for (first, last), (more, less) in zip(pairwise(ranks), pairwise(true), strict=True):
         drop = float(believed[first] - believed[last])
@@ -122,15 +148,22 @@ def _identity_like(fisher: Tensor) -> Tensor:
     return torch.eye(fisher.shape[1], dtype=fisher.dtype).expand_as(fisher)
 
 
-def _widened(components: Components, blocks: Tensor, outer: Tensor) -> Components:
-    """Return the same components written in the coordinates of wider blocks that contain theirs."""
-    if outer.shape == blocks.shape:
-        return components
-    place = torch.empty(2, outer.numel(), dtype=torch.long)
-    for b, row in enumerate(outer):
-        place[0, row], place[1, row] = b, torch.arange(row.numel())
-    columns = place[1][blocks[components.block]]  # [n_components, block width]
-    wide = (len(components.block), outer.shape[1])
-    encoder = torch.zeros(wide, dtype=torch.float64).scatter_(1, columns, components.encoder)
-    decoder = torch.zeros(wide, dtype=torch.float64).scatter_(1, columns, components.decoder)
-    return Components(encoder, decoder, place[0][blocks[components.block][:, 0]])
+def _gathered(blocks: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return wider blocks with the numbers of those that they contain one after another, and which these are.
+
+    blocks: [n_blocks, width]; outer: [n_outer, outer width]. Returns [n_outer, outer width] and [n_outer, n_inner].
+    """
+    place = torch.empty(outer.numel(), dtype=torch.long)
+    place[outer] = torch.arange(len(outer))[:, None].expand_as(outer)
+    inner = place[blocks[:, 0]].argsort(stable=True).reshape(len(outer), -1)
+    return blocks[inner].flatten(1), inner
+
+
+def _residuals(components: Components, n_blocks: int, width: int, device: str) -> Tensor:
+    """Return I - D E of every block, [n_blocks, width, width]: what is left of a token that is encoded and decoded."""
+    encoder, decoder = (t.to(device, torch.float64) for t in (components.encoder, components.decoder))
+    residual = torch.eye(width, dtype=torch.float64, device=device).repeat(n_blocks, 1, 1)
+    for b in range(n_blocks):
+        mine = (components.block == b).nonzero()[:, 0].to(device)
+        residual[b] -= decoder[mine].T @ encoder[mine]
+    return residual

@@ -77,7 +77,8 @@ def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     samples: [n_samples, R]. The error is relative to the components' mean square, c(b) of the design.
     """
-    parts = [_fit_steps(some.contiguous(), bits) for some in samples.split(_AT_ONCE, 1)]
+    at_once = max(1, samples.shape[1]) if samples.is_cuda else _AT_ONCE
+    parts = [_fit_steps(some.contiguous(), bits) for some in samples.split(at_once, 1)]
     step, distortion = zip(*parts, strict=True)
     return torch.cat(step), torch.cat(distortion)
 

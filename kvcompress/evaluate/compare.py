@@ -20,7 +20,8 @@ import torch
 import transformers
 
 from kvcompress import __version__
-from kvcompress.calibration.calibrate import calibration_windows, obtain_moments
+from kvcompress.calibration.calibrate import obtain_moments
+from kvcompress.calibration.measured import calibration_windows
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import Workers
 from kvcompress.checkpoint.loading import load_weights
@@ -273,7 +274,7 @@ class _Bench:
         """Return what a method makes of the calibration."""
         if method == "kq-svd":
             return kqsvd_plan(self.checkpoint, self.model, self._grams, options)
-        return make_plan(self.checkpoint, self._moments_for(options), options)[:2]
+        return make_plan(self.checkpoint, self._moments_for(options), options, device=self.device)[:2]
 
     @cached_property
     def _grams(self) -> dict[int, Grams]:

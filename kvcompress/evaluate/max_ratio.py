@@ -207,7 +207,8 @@ class _Bench:
 
     def _measured(self, keep: float, index: int) -> Step:
         try:
-            plan, maps, _ = make_plan(self.checkpoint, self.moments, replace(self.options, keep=keep))
+            options = replace(self.options, keep=keep)
+            plan, maps, _ = make_plan(self.checkpoint, self.moments, options, device=str(self.model.device))
         except BudgetError:
             return Step(keep, {})
         attach_plan(self.model, plan, maps)

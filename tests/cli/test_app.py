@@ -42,6 +42,15 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
     assert seconds < 2.0  # half a second on a quick core, and one on that of some servers
 
 
+def test_another_budget_needs_no_transformers(kvcompress, model, text, tmp_path):
+    """Its import takes longer than all else that another budget does."""
+    given = ("--calibration", text, "--tokens", "256", "--seq-len", "64", "--recent", "8", "--maps-only")
+    assert kvcompress("compress", model, tmp_path / "first", *given).code == 0
+    process = run_process("compress", model, tmp_path / "second", *given, "--keep", "0.5")
+    assert process.returncode == 0 and (tmp_path / "second").is_dir()
+    assert process.stderr.splitlines()[-1] == "imported: ['torch']"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(kvcompress, command):
     assert f"Example: kvcompress {command}" in kvcompress(command, "--help").stdout

@@ -69,9 +69,9 @@ def test_the_report_shows_the_curve(searched, kvcompress, tmp_path):
 
 def test_a_second_search_needs_no_calibration(searched, kvcompress, model, text, monkeypatch):
     """The moments are taken from beside the output."""
-    from kvcompress.calibration import calibrate
+    from kvcompress.calibration import measured
 
-    monkeypatch.setattr(calibrate, "collect_moments", lambda *_, **__: pytest.fail("calibrated again"))
+    monkeypatch.setattr(measured, "collect_moments", lambda *_, **__: pytest.fail("calibrated again"))
     output = searched[1].parent / "other"
     outcome = kvcompress("compress", model, output, "--max-ratio", "1.5", "--calibration", text, *SMALL)
     assert outcome.code == 0 and "at most 1.5" in " ".join(outcome.stdout.split())

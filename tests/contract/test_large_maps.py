@@ -24,9 +24,9 @@ def test_the_output_is_the_same(
     chosen = CompressOptions(calibration=(str(text_file),), tokens=256, seq_len=32, recent=4, **options)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "held", chosen, device="cpu")
     spilled, fitted = list[SpilledMaps](), list[object]()
-    own, fit = SpilledMaps.__init__, fits.fit_of
+    own, fit = SpilledMaps.__init__, fits.fit_site
     monkeypatch.setattr(SpilledMaps, "__init__", lambda self, d: (spilled.append(self), own(self, d))[1])
-    monkeypatch.setattr(fits, "fit_of", lambda *a: (fitted.append(a), fit(*a))[1])
+    monkeypatch.setattr(fits, "fit_site", lambda *a, **kw: (fitted.append(a), fit(*a, **kw))[1])
     monkeypatch.setattr(fits, "_HELD_SHARE", 0.0)
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "lean", chosen, device="cpu")
     assert len(spilled) == 1 and len(fitted) == 2 * 6  # every site once for its curve, once for its maps

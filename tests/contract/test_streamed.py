@@ -97,7 +97,7 @@ class TestMemory:
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
         plan, maps = self.run(source, text_file, tmp_path / "a" / "out")
-        monkeypatch.setattr("kvcompress.calibration.calibrate.load_weights", None)  # the whole model is never loaded
+        monkeypatch.setattr("kvcompress.calibration.measured.load_weights", None)  # the whole model is never loaded
         streamed, theirs = self.run(source, text_file, tmp_path / "b" / "out", memory=least)
         assert streamed["sites"] == plan["sites"] and streamed["keep"] == plan["keep"]
         assert maps.keys() == theirs.keys() and all(torch.equal(maps[n], theirs[n]) for n in maps)

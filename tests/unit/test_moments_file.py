@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.calibration.calibrate as calibrate
+import kvcompress.calibration.measured as measured
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
@@ -113,7 +113,7 @@ class TestReuse:
                 passes.append(len(args[2]))
             return collect_moments(*args, **kwargs)
 
-        monkeypatch.setattr(calibrate, "collect_moments", counted)
+        monkeypatch.setattr(measured, "collect_moments", counted)
         return passes
 
     @pytest.fixture

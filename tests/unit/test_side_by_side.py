@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from kvcompress.choose import side_by_side as module
-from kvcompress.choose.side_by_side import side_by_side
+from kvcompress import side_by_side as module
+from kvcompress.side_by_side import side_by_side
 
 
 @pytest.fixture

@@ -34,6 +34,18 @@ def side_by_side(
     return results
 
 
+def fitting_device(device: str, width: int) -> str:
+    """Return where sites of `width` numbers are fitted: a GPU that is meant by `device`, "auto" included, if it has the
+    memory that `side_by_side` may take, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda"):
+        return "cpu"
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    most = min(_MEMORY, _MOST * _MATRICES * 8 * width**2)
+    return device if torch.cuda.mem_get_info(device)[0] + unused > most else "cpu"
+
+
 @contextmanager
 def _one_processor(wanted: bool) -> Iterator[None]:
     """Within the block torch uses one processor in this thread and in those that begin; as before afterwards."""

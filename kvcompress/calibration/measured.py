@@ -1,0 +1,145 @@
+"""A calibration now: the text's windows, the model that is run on them, and the sums that are saved."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvcompress.calibration import text as calibration_text
+from kvcompress.calibration.coherence import measure_coherence
+from kvcompress.calibration.fisher import collect_moments
+from kvcompress.calibration.memory import limited
+from kvcompress.calibration.mixture import Mixture, mixed_windows, window_shares
+from kvcompress.calibration.moments import Moments, empty_moments
+from kvcompress.calibration.parts import Parts, Seldom
+from kvcompress.calibration.pieces import (
+    Job,
+    Workers,
+    check_streams,
+    collect_shared,
+    collect_streams,
+    collect_watched,
+    streamed_model,
+)
+from kvcompress.calibration.sampling import sample_windows
+from kvcompress.calibration.streamed import collect_streamed
+from kvcompress.checkpoint.loading import load_weights
+from kvcompress.checkpoint.reader import Checkpoint
+from kvcompress.checkpoint.resident import StreamedModel
+from kvcompress.checkpoint.tokenizer import load_tokenizer
+from kvcompress.options import CompressOptions
+
+Progress = Callable[[str, int, int], None]
+#: How often a streamed calibration reads all layers: to prove rotations, and there and back.
+_PASSES = 5
+
+
+def measured_moments(
+    checkpoint: Checkpoint,
+    file: Path,
+    options: CompressOptions,
+    protocol: dict[str, Any],
+    *,
+    resume: bool,
+    workers: Workers | None,
+    memory: int | None,
+    report: Progress,
+) -> Moments:
+    """Return the moments of a protocol, measured on its text now and saved in `file`.
+
+    memory: bytes in which layers are streamed, None where the whole model is loaded. Other arguments: as those of
+    `calibrate.obtain_moments`.
+    """
+    streams = memory is not None
+    where, arithmetic = str(checkpoint.path.absolute()), protocol["dtype"]
+    if workers and not streams:
+        workers.prepare(where, arithmetic)
+    load = functools.cache(lambda: load_weights(checkpoint.path, dtype=arithmetic, device=protocol["device"]))
+    windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
+    protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
+    shape = (len(windows.ids), windows.ids.shape[1])
+    parts = Parts.opened(file.with_suffix(".partial"), protocol, shape, sinks=options.sinks, resume=resume)
+    done = lambda tokens, total: report("calibrate", tokens, total)  # noqa: E731
+    seen: dict[str, Any] = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
+    blocks = {"group": protocol["group"], "band": protocol["band"]}
+    job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=memory)
+    device = "cpu" if workers or streams else protocol["device"]  # where tokens come
+    collect: Callable[..., Moments]
+    with parts.kept_if_begun():
+        if workers:
+            load.cache_clear()  # every worker has a model of its own
+            moments = collect_shared(job, workers, progress=done)
+            collect = functools.partial(collect_watched, job, workers)
+        elif streams:
+            check_streams(job, checkpoint)
+            model = streamed_model(where, arithmetic, protocol["device"])
+            moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, model))
+            collect = functools.partial(collect_streamed, model, scratch=parts.directory)
+            device = protocol["device"]
+        else:
+            collect = functools.partial(collect_moments, load())
+            moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
+        moments.protocol = protocol
+        adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
+        with limited(protocol["device"], None if workers else memory):
+            measure_coherence(
+                checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
+            )
+        moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+        moments.save(file)
+    parts.remove()
+    return moments
+
+
+def _told_of_layers(report: Progress, model: StreamedModel) -> Callable[[int, int], None]:
+    """Return a progress callback in tokens that also tells of layers, there and back, and of bytes read."""
+    n_layers, before = 2 * len(model.layers), model.reading.n_bytes
+
+    def told(tokens: int, total: int) -> None:
+        report("calibrate", tokens, total)
+        report("layers", tokens * n_layers // total, n_layers)
+        read = model.reading.n_bytes - before
+        report("read", read, max(read, _PASSES * model.layer_bytes))
+
+    return told
+
+
+def _collect_here(
+    collect: Callable[..., Moments],
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    protocol: dict[str, Any],
+    parts: Parts,
+    seen: dict[str, int],
+    progress: Callable[[int, int], None],
+) -> Moments:
+    """Return the moments of all windows, those of the parts included; this process sums the others."""
+    missing = parts.missing()
+    if not missing:
+        return parts.joined([])
+    moments = parts.first() or _no_moments(checkpoint, protocol, "cpu")
+    moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
+    collect(checkpoint.spec, windows, moments, **seen, which=missing, save=Seldom(parts.save), progress=progress)
+    moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+    return parts.joined([moments])
+
+
+def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any], device: str) -> Moments:
+    return empty_moments(checkpoint.spec, protocol, group=protocol["group"], band=protocol["band"], device=device)
+
+
+def calibration_windows(
+    model: Callable[[], Any], tokenizer: Any, options: CompressOptions, report: Progress
+) -> Mixture:
+    """Return the windows that are calibrated on; model: gives the model, where text is sampled from it."""
+    shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
+    sampled = None
+    if n := shares.get(calibration_text.SELF):
+        sampled = sample_windows(
+            model(), tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
+        )
+    return mixed_windows(tokenizer, shares, options.seq_len, sampled=sampled)
