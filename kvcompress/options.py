@@ -36,6 +36,8 @@ POLICY_NAMES = ("uniform", "middle", "energy", "loss")
 _MOST_RECIPE_BYTES = 1 << 16
 METRICS = ("fisher", "activation", "weights")
 _Options = TypeVar("_Options")
+#: What may be left to the tool.
+_UNDECIDED = ("maps_only", "refit")
 
 
 #: What a choice of a number may be at least and at most.
@@ -81,6 +83,9 @@ class CompressOptions:
     folded: bool = False
     #: None: by the size of the weights (pipeline.py).
     maps_only: bool | None = None
+    #: Whether values' decoders are fitted once more, to what the model's queries read of them; None: where the model
+    #: is at hand or small (calibration.at_hand).
+    refit: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,8 +107,9 @@ class CompressOptions:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
             if value > most:
                 raise OptionError(f"{name} must be a whole number of at most {most}.")
-        for name in ("folded", "maps_only", "ranks_only"):
-            if not isinstance(getattr(self, name), bool) and not (name == "maps_only" and self.maps_only is None):
+        for name in ("folded", "maps_only", "ranks_only", "refit"):
+            undecided = name in _UNDECIDED and getattr(self, name) is None
+            if not isinstance(getattr(self, name), bool) and not undecided:
                 raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if not isinstance(self.layers, str) or not re.fullmatch(r"half|deep|\d+:\d+", self.layers):
             raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")
@@ -164,9 +170,9 @@ class CompressOptions:
         return DEFAULT_TURN if by_groups else 1
 
     def to_json(self) -> dict[str, Any]:
-        """Return all options by name; one that is not decided yet (maps_only) is left out."""
+        """Return all options by name; those that are not decided yet are left out."""
         found = asdict(self) | {"calibration": list(self.calibration)}
-        return {name: value for name, value in found.items() if name != "maps_only" or value is not None}
+        return {name: value for name, value in found.items() if name not in _UNDECIDED or value is not None}
 
 
 def is_turn(n_tokens: Any) -> bool:

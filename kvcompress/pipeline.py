@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.turns import turned_moments
@@ -86,6 +88,7 @@ def compress(
         written = 0 if options.maps_only else checkpoint.weight_bytes
         check_space(output, written + int(MAPS_SHARE * checkpoint.weight_bytes))
         _check_weights_finite(checkpoint)
+        model = ModelAtHand(checkpoint)
         moments = obtain_moments(
             checkpoint,
             output,
@@ -96,6 +99,7 @@ def compress(
             workers=workers,
             memory=memory,
             progress=report,
+            model=model,
         )
         fitters = workers if workers is not None and workers.fits else None
         fits_on = "cpu" if fitters or memory is not None else device  # what `memory` allows is for calibration
@@ -105,6 +109,8 @@ def compress(
                 plan, maps, spectra = make_plan(
                     checkpoint, moments, options, report, workers=fitters, scratch=room, device=fits_on
                 )
+                again = partial(model.again, moments, wanted=options.refit, memory=memory)
+                refit_values(again, plan, maps, moments, report)
                 report("write", 0, 1)
                 copying.result()
                 _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
@@ -178,6 +184,28 @@ def make_plan(
         window=spec.window,
     )
     return plan, maps, spectra
+
+
+def refit_values(
+    model: Callable[[], Any],
+    plan: Plan,
+    maps: MutableMapping[Site, SiteMaps],
+    moments: Moments,
+    progress: Progress | None = None,
+) -> None:
+    """Fit the decoders of values in `maps` to what queries read of them (runtime.value_fit), where text was read.
+
+    model: gives the model that the moments are of, None where it is not to be loaded. It is not asked where there is
+    nothing to fit.
+    """
+    quantised = any(bits < 16 for s in plan.sites if s.part == "value" for bits, _ in s.bits)
+    fits = quantised and plan.options["metric"] == "fisher" and plan.options.get("refit") is not False
+    if moments.text is None or not fits or (whole := model()) is None:
+        return
+    from kvcompress.runtime.value_fit import fit_values  # and with it transformers
+
+    report = progress or (lambda *_: None)
+    fit_values(whole, plan, maps, moments.text.long(), lambda done, total: report("values", done, total))
 
 
 def _fitted_and_chosen(

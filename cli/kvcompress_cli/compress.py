@@ -151,6 +151,10 @@ def compress(
         bool | None,
         _option("maps_only", "Write only the maps, to be attached to the original; the default above 60 GB.", _FORM),
     ] = None,
+    refit: Annotated[
+        bool | None,
+        _option("refit", "Fit values to what queries read of them; where the model is at hand or below 4 GB.", _FORM),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
     gpus: sharing.Gpus = None,
     ray: sharing.Ray = None,

@@ -21,6 +21,7 @@ _STAGES = {
     "layers": ("layers, there and back", "layers"),
     "read": ("weights read", "bytes"),
     "coherence": ("measuring how errors add up", "tokens"),
+    "values": ("fitting values to what is read of them", "tokens"),
     "search": ("measuring budgets", "texts"),
     "fit": ("fitting bases", "sites"),
     "write": ("writing", ""),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvcompress.calibration import text as calibration_text
+from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION
@@ -46,11 +47,13 @@ def obtain_moments(
     workers: Workers | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
+    model: ModelAtHand | None = None,
 ) -> Moments:
     """Return the moments for the options: from the weights, from the file beside `output`, or by calibrating now.
 
     workers: who sums the windows, in pieces; this process by default. memory: bytes that the calibration may take on
-    its device; where the whole model needs more, its layers are read from disk as they run.
+    its device; where the whole model needs more, its layers are read from disk as they run. model: gets the model that
+    this process calibrates with, for what comes after.
     """
     report = progress or (lambda *_: None)
     if options.metric == "weights":
@@ -68,9 +71,8 @@ def obtain_moments(
     from kvcompress.calibration.measured import measured_moments  # here: with all that runs a model
 
     limit = (memory or _all_bytes(protocol["device"], workers)) if streams else None
-    return measured_moments(
-        checkpoint, file, options, protocol, resume=resume, workers=workers, memory=limit, report=report
-    )
+    how: dict[str, Any] = {"resume": resume, "workers": workers, "memory": limit, "report": report}
+    return measured_moments(model or ModelAtHand(checkpoint), file, options, protocol, **how)
 
 
 def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int | None, workers: Workers | None) -> bool:
@@ -115,6 +117,8 @@ def _loaded(file: Path, checkpoint: Checkpoint) -> Moments:
     moments, spec = Moments.load(file), checkpoint.spec
     if {s: m.total.numel() for s, m in moments.sites.items()} != {s: spec.width(s) for s in spec.sites}:
         raise CalibrationError(f"{file} holds moments of another model. Remove it to calibrate again.")
+    if moments.text is not None and int(moments.text.max()) >= spec.vocab_size:
+        raise CalibrationError(f"{file} holds text of another model. Remove it to calibrate again.")
     return moments
 
 

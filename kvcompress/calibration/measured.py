@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvcompress.calibration import text as calibration_text
+from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.memory import limited
@@ -27,19 +29,20 @@ from kvcompress.calibration.pieces import (
 )
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.streamed import collect_streamed
-from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
+#: Windows, evenly spread, that are kept with the moments.
+_KEPT_WINDOWS = 16
 #: How often a streamed calibration reads all layers: to prove rotations, and there and back.
 _PASSES = 5
 
 
 def measured_moments(
-    checkpoint: Checkpoint,
+    model: ModelAtHand,
     file: Path,
     options: CompressOptions,
     protocol: dict[str, Any],
@@ -51,14 +54,15 @@ def measured_moments(
 ) -> Moments:
     """Return the moments of a protocol, measured on its text now and saved in `file`.
 
+    model: of what is calibrated; it is left loaded where this process runs it as a whole.
     memory: bytes in which layers are streamed, None where the whole model is loaded. Other arguments: as those of
     `calibrate.obtain_moments`.
     """
-    streams = memory is not None
+    checkpoint, streams = model.checkpoint, memory is not None
     where, arithmetic = str(checkpoint.path.absolute()), protocol["dtype"]
     if workers and not streams:
         workers.prepare(where, arithmetic)
-    load = functools.cache(lambda: load_weights(checkpoint.path, dtype=arithmetic, device=protocol["device"]))
+    load = functools.partial(model, arithmetic, protocol["device"])
     windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     shape = (len(windows.ids), windows.ids.shape[1])
@@ -71,14 +75,14 @@ def measured_moments(
     collect: Callable[..., Moments]
     with parts.kept_if_begun():
         if workers:
-            load.cache_clear()  # every worker has a model of its own
+            model.let_go()  # every worker has a model of its own
             moments = collect_shared(job, workers, progress=done)
             collect = functools.partial(collect_watched, job, workers)
         elif streams:
             check_streams(job, checkpoint)
-            model = streamed_model(where, arithmetic, protocol["device"])
-            moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, model))
-            collect = functools.partial(collect_streamed, model, scratch=parts.directory)
+            layers = streamed_model(where, arithmetic, protocol["device"])
+            moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, layers))
+            collect = functools.partial(collect_streamed, layers, scratch=parts.directory)
             device = protocol["device"]
         else:
             collect = functools.partial(collect_moments, load())
@@ -90,9 +94,15 @@ def measured_moments(
                 checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
             )
         moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
+        moments.text = _spread(windows.ids)
         moments.save(file)
     parts.remove()
     return moments
+
+
+def _spread(ids: Tensor) -> Tensor:
+    """Return as many of the windows as are kept with the moments."""
+    return ids[torch.linspace(0, len(ids) - 1, min(len(ids), _KEPT_WINDOWS)).round().long()].int()
 
 
 def _told_of_layers(report: Progress, model: StreamedModel) -> Callable[[int, int], None]:

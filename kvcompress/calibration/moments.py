@@ -21,7 +21,7 @@ from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 6
+MOMENTS_FORMAT = 7
 
 
 @dataclass
@@ -157,6 +157,8 @@ class Moments:
     rotations: dict[Site, Rotation] = field(default_factory=dict)
     #: By which the model and its relatives are known; see model.probe.signature.
     signature: tuple[float, ...] = ()
+    #: Some windows of the text, [n, seq_len] token ids, int32, for what is fitted with a codec in place; None: no text.
+    text: Tensor | None = None
 
     @property
     def n_windows(self) -> int:
@@ -171,7 +173,7 @@ class Moments:
         """Write the sums as safetensors, atomically."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors = {} if self.text is None else {"text": self.text}
         for site, moments in self.sites.items():
             tensors[f"{site}.total"] = moments.total.cpu()
             tensors[f"{site}.samples"] = moments.samples.cpu()
@@ -256,7 +258,10 @@ class Moments:
                 shaped(parse_json(header["windows"]), list[int]),
             )
             signature = shaped(parse_json(header["signature"]), tuple[float, ...])
-            return cls(dict(sorted(sites.items())), protocol, order, rotations, signature)
+            text = tensors.get("text")
+            if text is not None and (text.dtype != torch.int32 or text.dim() != 2 or bool((text < 0).any())):
+                raise ValueError("its windows of text are no token ids")
+            return cls(dict(sorted(sites.items())), protocol, order, rotations, signature, text)
         except (SafetensorError, KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
             raise _unusable(file, error) from error
 

@@ -40,7 +40,7 @@ from kvcompress.evaluate.peers import Peer
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.pipeline import make_plan, refit_values
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.report.stored_comparison import COMPARISON_FILE as COMPARISON_FILE
 from kvcompress.report.stored_comparison import read_comparison
@@ -274,7 +274,10 @@ class _Bench:
         """Return what a method makes of the calibration."""
         if method == "kq-svd":
             return kqsvd_plan(self.checkpoint, self.model, self._grams, options)
-        return make_plan(self.checkpoint, self._moments_for(options), options, device=self.device)[:2]
+        moments = self._moments_for(options)
+        plan, maps, _ = make_plan(self.checkpoint, moments, options, device=self.device)
+        refit_values(lambda: self.model, plan, maps, moments)
+        return plan, maps
 
     @cached_property
     def _grams(self) -> dict[int, Grams]:

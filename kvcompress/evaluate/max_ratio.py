@@ -31,7 +31,7 @@ from kvcompress.checkpoint.writer import check_target
 from kvcompress.errors import BudgetError, CalibrationError, OptionError
 from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import CompressionResult, compress, make_plan
+from kvcompress.pipeline import CompressionResult, compress, make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
 #: Windows of each kind that are measured: few, since every step measures all of them.
@@ -209,6 +209,7 @@ class _Bench:
         try:
             options = replace(self.options, keep=keep)
             plan, maps, _ = make_plan(self.checkpoint, self.moments, options, device=str(self.model.device))
+            refit_values(lambda: self.model, plan, maps, self.moments)
         except BudgetError:
             return Step(keep, {})
         attach_plan(self.model, plan, maps)

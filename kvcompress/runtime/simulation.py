@@ -6,7 +6,7 @@ is far as its codecs would give it back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,17 +27,25 @@ from kvcompress.runtime.tokens import TokenLine
 #: Queries scored at once.
 _QUERIES = 256
 
+Reader = Callable[[Tensor], None]
+"""Told of some queries at a time the weights of what they see compressed, 0 for all else: [batch, kv heads,
+groups * n_queries, n], of the first n tokens."""
+Watch = Callable[[LayerCodecs, Tensor, Tensor, Tensor], Reader]
+"""Called with a layer's codecs, its keys, its values and the keys' positions, for each attention that reads them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """Which keys a query sees exactly: the first `sinks`, and `recent` tokens back.
 
     Generation encodes whole blocks, so that a query sees up to a block more exactly; `block` of 1 never flatters.
+    watch: told of what queries see compressed.
     """
 
     sinks: int
     recent: int
     block: int = 1
+    watch: Watch | None = None
 
 
 _running: ContextVar[dict[int, Simulation]] = ContextVar("kvcompress_simulations", default={})  # noqa: B039 - never changed
@@ -126,6 +134,7 @@ def simulated_attention(
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
     by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
     groups = by_group.shape[2]
+    told = None if layer.simulation.watch is None else layer.simulation.watch(codecs, key, value, positions)
     place = torch.arange(n_tokens, device=query.device)
     encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
     outputs = []
@@ -147,6 +156,8 @@ def simulated_attention(
         weights = scores.softmax(-1)[..., :stop]
         chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
         outputs.append(chunk.unflatten(2, (-1, stop - start)))
+        if told is not None:
+            told(weights.index_copy(-1, near, weights[..., near] * ~exact))
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
 
 

@@ -205,7 +205,14 @@ def test_progress_names_every_stage(tiny_checkpoint: Any, tmp_path: Path, text_f
     compress(
         tiny_checkpoint("llama-gqa"), tmp_path / "out", options, device="cpu", progress=lambda *step: seen.append(step)
     )
-    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["sample", "calibrate", "coherence", "fit", "write"]
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
+        "sample",
+        "calibrate",
+        "coherence",
+        "fit",
+        "values",
+        "write",
+    ]
     for stage in ("sample", "calibrate", "fit", "write"):
         steps = [(done, total) for s, done, total in seen if s == stage]
         assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]

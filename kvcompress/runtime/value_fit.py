@@ -1,0 +1,141 @@
+"""Values' decoders fitted once more: to what attention makes of values, with the codec in place.
+
+A query reads an average over old tokens. There errors of their own cancel out, and what errors have in common adds up
+(calibration.coherence). So the compressed model reads a few windows, and what a query q gets of the tokens s that it
+sees compressed, sum_s a_qs v_s, is fitted by least squares to what their codes give it, sum_s a_qs z_s and sum_s a_qs.
+The weights a are those of the compressed model, and each KV head has queries, and so a decoder and a mean, of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvcompress import compat
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.codec.layer import LayerCodecs
+from kvcompress.model.model_spec import Site
+from kvcompress.plan import Plan
+from kvcompress.runtime.attach import attach_plan, attachment_of, detach
+from kvcompress.runtime.simulation import Reader, Simulation, simulating
+
+#: Every so many queries are taken: neighbours read nearly the same.
+_EVERY = 4
+#: How much decoders lean on what they were, as a share of the power of each code.
+_LEAN = 0.1
+#: Keeps what is solved for solvable where a component is never read.
+_LEAST = 1e-30
+
+
+@torch.no_grad()
+def fit_values(
+    model: Any,
+    plan: Plan,
+    maps: MutableMapping[Site, SiteMaps],
+    windows: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Put into `maps` the decoders and means of values that suit what the model's queries read of them.
+
+    model: transformers', the one that the plan is of; it is given back with nothing attached. windows: [n_windows,
+    seq_len] token ids. Sites that are read otherwise, or have nothing quantised, stay as they are.
+    """
+    attach_plan(model, plan, maps)
+    try:
+        attachment = attachment_of(model)
+        if not attachment.places.are_all_read:  # latent attention and older files work on what the cache returns
+            return
+        sites = [s.site for s in plan.sites if s.part == "value"]
+        read: dict[int, _Read] = {}  # by the codecs of a layer
+        of: dict[Site, _Read] = {}
+        for site, codecs in zip(sites, attachment.codecs, strict=True):
+            if site in maps and _is_fitted(codecs, maps[site]):
+                of[site] = read[id(codecs)] = _Read(codecs, maps[site])
+        decoder, device = compat.decoder_of(model), next(model.parameters()).device
+        simulation = Simulation(plan.sinks, plan.recent, watch=partial(_watched, read))
+        for done, window in enumerate(windows):
+            with simulating(attachment, simulation):
+                decoder(input_ids=window[None].to(device), use_cache=True)
+            if progress:
+                progress((done + 1) * windows.shape[1], windows.numel())
+        for site, seen in of.items():
+            maps[site] = seen.fitted(maps[site])
+    finally:
+        detach(model)
+
+
+def _is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:
+    """Return whether a layer's values have quantised components, in blocks of whole heads, that attention averages."""
+    heads = maps.blocks.flatten().cpu()
+    whole = bool((heads == torch.arange(len(heads))).all()) and maps.blocks.shape[1] % codecs.value_shape[1] == 0
+    quantised = bool((maps.bits < 16).any())
+    return whole and quantised and maps.mean is not None and codecs.value_rotary is None
+
+
+def _watched(read: dict[int, _Read], codecs: LayerCodecs, _key: Tensor, value: Tensor, _positions: Tensor) -> Reader:
+    """Return what is told of one attention's queries; see simulation.Watch."""
+    seen = read.get(id(codecs))
+    return (lambda _: None) if seen is None else seen.reader(value)
+
+
+class _Read:
+    """Sums over what queries read of a layer's values: of codes' averages z and weights' sums a, [z; a] [z; a]^T and
+    [z; a] x^T, with x what they should have read. One for each KV head; z are the R components of its block."""
+
+    def __init__(self, codecs: LayerCodecs, maps: SiteMaps) -> None:
+        assert codecs.value is not None
+        n_heads, width = codecs.value_shape
+        self._codecs, device = codecs, codecs.value.encoder.device
+        n_blocks = len(maps.blocks)
+        members = [(maps.block == b).nonzero()[:, 0] for b in range(n_blocks)]
+        self._n = max(len(m) for m in members)
+        # places of a block's components; those that it lacks are one of zeros, behind all others
+        padded = [functional.pad(m, (0, self._n - len(m)), value=len(maps.block)) for m in members]
+        self.members, self._places = members, torch.stack(padded).to(device)
+        self._gram = torch.zeros(n_heads, self._n + 1, self._n + 1, dtype=torch.float64, device=device)
+        self._wanted = torch.zeros(n_heads, self._n + 1, width, dtype=torch.float64, device=device)
+
+    def reader(self, value: Tensor) -> Reader:
+        """value: [batch, kv heads, n_tokens, width] -> what adds queries of them, told their weights."""
+        codec = self._codecs.value
+        assert codec is not None
+        codes = codec.latents(codec.encode(self._codecs.centred_values(value)))
+        by_block = functional.pad(codes, (0, 1))[..., self._places].permute(0, 2, 1, 3)  # [batch, blocks, tokens, R]
+        by_head = by_block.repeat_interleave(value.shape[1] // len(self._places), 1)
+        exact = value.float()
+
+        def add(weights: Tensor) -> None:
+            some, n = weights[:, :, ::_EVERY], weights.shape[-1]
+            seen = torch.cat([some @ by_head[:, :, :n], some.sum(-1, keepdim=True)], -1).transpose(0, 1).flatten(1, 2)
+            wanted = (some @ exact[:, :, :n]).transpose(0, 1).flatten(1, 2)
+            self._gram += seen.transpose(1, 2) @ seen
+            self._wanted += seen.transpose(1, 2) @ wanted
+
+        return add
+
+    def fitted(self, maps: SiteMaps) -> SiteMaps:
+        """Return the maps with each head's columns of the decoder, and its part of the mean, fitted to the sums."""
+        assert maps.mean is not None
+        step = maps.step.double()
+        decoder, mean = maps.decoder.double(), maps.mean.double()
+        n_heads, _, width = self._wanted.shape
+        in_block = n_heads // len(self.members)
+        for head, (gram, wanted) in enumerate(zip(self._gram.cpu(), self._wanted.cpu(), strict=True)):
+            mine = self.members[head // in_block]
+            rows = [*range(len(mine)), self._n]
+            columns = slice(head % in_block * width, (head % in_block + 1) * width)
+            numbers = slice(head * width, (head + 1) * width)
+            before = torch.cat([decoder[mine, columns] * step[mine, None], mean[None, numbers]])
+            gram, wanted = gram[rows][:, rows], wanted[rows]
+            lean = _LEAN * gram.diagonal() + _LEAST
+            after = torch.linalg.solve(gram + lean.diag(), wanted + lean[:, None] * before)
+            decoder[mine, columns] = after[:-1] / step[mine, None]
+            mean[numbers] = after[-1]
+        limit = torch.finfo(maps.decoder.dtype).max
+        return replace(maps, decoder=decoder.clamp(-limit, limit).to(maps.decoder.dtype), mean=mean.float())

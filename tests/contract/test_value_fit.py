@@ -1,0 +1,162 @@
+"""Values' decoders fitted to what queries read of them, with the codec in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompress.calibration.calibrate import obtain_moments
+from kvcompress.calibration.memory import whole_bytes
+from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.codec.codec import SiteCodec
+from kvcompress.codec.layer import LayerCodecs
+from kvcompress.errors import CalibrationError, Note
+from kvcompress.model.model_spec import Site
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import compress, make_plan, refit_values
+from kvcompress.runtime import value_fit
+from kvcompress.runtime.attach import attach_plan, attachment_of, detach
+from kvcompress.runtime.output import read_output
+from tests.tiny_models import random_ids
+from tests.unit.test_refit import WIDTH, maps_of, tokens
+
+OPTIONS = CompressOptions(keep=0.15, sinks=2, recent=4, policy="uniform")
+
+
+@pytest.fixture(params=["llama-gqa", "qwen3"])
+def planned(request: pytest.FixtureRequest, tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+    """(model, plan, maps, moments with text)"""
+    family = request.param
+    moments = replace(tiny_moments(family), text=random_ids(24, 64, seed=3).int())
+    with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
+        plan, maps, _ = make_plan(checkpoint, moments, OPTIONS)
+    return tiny_model(family), plan, maps, moments
+
+
+def drifting(n: int, seed: int) -> Tensor:
+    """Tokens of which a part stays the same for 20 of them, in directions that are not those of single tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ways = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(9)) / 4
+    return tokens(n, seed) + (torch.randn(n // 20, 2, generator=generator) @ ways).repeat_interleave(20, 0)
+
+
+def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps], float]]:
+    """What queries read of runs of tokens, and the error of what maps give them instead."""
+    x = drifting(4000, seed)
+    value = x.unflatten(1, (2, -1)).transpose(0, 1)[None]
+    weights = torch.rand(1, 2, 1200, 4000, generator=torch.Generator().manual_seed(seed))
+    run = torch.arange(1200)[:, None] % 200 == torch.arange(4000) // 20
+    weights = run * weights / 20  # near tokens have the rest
+    found = value_fit._Read(LayerCodecs(None, SiteCodec(maps, torch.device("cpu")), None, 2, 8), maps)
+    found.reader(value)(weights)
+
+    def error(other: SiteMaps) -> float:
+        codecs = LayerCodecs(None, SiteCodec(other, torch.device("cpu")), None, 2, 8)
+        return float((weights @ (codecs.roundtrip_values(value) - value)).square().mean())
+
+    return found, error
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_unseen_averages_are_rebuilt_better(n_blocks: int) -> None:
+    maps = maps_of(drifting(6000, 1), n_blocks)
+    seen, _ = read(maps, 2)
+    _, error = read(maps, 3)
+    assert error(seen.fitted(maps)) < 0.9 * error(maps)
+
+
+def test_values_alone_are_fitted(planned: Any) -> None:
+    model, plan, maps, moments = planned
+    fitted = dict(maps)
+    refit_values(lambda: model, plan, fitted, moments)
+    for site, own in maps.items():
+        for name in ("blocks", "encoder", "block", "bits", "step"):
+            assert torch.equal(getattr(fitted[site], name), getattr(own, name))
+        assert torch.equal(fitted[site].decoder, own.decoder) == (site.part == "key")
+
+
+def test_each_head_has_the_decoder_of_least_squares(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against numbers put together query by query, of one layer that is told weights."""
+    monkeypatch.setattr(value_fit, "_LEAN", 0.0)
+    model, plan, maps, _ = planned
+    attach_plan(model, plan, maps)
+    codecs = attachment_of(model).codecs[0]
+    detach(model)
+    own, generator = maps[Site(0, "value")], torch.Generator().manual_seed(0)
+    n_heads, width = codecs.value_shape
+    value = torch.randn(1, n_heads, 200, width, generator=generator)
+    weights = torch.rand(1, n_heads, 320, 200, generator=generator).square()
+    read = value_fit._Read(codecs, own)
+    read.reader(value)(weights)
+    fitted = read.fitted(own)
+    codec = SiteCodec(own, torch.device("cpu"))
+    flat = value.transpose(1, 2).flatten(2)[0]
+    assert codec.mean is not None and own.mean is not None and fitted.mean is not None
+    codes = codec.latents(codec.encode(flat - codec.mean)).double()
+    for head in range(n_heads):
+        block, inside = divmod(head * width, own.blocks.shape[1])
+        mine = own.block == block
+        a = weights[0, head, :: value_fit._EVERY].double()
+        seen = torch.cat([a @ codes[:, mine], a.sum(1, keepdim=True)], 1)
+        best = torch.linalg.lstsq(seen, a @ value[0, head].double()).solution
+        decoder = fitted.decoder[mine, inside : inside + width].double() * own.step[mine, None].double()
+        torch.testing.assert_close(decoder, best[:-1], atol=2e-3, rtol=2e-2)
+        numbers = slice(head * width, (head + 1) * width)
+        torch.testing.assert_close(fitted.mean[numbers].double(), best[-1], atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ranks_only": True}, {"metric": "activation"}, {"key_basis": "frequency", "folded": True}]
+)
+def test_what_has_no_codes_to_fit_to_is_left_alone(
+    changes: dict[str, Any], tiny_checkpoint: Any, tiny_moments: Any
+) -> None:
+    moments = replace(tiny_moments("llama-gqa"), text=random_ids(2, 64, seed=3).int())
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        plan, maps, _ = make_plan(checkpoint, moments, replace(OPTIONS, keep=0.5, **changes))
+    before = dict(maps)
+    refit_values(pytest.fail, plan, maps, moments)  # type: ignore[arg-type]
+    assert maps == before
+
+
+def test_compress_fits_again_from_saved_moments(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
+    options = replace(OPTIONS, tokens=512, seq_len=64, calibration=(str(text_file),))
+    source = tiny_checkpoint("llama-gqa")
+    for name in ("first", "again"):
+        compress(source, tmp_path / name, options, device="cpu")
+    with open_checkpoint(source) as checkpoint:
+        moments = obtain_moments(checkpoint, tmp_path / "x", options, device="cpu")
+        _, alone, _ = make_plan(checkpoint, moments, options)
+    first, again = (read_output(tmp_path / name)[1] for name in ("first", "again"))
+    site = Site(0, "value")
+    assert torch.equal(first[site].decoder, again[site].decoder)
+    assert not torch.equal(first[site].decoder, alone[site].decoder)
+
+
+def test_a_model_that_does_not_fit_is_said(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
+    options = replace(OPTIONS, tokens=512, seq_len=64, calibration=(str(text_file),))
+    compress(tiny_checkpoint("llama-gqa"), tmp_path / "first", options, device="cpu")
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        memory = whole_bytes(checkpoint, "float32", options.seq_len) - 1
+    with pytest.warns(Note, match="does not fit as a whole"):
+        compress(tiny_checkpoint("llama-gqa"), tmp_path / "again", options, device="cpu", memory=memory)
+    first, again = (read_output(tmp_path / name)[1] for name in ("first", "again"))
+    assert not torch.equal(first[Site(0, "value")].decoder, again[Site(0, "value")].decoder)
+
+
+def test_text_of_another_vocabulary_is_refused(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
+    options = replace(OPTIONS, tokens=256, seq_len=64, calibration=(str(text_file),))
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        moments = obtain_moments(checkpoint, tmp_path / "x", options, device="cpu")
+        assert moments.text is not None
+        moments.text[0, 0] = checkpoint.spec.vocab_size
+        moments.save(next(tmp_path.glob("kvcompress-moments-*.safetensors")))
+        with pytest.raises(CalibrationError, match="text of another model"):
+            obtain_moments(checkpoint, tmp_path / "x", options, device="cpu")
