@@ -254,7 +254,9 @@ def exact_attention(
         output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
         return output
     n_queries, n_keys = query.shape[2], key.shape[2]
-    if mask is None and n_queries > 1:
+    given = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if given is None else given  # as sdpa reads its missing mask
+    if mask is None and n_queries > 1 and is_causal:
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
