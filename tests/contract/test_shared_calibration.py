@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +21,6 @@ from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.parts import Parts
 from kvcompress.calibration.pieces import Job, Sums, Workers, collect_shared, pieces_of, ranges
 from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
-from kvcompress.calibration.ray_tasks import RayWorkers
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, Note, OptionError
@@ -32,7 +28,7 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE
 from tests.hostile.test_bad_checkpoint import change_tensor
-from tests.sharing import Backwards, awake
+from tests.sharing import Backwards
 from tests.tiny_models import random_ids, save_tiny_checkpoint
 
 FAMILY = "llama-gqa"
@@ -207,63 +203,6 @@ class TestProcesses:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
             collect_shared(job, workers)
-
-
-class TestRay:
-    """Two tasks at a time of a Ray that runs on this machine."""
-
-    @pytest.fixture(scope="class")
-    def cluster(self) -> Iterator[Any]:
-        ray = pytest.importorskip("ray")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path = os.pathsep.join(p for p in sys.path if p)
-            how = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
-            ray.init(num_cpus=2, include_dashboard=False, **how)
-            yield ray
-            ray.shutdown()
-
-    def test_a_worker_that_is_killed(
-        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
-    ) -> None:
-        """The plan is that of one process, and what was lost is said."""
-        assert RayWorkers("auto").n == 2
-        assert len(list(RayWorkers("auto").each(awake, [()] * 4))) == 4  # else one that only imports may be killed
-        killed: list[int] = []
-        with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
-            progress = kill_once(killed, ray_tasks)
-            out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", RayWorkers("auto"), progress)
-        assert killed
-        assert_same_plan(out, alone)
-
-    def test_what_a_task_raises_arrives(self, cluster: Any, tmp_path: Path) -> None:
-        job = broken_job(tmp_path)
-        with pytest.raises(CalibrationError, match="NaN"):
-            collect_shared(job, RayWorkers("auto"))
-
-
-def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(OptionError, match=r"pip install 'kvcompress\[ray\]'"):
-        _ = RayWorkers("auto").n
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionError("could not find any running instance\nof Ray")
-
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=refuse))
-    with pytest.raises(OptionError, match="no Ray cluster answers at 'auto'") as error:
-        _ = RayWorkers("auto").n
-    assert "\n" not in str(error.value)
-
-
-def ray_tasks() -> list[int]:
-    """Return the processes of Ray that sum a piece, by the titles that it gives them; waits for one to begin."""
-    for _ in range(300):
-        found = [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::_run" in " ".join(p.info["cmdline"] or ())]
-        if found:
-            return found
-        time.sleep(0.1)
-    return []
 
 
 def spawned() -> list[int]:

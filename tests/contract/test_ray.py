@@ -1,0 +1,104 @@
+"""The same work as tasks of a real Ray that runs on this machine, with its retries."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from kvcompress.calibration.pieces import collect_shared
+from kvcompress.calibration.ray_tasks import RayWorkers
+from kvcompress.errors import CalibrationError, Note, OptionError
+from kvcompress.evaluate.compare import Request, compare
+from kvcompress.evaluate.shared import evaluate_shared
+from kvcompress.options import CompressOptions
+from tests.contract.test_shared_calibration import FAMILY, assert_same_plan, broken_job, kill_once, run
+from tests.sharing import Backwards, awake
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process."""
+    return run(tiny_checkpoint(FAMILY), text_file, tmp_path_factory.mktemp("alone") / "out", None)
+
+
+class TestRay:
+    """Two tasks at a time of a Ray that runs on this machine."""
+
+    @pytest.fixture(scope="class")
+    def cluster(self) -> Iterator[Any]:
+        ray = pytest.importorskip("ray")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = os.pathsep.join(p for p in sys.path if p)
+            how = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+            ray.init(num_cpus=2, include_dashboard=False, **how)
+            yield ray
+            ray.shutdown()
+
+    def test_a_worker_that_is_killed(
+        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+    ) -> None:
+        """The plan is that of one process, and what was lost is said."""
+        assert RayWorkers("auto").n == 2
+        assert len(list(RayWorkers("auto").each(awake, [()] * 4))) == 4  # else one that only imports may be killed
+        killed: list[int] = []
+        with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
+            progress = kill_once(killed, ray_tasks)
+            out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", RayWorkers("auto"), progress)
+        assert killed
+        assert_same_plan(out, alone)
+
+    def test_cells_of_compare_and_windows_of_eval(
+        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+    ) -> None:
+        """The figures of one process, from tasks of a real cluster."""
+        source, workers = tiny_checkpoint(FAMILY), RayWorkers("auto")
+        options = CompressOptions(calibration=(str(text_file),), tokens=256, seq_len=64, recent=8)
+        request = Request(("default",), (0.5, 0.25), str(text_file), options, seq_len=128, max_windows=1)
+        rows = []
+        for name, who in (("alone", None), ("shared", workers)):
+            document = compare(source, tmp_path / name, request, workers=who)
+            rows.append([(row["keep_asked"], row["kl_nats"], row["bytes_per_token"]) for row in document["cells"]])
+        assert rows[0] == rows[1] and len(rows[0]) == 2
+        how: dict[str, Any] = {"base": str(source), "seq_len": 64, "max_windows": 4}
+        shared = evaluate_shared(alone, str(text_file), workers, dtype="float32", **how)
+        here = evaluate_shared(alone, str(text_file), Backwards(), dtype="float32", **how)
+        assert shared.log_ratios == here.log_ratios and len(here.log_ratios) == 4
+
+    def test_what_a_task_raises_arrives(self, cluster: Any, tmp_path: Path) -> None:
+        job = broken_job(tmp_path)
+        with pytest.raises(CalibrationError, match="NaN"):
+            collect_shared(job, RayWorkers("auto"))
+
+
+def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"pip install 'kvcompress\[ray\]'"):
+        _ = RayWorkers("auto").n
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("could not find any running instance\nof Ray")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=refuse))
+    with pytest.raises(OptionError, match="no Ray cluster answers at 'auto'") as error:
+        _ = RayWorkers("auto").n
+    assert "\n" not in str(error.value)
+
+
+def ray_tasks() -> list[int]:
+    """Return the processes of Ray that sum a piece, by the titles that it gives them; waits for one to begin."""
+    for _ in range(300):
+        found = [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::_run" in " ".join(p.info["cmdline"] or ())]
+        if found:
+            return found
+        time.sleep(0.1)
+    return []
