@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.calibration.at_hand import ModelAtHand
+from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.turns import turned_moments
@@ -195,17 +195,19 @@ def refit_values(
 ) -> None:
     """Fit the decoders of values in `maps` to what queries read of them (runtime.value_fit), where text was read.
 
-    model: gives the model that the moments are of, None where it is not to be loaded. It is not asked where there is
-    nothing to fit.
+    model: gives the model that the moments are of, or where it is, None where it is to be left alone. It is not asked
+    where there is nothing to fit.
     """
     quantised = any(bits < 16 for s in plan.sites if s.part == "value" for bits, _ in s.bits)
     fits = quantised and plan.options["metric"] == "fisher" and plan.options.get("refit") is not False
     if moments.text is None or not fits or (whole := model()) is None:
         return
     from kvcompress.runtime.value_fit import fit_values  # and with it transformers
+    from kvcompress.runtime.value_fit_elsewhere import fit_values_elsewhere
 
     report = progress or (lambda *_: None)
-    fit_values(whole, plan, maps, moments.text.long(), lambda done, total: report("values", done, total))
+    fit: Callable[..., None] = fit_values_elsewhere if isinstance(whole, Elsewhere) else fit_values
+    fit(whole, plan, maps, moments.text.long(), lambda done, total: report("values", done, total))
 
 
 def _fitted_and_chosen(

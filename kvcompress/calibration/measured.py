@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration import text as calibration_text
-from kvcompress.calibration.at_hand import ModelAtHand
+from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.memory import limited
@@ -72,6 +72,8 @@ def measured_moments(
     blocks = {"group": protocol["group"], "band": protocol["band"]}
     job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=memory)
     device = "cpu" if workers or streams else protocol["device"]  # where tokens come
+    if (workers or streams) and not getattr(workers, "is_spread", False):
+        model.elsewhere = Elsewhere(where, arithmetic, protocol["device"], memory, workers)
     collect: Callable[..., Moments]
     with parts.kept_if_begun():
         if workers:

@@ -199,6 +199,11 @@ def _loaded(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         return load_weights(checkpoint.path, dtype=dtype, device=device), checkpoint.spec
 
 
+def loaded_model(path: str, dtype: str, device: str) -> Any:
+    """Return a worker's model, which stays."""
+    return _loaded(path, dtype, device)[0]
+
+
 def load(path: str, dtype: str, device: str) -> None:
     """Load a worker's model, which stays."""
     _loaded(path, dtype, device)

@@ -160,7 +160,7 @@ class _Pass:
         store = self._stores["inputs-0"] = self._store("inputs-0")
         for place, window in enumerate(self.which):
             ids = self.windows[window : window + 1].to(self.streamed.device)
-            store.put(place, _handed(self.streamed, self.taps, ids)[0][1])
+            store.put(place, how_called(self.streamed, self.taps, ids)[0][1])
 
     def _save(self, moments: Moments, index: int) -> None:
         """Take a layer's sums off the device and keep them."""
@@ -220,7 +220,7 @@ def _tail(streamed: StreamedModel, hidden: Tensor, ids: Tensor, seed: int) -> Te
     return torch.autograd.grad(final, hidden, head_gradient(streamed.model, final.detach(), seed=seed))[0]
 
 
-def _handed(streamed: StreamedModel, taps: Taps, ids: Tensor) -> list[tuple[Call, Tensor]]:
+def how_called(streamed: StreamedModel, taps: Taps, ids: Tensor) -> list[tuple[Call, Tensor]]:
     """Return how each layer is called, and the hidden states in it; no layer runs."""
     layers, found = list(streamed.layers), list[tuple[Call, Tensor]]()
 
@@ -244,7 +244,7 @@ def _first_inputs(
     ids = [windows[w : w + 1].to(streamed.device) for w in (which[0], which[-1])]
     if torch.equal(*ids):  # a text that no window is, so that there are two
         ids[1] = ids[0].roll(1, dims=1)
-    calls, others = (_handed(streamed, taps, i) for i in ids)
+    calls, others = (how_called(streamed, taps, i) for i in ids)
     if not all(_alike(a, b) for (a, _), (b, _) in zip(calls, others, strict=True)):
         raise UnsupportedModelError("layers of this model are handed more of a text than hidden states.")
     return [call for call, _ in calls], calls[0][1]

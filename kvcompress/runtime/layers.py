@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from kvcompress import compat
@@ -15,6 +16,7 @@ from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Site
 from kvcompress.model.probe import likeness, proven, turned_otherwise
 from kvcompress.model.rope import Rotary
+from kvcompress.model.rotation import Rotation
 from kvcompress.plan import Plan
 from kvcompress.runtime.places import Places
 
@@ -26,36 +28,56 @@ def layer_kernels(
     model: PreTrainedModel, spec: ModelSpec, plan: Plan, maps: Mapping[Site, SiteMaps]
 ) -> list[LayerKernels]:
     """Return each layer's codecs on its own device. Raises CheckpointError where the model is not the maps' own."""
-    plans = {s.site: s for s in plan.sites}
     rotaries = _rotaries(model, spec, plan)
     layers = []
     for attention in spec.layers:
         named = attention.readers or ((attention.key.module,) if attention.key is not None else ())
         device = compat.device_of(model.get_submodule(named[0]) if named else model)
-        sites = {part: Site(attention.layer, part) for part in PARTS}
-        coded = {part: None if plans[site].exact else maps[site] for part, site in sites.items()}
-        planned = plans[sites["key"]]
-        key, value = layer_codecs(coded["key"], coded["value"], device, turn=planned.turn)
-        rotary = rotaries.get(sites["key"]) if key is not None else None
-        rotated_mean, values = None, attention.of("value")
-        if key is not None and planned.rotated and rotary is not None:
-            rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
-        layers.append(
-            LayerKernels(
-                key,
-                value,
-                rotary,
-                attention.n_kv_heads,
-                attention.head_dim,
-                cached_rotated=planned.rotated,
-                rotated_mean=rotated_mean,
-                turn=planned.turn,
-                value_heads=values.n_kv_heads,
-                value_dim=values.head_dim,
-                value_rotary=rotaries.get(sites["value"]) if value is not None else None,
-            )
-        )
+        layers.append(kernels_of(attention, plan, maps, rotaries, device))
     return layers
+
+
+def kernels_of(
+    attention: AttentionSpec,
+    plan: Plan,
+    maps: Mapping[Site, SiteMaps],
+    rotaries: Mapping[Site, Rotary],
+    device: torch.device,
+) -> LayerKernels:
+    """Return one layer's codecs on a device. rotaries: how sites turn."""
+    plans = {s.site: s for s in plan.sites if s.layer == attention.layer}
+    sites = {part: Site(attention.layer, part) for part in PARTS}
+    coded = {part: None if plans[site].exact else maps[site] for part, site in sites.items()}
+    planned = plans[sites["key"]]
+    key, value = layer_codecs(coded["key"], coded["value"], device, turn=planned.turn)
+    rotary = rotaries.get(sites["key"]) if key is not None else None
+    rotated_mean, values = None, attention.of("value")
+    if key is not None and planned.rotated and rotary is not None:
+        rotated_mean, key.mean = key.mean, None  # it turns with the position, which a codec does not know
+    return LayerKernels(
+        key,
+        value,
+        rotary,
+        attention.n_kv_heads,
+        attention.head_dim,
+        cached_rotated=planned.rotated,
+        rotated_mean=rotated_mean,
+        turn=planned.turn,
+        value_heads=values.n_kv_heads,
+        value_dim=values.head_dim,
+        value_rotary=rotaries.get(sites["value"]) if value is not None else None,
+    )
+
+
+def planned_rotations(plan: Plan) -> dict[Site, Rotation]:
+    """Return how sites turn, as the plan says."""
+    return {s.site: rotation for s in plan.sites if (rotation := plan.rotation_of(s)) is not None}
+
+
+def rotaries_of(planned: Mapping[Site, Rotation], device: torch.device) -> dict[Site, Rotary]:
+    """Return what turns each site; sites of one rotation share a Rotary."""
+    by = {rotation: Rotary.by(rotation, device) for rotation in set(planned.values())}
+    return {site: by[rotation] for site, rotation in planned.items()}
 
 
 def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site, Rotary]:
@@ -65,7 +87,7 @@ def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site,
     """
     if plan.form == "folded":  # its maps are applied to heads that RoPE has turned
         return {}
-    planned = {s.site: rotation for s in plan.sites if (rotation := plan.rotation_of(s)) is not None}
+    planned = planned_rotations(plan)
     if not plan.rotations:
         planned = proven(model, spec).rotations
     elif (wrong := turned_otherwise(model, spec.turned(planned))) is not None:
@@ -80,9 +102,7 @@ def _rotaries(model: PreTrainedModel, spec: ModelSpec, plan: Plan) -> dict[Site,
             f"the same tokens agrees to {alike:.2f} (1: the same; quantised and fine-tuned: above {_ALIKE}). "
             "Attach them to their own model."
         )
-    device = compat.device_of(compat.decoder_of(model))
-    by = {rotation: Rotary.by(rotation, device) for rotation in set(planned.values())}
-    return {site: by[rotation] for site, rotation in planned.items()}
+    return rotaries_of(planned, compat.device_of(compat.decoder_of(model)))
 
 
 def places_of(model: PreTrainedModel, spec: ModelSpec) -> Places:

@@ -52,13 +52,13 @@ def fit_values(
         if not attachment.places.are_all_read:  # latent attention and older files work on what the cache returns
             return
         sites = [s.site for s in plan.sites if s.part == "value"]
-        read: dict[int, _Read] = {}  # by the codecs of a layer
-        of: dict[Site, _Read] = {}
+        read: dict[int, ReadValues] = {}  # by the codecs of a layer
+        of: dict[Site, ReadValues] = {}
         for site, codecs in zip(sites, attachment.codecs, strict=True):
-            if site in maps and _is_fitted(codecs, maps[site]):
-                of[site] = read[id(codecs)] = _Read(codecs, maps[site])
+            if site in maps and is_fitted(codecs, maps[site]):
+                of[site] = read[id(codecs)] = ReadValues(codecs, maps[site])
         decoder, device = compat.decoder_of(model), next(model.parameters()).device
-        simulation = Simulation(plan.sinks, plan.recent, watch=partial(_watched, read))
+        simulation = Simulation(plan.sinks, plan.recent, watch=partial(watched, read))
         for done, window in enumerate(windows):
             with simulating(attachment, simulation):
                 decoder(input_ids=window[None].to(device), use_cache=True)
@@ -70,7 +70,7 @@ def fit_values(
         detach(model)
 
 
-def _is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:
+def is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:
     """Return whether a layer's values have quantised components, in blocks of whole heads, that attention averages."""
     heads = maps.blocks.flatten().cpu()
     whole = bool((heads == torch.arange(len(heads))).all()) and maps.blocks.shape[1] % codecs.value_shape[1] == 0
@@ -78,13 +78,15 @@ def _is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:
     return whole and quantised and maps.mean is not None and codecs.value_rotary is None
 
 
-def _watched(read: dict[int, _Read], codecs: LayerCodecs, _key: Tensor, value: Tensor, _positions: Tensor) -> Reader:
+def watched(
+    read: dict[int, ReadValues], codecs: LayerCodecs, _key: Tensor, value: Tensor, _positions: Tensor
+) -> Reader:
     """Return what is told of one attention's queries; see simulation.Watch."""
     seen = read.get(id(codecs))
     return (lambda _: None) if seen is None else seen.reader(value)
 
 
-class _Read:
+class ReadValues:
     """Sums over what queries read of a layer's values: of codes' averages z and weights' sums a, [z; a] [z; a]^T and
     [z; a] x^T, with x what they should have read. One for each KV head; z are the R components of its block."""
 

@@ -138,7 +138,7 @@ def test_a_whole_compression(tiny_checkpoint: Any, text_file: Path, alone: Path,
     """Windows, coherence and fits, all by workers."""
     workers = Backwards()
     assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers), alone)
-    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fit_of"}
+    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fit_of", "_fitted"}
 
 
 def run(source: Path, text: Path, out: Path, workers: Workers | None, progress: Any = None) -> Path:

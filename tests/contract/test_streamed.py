@@ -81,7 +81,7 @@ class TestMemory:
     """compress(memory=...): streamed where the whole model does not fit, and then the same plan."""
 
     def run(self, source: Path, text: Path, out: Path, **how: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        chosen = CompressOptions(calibration=(str(text),), tokens=256, seq_len=32, recent=4, keep=0.25, refit=False)
+        chosen = CompressOptions(calibration=(str(text),), tokens=256, seq_len=32, recent=4, keep=0.25)
         options = replace(chosen, calibration=how.pop("calibration", chosen.calibration))
         compress(source, out, options, device="cpu", **how)
         plan = json.loads((out / "kv_plan.json").read_text())

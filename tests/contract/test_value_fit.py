@@ -17,13 +17,14 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.layer import LayerCodecs
-from kvcompress.errors import CalibrationError, Note
+from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress, make_plan, refit_values
 from kvcompress.runtime import value_fit
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.output import read_output
+from tests.sharing import Backwards
 from tests.tiny_models import random_ids
 from tests.unit.test_refit import WIDTH, maps_of, tokens
 
@@ -54,7 +55,7 @@ def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps
     weights = torch.rand(1, 2, 1200, 4000, generator=torch.Generator().manual_seed(seed))
     run = torch.arange(1200)[:, None] % 200 == torch.arange(4000) // 20
     weights = run * weights / 20  # near tokens have the rest
-    found = value_fit._Read(LayerCodecs(None, SiteCodec(maps, torch.device("cpu")), None, 2, 8), maps)
+    found = value_fit.ReadValues(LayerCodecs(None, SiteCodec(maps, torch.device("cpu")), None, 2, 8), maps)
     found.reader(value)(weights)
 
     def error(other: SiteMaps) -> float:
@@ -93,7 +94,7 @@ def test_each_head_has_the_decoder_of_least_squares(planned: Any, monkeypatch: p
     n_heads, width = codecs.value_shape
     value = torch.randn(1, n_heads, 200, width, generator=generator)
     weights = torch.rand(1, n_heads, 320, 200, generator=generator).square()
-    read = value_fit._Read(codecs, own)
+    read = value_fit.ReadValues(codecs, own)
     read.reader(value)(weights)
     fitted = read.fitted(own)
     codec = SiteCodec(own, torch.device("cpu"))
@@ -140,15 +141,42 @@ def test_compress_fits_again_from_saved_moments(tiny_checkpoint: Any, tmp_path: 
     assert not torch.equal(first[site].decoder, alone[site].decoder)
 
 
-def test_a_model_that_does_not_fit_is_said(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize("how", ["streamed, from saved moments", "streamed", "by a worker"])
+def test_where_the_model_does_not_fit(how: str, tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
+    """To the same numbers: by layers that come from disk, by a worker, or both."""
+    pytest.importorskip("accelerate")
+    options, source = (
+        replace(OPTIONS, tokens=512, seq_len=64, calibration=(str(text_file),)),
+        tiny_checkpoint("llama-gqa"),
+    )
+    with open_checkpoint(source) as checkpoint:
+        memory = whole_bytes(checkpoint, "float32", options.seq_len) - 1
+    (tmp_path / "other").mkdir()
+    other = tmp_path / ("again" if "saved" in how else "other/out")
+    compress(source, tmp_path / "first", options, device="cpu")
+    workers = Backwards() if "worker" in how else None
+    compress(source, other, options, device="cpu", memory=memory if "streamed" in how else None, workers=workers)
+    first, again = (read_output(directory)[1] for directory in (tmp_path / "first", other))
+    assert workers is None or workers.called.count("_fitted") == 1
+    for site, own in first.items():
+        for name in ("encoder", "decoder", "mean"):
+            torch.testing.assert_close(getattr(own, name), getattr(again[site], name), rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_cannot_be_streamed_are_said(
+    tiny_checkpoint: Any, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = replace(OPTIONS, tokens=512, seq_len=64, calibration=(str(text_file),))
     compress(tiny_checkpoint("llama-gqa"), tmp_path / "first", options, device="cpu")
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
         memory = whole_bytes(checkpoint, "float32", options.seq_len) - 1
-    with pytest.warns(Note, match="does not fit as a whole"):
+
+    def refuse(*_: Any) -> None:
+        raise OptionError("it cannot be streamed.")
+
+    monkeypatch.setattr("kvcompress.runtime.value_fit_elsewhere.streamed_model", refuse)
+    with pytest.warns(Note, match="are not fitted to what queries read of them: it cannot be streamed"):
         compress(tiny_checkpoint("llama-gqa"), tmp_path / "again", options, device="cpu", memory=memory)
-    first, again = (read_output(tmp_path / name)[1] for name in ("first", "again"))
-    assert not torch.equal(first[Site(0, "value")].decoder, again[Site(0, "value")].decoder)
 
 
 def test_text_of_another_vocabulary_is_refused(tiny_checkpoint: Any, tmp_path: Path, text_file: Path) -> None:
