@@ -26,8 +26,8 @@ from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.options import BIT_BASES, FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
-from kvcompress.pipeline import make_plan
-from kvcompress.runtime.attach import attach_plan
+from kvcompress.pipeline import make_plan, refit_values
+from kvcompress.runtime.attach import attach_plan, detach
 
 KEEPS = (0.25, 0.125, 0.0625)
 WINDOWS = (0, 64)
@@ -57,8 +57,11 @@ class Bench:
         started = time.monotonic()
         if repr(options) not in self._plans:
             moments = obtain_moments(self.checkpoint, Path(self.args.work) / "x", options, dtype="float32")
-            self._plans = {repr(options): make_plan(self.checkpoint, moments, options)}
-        plan, maps, _ = self._plans[repr(options)]
+            plan, maps, _ = make_plan(self.checkpoint, moments, options)
+            detach(self.model)  # the plan before
+            refit_values(lambda: self.model, plan, maps, moments)
+            self._plans = {repr(options): (plan, maps)}
+        plan, maps = self._plans[repr(options)]
         attach_plan(self.model, plan, maps)
         result = evaluate_attached(self.model, self.original(text), recent=recent)
         return {

@@ -22,7 +22,7 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
 from kvcompress.evaluate.retrieval import evaluate_retrieval
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.pipeline import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
 #: (recent, sinks): as calibrated first.
@@ -35,7 +35,7 @@ def main() -> None:
     with open_checkpoint(args.model) as checkpoint:
         tokenizer = load_tokenizer(checkpoint.path)
         model: Any = load_weights(checkpoint.path, dtype="float32", device=device).eval()
-        plans = {keep: _plan(checkpoint, keep, args, device) for keep in args.keep}
+        plans = {keep: _plan(checkpoint, model, keep, args) for keep in args.keep}
         print(f"{args.model} on {torch.cuda.get_device_name() if device == 'cuda' else 'a CPU'}", flush=True)
         for length in args.length:
             seq_len, n_windows = map(int, length.split(":"))
@@ -61,10 +61,12 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _plan(checkpoint: Checkpoint, keep: float, args: argparse.Namespace, device: str) -> Any:
-    options = CompressOptions(keep=keep, tokens=args.tokens)
+def _plan(checkpoint: Checkpoint, model: Any, keep: float, args: argparse.Namespace) -> Any:
+    options, device = CompressOptions(keep=keep, tokens=args.tokens), str(model.device)
     moments = obtain_moments(checkpoint, Path(args.work) / "x", options, device=device, dtype="float32")
-    return make_plan(checkpoint, moments, options, device=device)[:2]
+    plan, maps, _ = make_plan(checkpoint, moments, options, device=device)
+    refit_values(lambda: model, plan, maps, moments)
+    return plan, maps
 
 
 def _windows_and_sinks(model: Any, original: Original, keep: float, plan: Any, maps: Any) -> None:
