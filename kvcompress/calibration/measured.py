@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.coherence import measure_coherence
 from kvcompress.calibration.fisher import collect_moments
@@ -63,7 +63,8 @@ def measured_moments(
     if workers and not streams:
         workers.prepare(where, arithmetic)
     load = functools.partial(model, arithmetic, protocol["device"])
-    windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report)
+    here = not (workers or streams)
+    windows = calibration_windows(load, load_tokenizer(checkpoint.path), options, report, loads=here)
     protocol |= {"text_sha256": windows.sha256, "windows": windows.shares}
     shape = (len(windows.ids), windows.ids.shape[1])
     parts = Parts.opened(file.with_suffix(".partial"), protocol, shape, sinks=options.sinks, resume=resume)
@@ -145,13 +146,18 @@ def _no_moments(checkpoint: Checkpoint, protocol: dict[str, Any], device: str) -
 
 
 def calibration_windows(
-    model: Callable[[], Any], tokenizer: Any, options: CompressOptions, report: Progress
+    model: Callable[[], Any], tokenizer: Any, options: CompressOptions, report: Progress, *, loads: bool = False
 ) -> Mixture:
-    """Return the windows that are calibrated on; model: gives the model, where text is sampled from it."""
+    """Return the windows that are calibrated on; model: gives the model, where text is sampled from it.
+
+    loads: whether it is to be asked for in any case: then it is loaded while the other texts are read.
+    """
     shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
-    sampled = None
-    if n := shares.get(calibration_text.SELF):
-        sampled = sample_windows(
-            model(), tokenizer, n, options.seq_len, seed=options.seed, progress=lambda d, t: report("sample", d, t)
-        )
-    return mixed_windows(tokenizer, shares, options.seq_len, sampled=sampled)
+    with ThreadPoolExecutor(1) as aside:
+        at_hand = aside.submit(model).result if loads else model
+
+        def sampled(n: int) -> Tensor:
+            told = lambda done, total: report("sample", done, total)  # noqa: E731
+            return sample_windows(at_hand(), tokenizer, n, options.seq_len, seed=options.seed, progress=told)
+
+        return mixed_windows(tokenizer, shares, options.seq_len, sampled=sampled)

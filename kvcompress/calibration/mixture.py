@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,18 @@ def fair_shares(n: int, limits: Sequence[int]) -> list[int]:
     return shares
 
 
-def mixed_windows(tokenizer: Any, shares: dict[str, int], seq_len: int, *, sampled: Tensor | None = None) -> Mixture:
-    """Return the windows of all sources, interleaved; `sampled` stands in for the source `self`."""
-    parts = []
-    for source, share in shares.items():
-        if share and source == SELF and sampled is not None:
-            parts.append(sampled[:share])
-        elif share:
-            parts.append(token_windows(tokenizer, source, share, seq_len))
+def mixed_windows(
+    tokenizer: Any, shares: dict[str, int], seq_len: int, *, sampled: Callable[[int], Tensor] | None = None
+) -> Mixture:
+    """Return the windows of all sources, interleaved; `sampled` gives those of the source `self`, when all are read."""
+    found = {
+        source: token_windows(tokenizer, source, share, seq_len)
+        for source, share in shares.items()
+        if share and (source != SELF or sampled is None)
+    }
+    if sampled is not None and (share := shares.get(SELF)):
+        found[SELF] = sampled(share)
+    parts = [found[source] for source in shares if source in found]
     order = sorted((i / len(p), k, i) for k, p in enumerate(parts) for i in range(len(p)))
     return Mixture(torch.stack([parts[k][i] for _, k, i in order]), shares)
 

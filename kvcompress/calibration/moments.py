@@ -19,6 +19,7 @@ from kvcompress.model import blocks
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Part, Site
 from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
+from kvcompress.side_by_side import side_by_side
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
 MOMENTS_FORMAT = 7
@@ -231,7 +232,10 @@ class Moments:
                 header = handle.metadata()
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             if checked:
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                names = list(tensors)
+                widest = max((t.shape[-1] for t in tensors.values() if t.dim()), default=1)
+                copies = side_by_side(lambda name: tensors[name].clone(), names, width=widest)
+                tensors = dict(zip(names, copies, strict=True))
             sites: dict[Site, SiteMoments] = {}
             for name in tensors:
                 if name.endswith(".total"):
@@ -247,12 +251,12 @@ class Moments:
                         int(header["n_tokens"]),
                         tensors.get(f"{site}.coherence"),
                     )
-                    if checked:
-                        sites[site].check(site)
             turned = {name: shaped(r, Rotation) for name, r in shaped(parse_json(header["rotations"]), dict).items()}
             rotations = {site: turned[str(site)] for site in sites if str(site) in turned}
             if not sites:
                 raise ValueError("it holds no site")
+            if checked:
+                side_by_side(lambda site: sites[site].check(site), list(sites), width=widest)
             protocol, order = (
                 shaped(parse_json(header["protocol"]), dict),
                 shaped(parse_json(header["windows"]), list[int]),

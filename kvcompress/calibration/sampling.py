@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvcompress.compat import cache_argument, cache_of
 
@@ -15,6 +16,8 @@ _BATCH = 64
 #: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
 #: are far cheaper than a few long ones; several make a window.
 _ROW = 256
+#: All but cuDNN's, which makes a plan for each length of the cache: tens of milliseconds of all processors a step.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample_windows(
@@ -56,7 +59,7 @@ def _sampled_rows(
     ids = torch.full((n, 1), start, device=generator.device)
     rows = [ids]
     cache = None
-    with torch.no_grad():
+    with torch.no_grad(), sdpa_kernel(_ATTENTION):
         for _ in range(length - 1):
             output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
             cache = cache_of(output)
