@@ -48,7 +48,7 @@ def test_killed_and_resumed(runs: dict[str, Any], name: str) -> None:
 
 
 def test_random_kills_hit(runs: dict[str, Any]) -> None:
-    """Some do on any machine: their moments are shares of the unbroken run's time, and a later run may be much quicker."""
+    """Some do on any machine: their moments are shares of the unbroken run's time; a later run may be much quicker."""
     assert any(runs[name]["killed"] == SIGKILL for name in RANDOM)
 
 
