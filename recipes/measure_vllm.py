@@ -176,8 +176,6 @@ def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict
         "kv_cache_memory_bytes": int(options.memory * 2**30),
         "gpu_memory_utilization": 0.05,  # of the GPU's memory that must be free; the judge lies there, too
     }
-    if options.run_time:  # each prompt in one step: a second chunk would see the first one packed
-        arguments["max_num_batched_tokens"] = max(8192, sum(map(len, prompts)) + options.prompts)
     if not torch.cuda.is_available():
         arguments["enforce_eager"] = True
     if options.original:
@@ -185,6 +183,9 @@ def run(options: argparse.Namespace, way: str, prompts: list[list[int]]) -> dict
     arguments |= WAYS[way]
     if options.run_time and way == "chunks":  # so that all chunks but the last are full
         arguments |= {"max_num_seqs": 1, "enable_prefix_caching": False}
+    elif options.run_time:  # each prompt in one step: a second chunk would see the first one packed
+        most = arguments["max_num_seqs"] * arguments["max_model_len"]  # more vLLM does not take
+        arguments["max_num_batched_tokens"] = min(most, max(8192, sum(map(len, prompts)) + options.prompts))
     if arguments.pop("draft", False):
         arguments["speculative_config"] = {"method": "draft_model", "model": options.draft, "num_speculative_tokens": 3}
     with tempfile.TemporaryDirectory() as scratch:
