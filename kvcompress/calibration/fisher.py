@@ -35,7 +35,7 @@ Save = Callable[[Moments], None]
 
 
 def collect_moments(
-    model: nn.Module,
+    model: nn.Module | Summing,
     spec: ModelSpec,
     windows: Tensor,
     moments: Moments,
@@ -49,13 +49,14 @@ def collect_moments(
 ) -> Moments:
     """Add windows to `moments` and return it: those of `which`, or all from `moments.n_windows` on.
 
+    model: or one that is ready (`begun` with the same spec and `recent`), which takes several forwards.
     spec: the sites that are expected; their rotations are proven on the model and left in `moments`.
     windows: [n_windows, seq_len] token ids. The first `sinks` positions of a window are left out of the sums, and
     gradients count only queries more than `recent` tokens later, since the cache keeps those exact. Labels are
     sampled from the model, seeded per window, so a resumed pass gives the sums of an unbroken one. Raises
     CalibrationError if the model's activations or gradients are not finite.
     """
-    summing = begun(model, spec, recent)
+    summing = model if isinstance(model, Summing) else begun(model, spec, recent)
     for index in range(moments.n_windows, len(windows)) if which is None else which:
         summing.add(windows, index, moments, sinks=sinks, seed=seed)
         if progress:

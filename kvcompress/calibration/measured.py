@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.coherence import measure_coherence
-from kvcompress.calibration.fisher import collect_moments
+from kvcompress.calibration.fisher import begun, collect_moments
 from kvcompress.calibration.memory import limited
 from kvcompress.calibration.mixture import Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import Moments, empty_moments
@@ -88,7 +88,8 @@ def measured_moments(
             collect = functools.partial(collect_streamed, layers, scratch=parts.directory)
             device = protocol["device"]
         else:
-            collect = functools.partial(collect_moments, load())
+            ready = functools.cache(lambda: begun(load(), checkpoint.spec, options.recent))  # for both passes
+            collect = lambda *args, **kwargs: collect_moments(ready(), *args, **kwargs)  # noqa: E731
             moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
         moments.protocol = protocol
         adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731

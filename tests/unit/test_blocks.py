@@ -95,10 +95,11 @@ class TestSampling:
     def test_long_windows_are_made_of_short_sequences(self, tiny_model: Any) -> None:
         """Sampled side by side: 255 steps of the model for two windows of 600 tokens, each sequence from the start."""
         model, steps, done = tiny_model("llama-gqa"), [], []
-        handle = model.register_forward_hook(lambda *_: steps.append(1))
+        handle = model.register_forward_hook(lambda *_: steps.append(torch.backends.cuda.cudnn_sdp_enabled()))
         windows = sample_windows(model, build_tokenizer(), 2, 600, seed=0, progress=lambda *x: done.append(x))
         handle.remove()
         assert windows.shape == (2, 600) and len(steps) == 255
+        assert not any(steps)  # cuDNN's attention would be planned anew at each
         assert (windows.flatten()[::256] == BOS).all()
         assert done[-1] == (1200, 1200) and done == sorted(done)
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import kvcompress.calibration.measured as measured
+from kvcompress.calibration import fisher, measured
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, UnsupportedModelError
+from kvcompress.model.probe import probe
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from tests.tiny_models import random_ids
@@ -119,6 +120,14 @@ class TestReuse:
     @pytest.fixture
     def options(self, text_file: Path) -> CompressOptions:
         return CompressOptions(calibration=(str(text_file),), tokens=128, seq_len=32, sinks=2, recent=4)
+
+    def test_a_model_is_proven_once(
+        self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        proven: list[Any] = []
+        monkeypatch.setattr(fisher, "probe", lambda model: (proven.append(model), probe(model))[1])
+        compress(tiny_checkpoint("llama-gqa"), tmp_path / "a", options, device="cpu")
+        assert len(proven) == 1
 
     def test_other_budgets_bases_and_policies(
         self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions, calibrations: list[int]
