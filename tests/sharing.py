@@ -23,7 +23,7 @@ class Backwards:
     def prepare(self, checkpoint: str, dtype: str) -> None:
         pass
 
-    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+    def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         self.summed += windows
         for piece in reversed(pieces_of(windows, self.n, 4)):
             sums = Sums(job, "cpu", saves=False)

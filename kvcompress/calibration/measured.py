@@ -77,12 +77,13 @@ def measured_moments(
         model.elsewhere = Elsewhere(where, arithmetic, protocol["device"], memory, workers)
     collect: Callable[..., Moments]
     with parts.kept_if_begun():
+        if streams and not (workers and workers.fits):  # those may have other disks
+            check_streams(job, checkpoint)
         if workers:
             model.let_go()  # every worker has a model of its own
             moments = collect_shared(job, workers, progress=done)
             collect = functools.partial(collect_watched, job, workers)
         elif streams:
-            check_streams(job, checkpoint)
             layers = streamed_model(where, arithmetic, protocol["device"])
             moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, layers))
             collect = functools.partial(collect_streamed, layers, scratch=parts.directory)

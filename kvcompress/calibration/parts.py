@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvcompress.calibration.fisher import n_samples_of
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.streamed import begun_windows
+from kvcompress.calibration.streamed import begun_windows, share_done
 from kvcompress.checkpoint.writer import atomic_file, remove_stale
 from kvcompress.errors import CalibrationError
 
@@ -96,6 +96,10 @@ class Parts:
     def stream(self, windows: Sequence[int]) -> Path:
         """Return the directory of a streamed pass over windows (streamed.py)."""
         return self.directory / f"stream-{windows[0]:06d}"
+
+    def share_streamed(self, windows: Sequence[int]) -> float:
+        """Return how much of the streamed pass over windows is done, whoever runs it."""
+        return share_done(self.stream(windows))
 
     def streams(self, missing: Sequence[int]) -> list[list[int]]:
         """Return the windows of streamed passes that were begun and are still missing; others are removed."""

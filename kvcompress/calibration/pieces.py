@@ -66,8 +66,9 @@ class Workers(Protocol):
     def prepare(self, checkpoint: str, dtype: str) -> None:
         """Let workers load their models while this process does something else; it does not wait."""
 
-    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
-        """Sum windows; yield what is not saved as a part yet, on the CPU. told(n): n more windows are summed.
+    def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
+        """Sum windows; yield what is not saved as a part yet, on the CPU. told(n): n more windows are summed, whole
+        ones or shares of them.
 
         What a worker that died had not handed in is summed again, and a Note says so. Raises CalibrationError where
         workers die again and again.
@@ -213,13 +214,13 @@ def collect_shared(job: Job, workers: Workers, *, progress: Progress | None = No
     """Return the moments of all windows of a job, those of its parts included, on the CPU; workers sum the others."""
     n_windows, seq_len = job.windows.shape
     missing = job.parts.missing()
-    done = n_windows - len(missing)
+    done = float(n_windows - len(missing))
 
-    def told(more: int) -> None:
+    def told(more: float) -> None:
         nonlocal done
         done += more
-        if progress:
-            progress(done * seq_len, n_windows * seq_len)
+        if progress and more:
+            progress(round(done * seq_len), n_windows * seq_len)
 
     held: list[Moments] = []
     save = Seldom(job.parts.save)

@@ -22,6 +22,8 @@ from kvcompress.errors import CalibrationError, OptionError
 _MOST_DEATHS = 5
 #: Windows that a worker is given ahead, so that it never waits for the next one.
 _AHEAD = 2
+#: How often it is looked how far streamed passes are.
+_LOOK_SECONDS = 1.0
 
 
 class LocalWorkers:
@@ -70,19 +72,21 @@ class LocalWorkers:
         for worker in self._workers():
             worker.submit(load, checkpoint, dtype, worker.device)
 
-    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+    def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         """Sum windows; every worker saves its part. Yields nothing. Raises CalibrationError where they keep dying."""
         waiting, running = deque(shared_pieces(job, windows, self.n)), dict[Future[bool], tuple[_Worker, list[int]]]()
         ahead = _AHEAD if job.memory is None else 1
-        crew, deaths = self._workers(), 0
+        crew, deaths, reached = self._workers(), 0, _Reached(job, told)
+        look = None if job.memory is None else _LOOK_SECONDS
         for worker in crew:
             worker.begin(job)
         while True:
             for worker in crew:
                 self._supply(worker, waiting, running, ahead)
+            reached.tell([windows for _, windows in running.values()])
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait(running, look, return_when=FIRST_COMPLETED).done:
                 if future not in running:  # of a worker whose death was met already
                     continue
                 worker, added = running.pop(future)
@@ -90,7 +94,7 @@ class LocalWorkers:
                     saved = future.result()
                 except BrokenProcessPool as error:
                     deaths += 1
-                    lost = self._lost(worker, added, running, told)
+                    lost = self._lost(worker, added, running, reached)
                     if deaths >= _MOST_DEATHS:
                         raise _too_many_deaths(deaths, lost) from error
                     note_repeated(lost, "a worker of the calibration died")
@@ -98,7 +102,7 @@ class LocalWorkers:
                     worker.begin(job)
                 else:
                     worker.unsaved = [] if saved else [*worker.unsaved, *added]
-                    told(len(added))
+                    reached.whole += len(added)
         yield from ()
 
     def each(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -153,17 +157,33 @@ class LocalWorkers:
         worker: _Worker,
         added: list[int],
         running: dict[Future[bool], tuple[_Worker, list[int]]],
-        told: Callable[[int], None],
+        reached: _Reached,
     ) -> list[int]:
         """Return the windows that a dead worker had not saved, and take them back."""
         lost = [*worker.unsaved, *added]
-        told(-len(worker.unsaved))
+        reached.whole -= len(worker.unsaved)
         for future, (owner, windows) in list(running.items()):
             if owner is worker:
                 del running[future]
                 lost += windows
         worker.restart()
         return sorted(lost)
+
+
+class _Reached:
+    """Tells how many windows are summed; of those whose layers are streamed as much as is done."""
+
+    def __init__(self, job: Job, told: Callable[[float], None]) -> None:
+        self._job, self._told, self._before, self.whole = job, told, 0.0, 0
+
+    def tell(self, running: Sequence[list[int]]) -> None:
+        """running: the windows that workers have in hand."""
+        streamed = [windows for windows in running if windows and self._job.memory is not None]
+        now = self.whole + sum(len(windows) * self._job.parts.share_streamed(windows) for windows in streamed)
+        if streamed:  # what is done of those is never lost, but gone for a moment when it is saved
+            now = max(now, self._before)
+        self._told(now - self._before)
+        self._before = now
 
 
 class _Worker:

@@ -64,7 +64,7 @@ class RankWorkers:
     def prepare(self, checkpoint: str, dtype: str) -> None:
         self._done_together([(load, (checkpoint, dtype))] * self._n)
 
-    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+    def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         """Sum windows; every rank saves its part. Yields nothing."""
         self._done_together([(_start, (job,))] * self._n)
         for _, n in self.each(_add, [(piece,) for piece in shared_pieces(job, windows, self._n)]):

@@ -45,7 +45,7 @@ class RayWorkers:
     def prepare(self, checkpoint: str, dtype: str) -> None:
         """Nothing: a task loads what it needs, and its worker keeps that for the next one."""
 
-    def sums(self, job: Job, windows: list[int], told: Callable[[int], None]) -> Iterator[Moments]:
+    def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         """Yield the sums of windows, a task's at a time. Raises CalibrationError where Ray gives one up."""
         ray = _connected(self.address)
         streams = job.memory is not None

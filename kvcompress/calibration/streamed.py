@@ -183,7 +183,7 @@ class _Pass:
 
     def _keep(self, **done: Any) -> None:
         """Write down what is done."""
-        self.done |= done | {"stores": sorted(self._stores), "windows": self.which}
+        self.done |= done | {"stores": sorted(self._stores), "windows": self.which, "n_steps": 2 * self.n_layers}
         with atomic_file(self.kept / _STATE_FILE) as scratch:
             scratch.write_text(json.dumps(self.done), encoding="utf-8")
 
@@ -199,6 +199,12 @@ def begun_windows(directory: Path) -> list[int]:
     """Return the windows of a pass that was begun in a directory, [] where none was."""
     found: list[int] = _state(directory).get("windows", [])
     return found
+
+
+def share_done(directory: Path) -> float:
+    """Return how much of a pass in a directory is done, there and back."""
+    state = _state(directory)
+    return float(state.get("steps", 0) / state.get("n_steps", 1))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kvcompress.calibration import processes
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.parts import Parts
@@ -193,11 +194,16 @@ class TestProcesses:
         assert_same_plan(out, alone)
 
     def test_streamed_by_both(
-        self, workers: LocalWorkers, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+        self, workers: LocalWorkers, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Progress tells of layers, not only of windows that are done."""
         pytest.importorskip("accelerate")
+        monkeypatch.setattr(processes, "_LOOK_SECONDS", 0.01)
         job = replace(job_of(tiny_checkpoint(FAMILY), tmp_path), memory=1 << 30)
-        assert_same(collect_shared(job, workers), one_process(job))
+        told: list[int] = []
+        found = collect_shared(job, workers, progress=lambda done, total: told.append(done))
+        assert_same(found, one_process(job))
+        assert told == sorted(told) and told[-1] == job.windows.numel() and len(set(told)) > workers.n
 
     def test_what_a_worker_raises_arrives(self, workers: LocalWorkers, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
