@@ -27,8 +27,8 @@ from kvcompress.runtime.simulation import Reader, Simulation, simulating
 
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
-#: How much decoders lean on what they were, as a share of the power of each code.
-_LEAN = 0.1
+#: Decoders lean on what they were as if that had been seen in so many tokens.
+_PRIOR_TOKENS = 4096
 #: Keeps what is solved for solvable where a component is never read.
 _LEAST = 1e-30
 
@@ -100,6 +100,7 @@ class ReadValues:
         # places of a block's components; those that it lacks are one of zeros, behind all others
         padded = [functional.pad(m, (0, self._n - len(m)), value=len(maps.block)) for m in members]
         self.members, self._places = members, torch.stack(padded).to(device)
+        self._n_tokens = 0
         self._gram = torch.zeros(n_heads, self._n + 1, self._n + 1, dtype=torch.float64, device=device)
         self._wanted = torch.zeros(n_heads, self._n + 1, width, dtype=torch.float64, device=device)
 
@@ -107,6 +108,7 @@ class ReadValues:
         """value: [batch, kv heads, n_tokens, width] -> what adds queries of them, told their weights."""
         codec = self._codecs.value
         assert codec is not None
+        self._n_tokens += value.shape[0] * value.shape[2]
         codes = codec.latents(codec.encode(self._codecs.centred_values(value)))
         by_block = functional.pad(codes, (0, 1))[..., self._places].permute(0, 2, 1, 3)  # [batch, blocks, tokens, R]
         by_head = by_block.repeat_interleave(value.shape[1] // len(self._places), 1)
@@ -135,7 +137,7 @@ class ReadValues:
             numbers = slice(head * width, (head + 1) * width)
             before = torch.cat([decoder[mine, columns] * step[mine, None], mean[None, numbers]])
             gram, wanted = gram[rows][:, rows], wanted[rows]
-            lean = _LEAN * gram.diagonal() + _LEAST
+            lean = _PRIOR_TOKENS / self._n_tokens * gram.diagonal() + _LEAST
             after = torch.linalg.solve(gram + lean.diag(), wanted + lean[:, None] * before)
             decoder[mine, columns] = after[:-1] / step[mine, None]
             mean[numbers] = after[-1]

@@ -85,7 +85,7 @@ def test_values_alone_are_fitted(planned: Any) -> None:
 
 def test_each_head_has_the_decoder_of_least_squares(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against numbers put together query by query, of one layer that is told weights."""
-    monkeypatch.setattr(value_fit, "_LEAN", 0.0)
+    monkeypatch.setattr(value_fit, "_PRIOR_TOKENS", 0)
     model, plan, maps, _ = planned
     attach_plan(model, plan, maps)
     codecs = attachment_of(model).codecs[0]
@@ -188,3 +188,15 @@ def test_text_of_another_vocabulary_is_refused(tiny_checkpoint: Any, tmp_path: P
         moments.save(next(tmp_path.glob("kvcompress-moments-*.safetensors")))
         with pytest.raises(CalibrationError, match="text of another model"):
             obtain_moments(checkpoint, tmp_path / "x", options, device="cpu")
+
+
+def test_few_tokens_leave_decoders_nearly_as_they_were(planned: Any) -> None:
+    model, plan, maps, moments = planned
+    assert moments.text is not None
+    changes = []
+    for n_tokens in (16, 64):
+        fitted = dict(maps)
+        refit_values(lambda: model, plan, fitted, replace(moments, text=moments.text[:, :n_tokens]))
+        site = Site(0, "value")
+        changes.append(float((fitted[site].decoder - maps[site].decoder).float().norm()))
+    assert 0 < 1.5 * changes[0] < changes[1]
