@@ -49,10 +49,10 @@ def why_not_rotated(codecs: LayerKernels, *, page_blocks: int, device: torch.dev
 def why_not_rebuilt(codecs: LayerKernels, device: torch.device) -> str | None:
     """Return why rebuilt_layer takes no such layer, None where it does."""
     keys, values, rotary = codecs.key_site, codecs.value_site, codecs.rotary
-    if not kernels_apply(device):
-        return "the kernels need an NVIDIA GPU and Triton"
     if keys is None or values is None:
         return "a part of it is kept whole"
+    if not kernels_apply(device):
+        return "the kernels need an NVIDIA GPU and Triton"
     if not (keys.packable and values.packable):
         return "components have bits that the kernels do not know"
     if rotary is not None and not whole_rotation(rotary, codecs.head_dim):

@@ -164,3 +164,9 @@ def test_a_chunk_of_a_prompt_waits_for_nothing() -> None:
             reference.encode_chunk(layer.cache, row, key[row.new], value[row.new])
     with pytest.raises(AssertionError, match="a number was read"), NoHostRead():
         int(step.lengths[0])
+
+
+def test_a_layer_that_is_kept_whole_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_layer, "kernels_apply", lambda device: False)  # it has no codec that tells its device
+    whole = LayerKernels(None, None, None, KV_HEADS, HEAD_DIM, cached_rotated=False, rotated_mean=None)
+    assert why_not_fused(whole, SINKS, torch.device("cpu"), torch.float16) == "a part of it is kept whole"

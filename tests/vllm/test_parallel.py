@@ -25,3 +25,9 @@ def test_the_same_tokens_as_the_run_time(
     model, ids = run_time(directory), prompts(300, 40, 1, 97)
     llm = engine(directory, tensor_parallel_size=2)
     assert new_tokens(generate(llm, ids, 40)) == [greedy(model, x, 40) for x in ids]
+    # Each rank has as many bytes as one alone, for half of a token.
+    assert 1.8 < tokens_that_fit(llm) / tokens_that_fit(engine(directory)) <= 2.1
+
+
+def tokens_that_fit(llm: Any) -> int:
+    return int(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
