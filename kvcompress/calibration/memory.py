@@ -15,8 +15,9 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 #: Rows of logits alive at once (fisher.py), float32, with their softmax and gradient.
 _LOGIT_BYTES = 256 * 4 * 3
-#: For each score of a query and a key: float32 weights that are kept for the way back, 16-bit ones, of near keys again.
-_SCORE_BYTES = 12
+#: Queries whose scores are alive at once (attention.py), and what is for each on the way back, float32: its weight,
+#: its slope and how that came about.
+_QUERIES, _SCORE_BYTES = 512, 24
 #: What CUDA itself takes of a GPU for a process, beside what is allocated.
 CONTEXT_BYTES = 600_000_000
 #: Of a GPU's memory, what one process can count on; the rest is CUDA's own and lost between blocks.
@@ -62,7 +63,7 @@ def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
 def _window_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes a window takes: a layer with gradients, its attention, some rows of logits."""
     spec = checkpoint.spec
-    scores = max(a.n_heads for a in spec.layers) * seq_len**2 // 2 * _SCORE_BYTES
+    scores = max(a.n_heads for a in spec.layers) * min(_QUERIES, seq_len) * seq_len * _SCORE_BYTES
     hidden = seq_len * spec.hidden_size * DTYPE_BYTES[dtype] * _ACTIVATIONS
     return hidden + scores + _LOGIT_BYTES * spec.vocab_size
 

@@ -1,0 +1,308 @@
+"""Time and memory of a calibration against the size of a model: whole, streamed, on several GPUs; and their chart.
+
+    python recipes/measure_scale.py measure WORK --tokenizer DIR --text FILE --sizes 0.1b,1b,8b --ways whole,6GB,gpus
+    python recipes/measure_scale.py draw WORK/scale.json --out docs
+
+Models have the shapes below and random weights, made in WORK. A way is `whole` (one device), `gpus` (all of this host)
+or a size of memory, `least` for the smallest that the command takes. Each measurement is a process of its own that runs
+`kvcompress.compress` with --maps-only; plans are compared with that of `whole`. `draw` needs kvcompress[html]; without
+a file it draws what is computed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompress.bench.random_model import llama_config
+from kvcompress.bench.workload import Shape
+from kvcompress.calibration.memory import CONTEXT_BYTES, least_bytes, parse_bytes, whole_bytes
+from kvcompress.checkpoint.headers import TensorEntry
+from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
+from kvcompress.model.architectures import read_model_spec
+
+#: name: heads, KV heads, width of a head, layers, hidden size, width of the MLP, vocabulary.
+SHAPES = {
+    name: Shape(name, *sizes)
+    for name, sizes in {
+        "tiny": (4, 2, 16, 4, 64, 128, 49152),
+        "0.1b": (12, 4, 64, 12, 768, 2048, 49152),
+        "0.5b": (20, 5, 64, 20, 1280, 3584, 49152),
+        "1b": (32, 8, 64, 16, 2048, 8192, 128256),
+        "3b": (24, 8, 128, 28, 3072, 8192, 128256),
+        "8b": (32, 8, 128, 32, 4096, 14336, 128256),
+        "14b": (40, 8, 128, 48, 5120, 13824, 128256),
+        "32b": (64, 8, 128, 64, 5120, 25600, 151936),
+        "70b": (64, 8, 128, 80, 8192, 28672, 128256),
+        "405b": (128, 8, 128, 126, 16384, 53248, 128256),
+    }.items()
+}
+
+
+def tensors_of(shape: Shape) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the tensors of each file of a checkpoint: a layer each, and the rest."""
+    d, heads, kv = shape.d_model, shape.n_heads * shape.head_dim, shape.width
+    layer = {
+        "input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (heads, d),
+        "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, heads),
+        "mlp.gate_proj": (shape.d_mlp, d), "mlp.up_proj": (shape.d_mlp, d), "mlp.down_proj": (d, shape.d_mlp),
+    }  # fmt: skip
+    files = {
+        f"layer-{i:03d}.safetensors": {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+        for i in range(shape.n_layers)
+    }
+    outside = {
+        "model.embed_tokens.weight": (shape.n_vocab, d),
+        "model.norm.weight": (d,),
+        "lm_head.weight": (shape.n_vocab, d),
+    }
+    return {"outside.safetensors": outside} | files
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    found: dict[str, Any] = llama_config(shape).to_dict()
+    return found | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": False}
+
+
+def imagined(shape: Shape) -> Checkpoint:
+    """Return a checkpoint of which there are only the sizes."""
+    entries = {
+        name: TensorEntry(file, size, "BF16")
+        for file, sizes in tensors_of(shape).items()
+        for name, size in sizes.items()
+    }
+    config = config_of(shape)
+    return Checkpoint(Path(), shape.name, config, read_model_spec(config), entries)
+
+
+def make(shape: Shape, directory: Path, tokenizer: Path, device: str) -> None:
+    """Write a checkpoint of random weights, a layer at a time."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, directory)
+    generator = torch.Generator(device).manual_seed(0)
+    where: dict[str, str] = {}
+    for file, sizes in tensors_of(shape).items():
+        weights = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if len(size) == 1
+            else torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
+            for name, size in sizes.items()
+        }
+        save_file(weights, directory / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(weights, file)
+    (directory / "config.json").write_text(json.dumps(config_of(shape)), encoding="utf-8")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+
+
+class Outside(threading.Thread):
+    """What others see of this process while it runs: its memory, and all that its first GPU holds (nvidia-smi)."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(daemon=True)
+        self._on_gpu, self.resident, self.gpu = device == "cuda", 0, 0
+
+    def run(self) -> None:
+        import psutil
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        ask = ["nvidia-smi", "-i", visible, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while True:
+            self.resident = max(self.resident, psutil.Process().memory_info().rss)
+            if self._on_gpu:
+                told = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+                self.gpu = max(self.gpu, int(told) << 20)
+            time.sleep(0.25)
+
+
+def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict[str, Any]:
+    """Return what compressing took, in this process."""
+    from kvcompress.calibration import pieces
+    from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
+    from kvcompress.options import CompressOptions
+    from kvcompress.pipeline import compress
+
+    device, stages = args.device, dict[str, list[float]]()
+    workers = None
+    if way == "gpus":
+        workers = workers_on_gpus("all") if device == "cuda" else LocalWorkers(("cpu", "cpu"))
+    with open_checkpoint(model) as checkpoint:
+        size = (checkpoint.spec.dtype if device == "cuda" else "float32", args.seq_len)
+        least = least_bytes(checkpoint, *size) + (CONTEXT_BYTES if device == "cuda" else 0)
+        numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
+    memory = None if way in ("whole", "gpus") else least if way == "least" else parse_bytes(way)
+    outside, started = Outside(device), time.monotonic()
+    outside.start()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        now = time.monotonic() - started
+        stages.setdefault(stage, [now, now])[1] = now
+
+    options = CompressOptions(
+        calibration=(str(args.text),), tokens=args.tokens, seq_len=args.seq_len, recent=args.recent, maps_only=True
+    )
+    result = compress(model, out, options, device=device, workers=workers, memory=memory, progress=progress)
+    found = {
+        "parameters": numbers,
+        "way": way,
+        "streamed": "layers" in stages,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "tokens": args.tokens,
+        "seconds": result.seconds,
+        "windows_seconds": stages["calibrate"][1] - stages["calibrate"][0],
+        "calibration_seconds": stages["coherence"][1],
+        "stages": {name: [round(t, 2) for t in times] for name, times in stages.items()},
+        "resident_bytes": outside.resident,
+    }
+    if device == "cuda":
+        found |= {"allocated_bytes": torch.cuda.max_memory_allocated(), "gpu_bytes": outside.gpu}
+    if found["streamed"]:
+        reading = pieces.streamed_model(str(model.absolute()), size[0], device).reading
+        found |= {"read_bytes": reading.n_bytes, "read_seconds": reading.seconds, "waited_seconds": reading.waited}
+    if workers is not None:
+        workers.close()
+    return found
+
+
+def same_plan(out: Path, whole: Path) -> dict[str, Any]:
+    """Return whether bits are equal, and by how much maps differ at most, as a share of the largest number."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (json.loads((o / "kv_plan.json").read_text(encoding="utf-8"))["sites"] for o in (out, whole))
+    a, b = (load_file(o / "kv_maps.safetensors") for o in (out, whole))
+    if [s["bits"] for s in ours] != [s["bits"] for s in theirs]:
+        return {"bits_equal": False}
+    away = max(
+        float((t.double() - b[n].double()).abs().max() / b[n].double().abs().max().clamp_min(1e-30))
+        for n, t in a.items()
+    )
+    return {"bits_equal": True, "maps_within": away}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure every size in every way, each in a process of its own, and keep what is found after each."""
+    file = args.work / "scale.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    for size in args.sizes.split(","):
+        model = args.work / size
+        if not (model / "model.safetensors.index.json").is_file():
+            make(SHAPES[size], model, args.tokenizer, args.device)
+        for way in args.ways.split(","):
+            out = args.work / f"{size}-{way}" / "out"
+            shutil.rmtree(out.parent, ignore_errors=True)
+            out.parent.mkdir()
+            options = ["--text", args.text, "--tokens", args.tokens, "--seq-len", args.seq_len, "--recent", args.recent]
+            command = [sys.executable, __file__, "one", model, out, way, "--device", args.device, *options]
+            done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{size} {way}: failed")
+                continue
+            row = {"size": size} | json.loads(done.stdout.splitlines()[-1])
+            whole = args.work / f"{size}-whole" / "out"
+            if way != "whole" and whole.is_dir():
+                row |= same_plan(out, whole)
+            rows = [r for r in rows if (r["size"], r["way"]) != (size, way)] + [row]
+            file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(row), flush=True)
+
+
+def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
+    """Return the points of the chart: memory as the command counts it, and what was measured."""
+    found = []
+    for shape in (s for name, s in SHAPES.items() if name != "tiny"):
+        checkpoint = imagined(shape)
+        billions = sum(entry.n_numbers for entry in checkpoint.tensors.values()) / 1e9
+        counted = {
+            "whole": whole_bytes(checkpoint, "bfloat16", seq_len),
+            "streamed": least_bytes(checkpoint, "bfloat16", seq_len),
+        }
+        for how, n_bytes in counted.items():
+            found.append({"billions": billions, "how": how, "kind": "counted", "gigabytes": n_bytes / 1e9})
+    for row in rows:
+        how = "streamed" if row["streamed"] else "several GPUs" if row["way"] == "gpus" else "whole"
+        point = {
+            "billions": row["parameters"] / 1e9,
+            "how": how,
+            "kind": "measured",
+            "seconds": row["calibration_seconds"],
+        }
+        if "allocated_bytes" in row and how != "several GPUs":
+            point["gigabytes"] = row["allocated_bytes"] / 1e9
+        found.append(point)
+    return found
+
+
+def panel(values: list[dict[str, Any]], field: str, title: str) -> dict[str, Any]:
+    """Return one panel of the chart: a field against billions of parameters, both logarithmic."""
+    log = {"type": "quantitative", "scale": {"type": "log"}, "axis": {"tickCount": 5, "format": "~g"}}
+    x, y = log | {"field": "billions", "title": "parameters, billions"}, log | {"field": field, "title": title}
+    color = {
+        "field": "how",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": ["whole", "streamed", "several GPUs"]},
+    }
+    of = lambda kind: [v for v in values if v["kind"] == kind and field in v]  # noqa: E731
+    line = {"data": {"values": of("counted")}, "mark": {"type": "line", "strokeDash": [4, 3]}}
+    marks = {"data": {"values": of("measured")}, "mark": {"type": "point", "filled": True, "size": 60}}
+    return {"width": 300, "height": 240, "layer": [line, marks], "encoding": {"x": x, "y": y, "color": color}}
+
+
+def draw(args: argparse.Namespace) -> None:
+    import vl_convert
+
+    rows = json.loads(args.file.read_text(encoding="utf-8")) if args.file else []
+    values = points(rows, args.seq_len)
+    panels = [panel(values, "gigabytes", "memory on the device, GB (dashed: counted)")]
+    if len(rows) > 1:
+        panels.append(panel(values, "seconds", "calibration, seconds"))
+    chart = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "background": "white", "hconcat": panels}
+    (args.out / "scale.svg").write_text(vl_convert.vegalite_to_svg(chart), encoding="utf-8")
+    for value in values:
+        print(json.dumps(value))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of = {name: commands.add_parser(name) for name in ("measure", "one", "draw")}
+    for name in ("measure", "one"):
+        of[name].add_argument("--text", type=Path, required=True)
+        of[name].add_argument("--tokens", type=int, default=65536)
+        of[name].add_argument("--recent", type=int, default=64)
+        of[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    of["measure"].add_argument("work", type=Path)
+    of["measure"].add_argument("--tokenizer", type=Path, required=True, help="A directory that has one.")
+    of["measure"].add_argument("--sizes", default="0.1b,0.5b,1b,3b,8b")
+    of["measure"].add_argument("--ways", default="whole,least")
+    of["one"].add_argument("model", type=Path)
+    of["one"].add_argument("out", type=Path)
+    of["one"].add_argument("way")
+    of["draw"].add_argument("file", type=Path, nargs="?")
+    of["draw"].add_argument("--out", type=Path, default=Path("docs"))
+    for command in of.values():
+        command.add_argument("--seq-len", type=int, default=2048)
+    args = parser.parse_args()
+    if args.command == "measure":
+        measure(args)
+    elif args.command == "draw":
+        draw(args)
+    else:
+        print(json.dumps(measured(args.model, args.out, args, args.way)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The recipe that measures scale: what it imagines of a shape is what it makes, and a chart has what was measured."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcompress.calibration.memory import least_bytes, whole_bytes
+from kvcompress.checkpoint.reader import open_checkpoint
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "measure_scale.py"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    return runpy.run_path(str(RECIPE), run_name="recipe")
+
+
+def test_what_is_counted_of_a_shape_is_that_of_its_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
+    shape = recipe["SHAPES"]["tiny"]
+    recipe["make"](shape, tmp_path / "model", tmp_path, "cpu")
+    with open_checkpoint(tmp_path / "model") as made:
+        imagined = recipe["imagined"](shape)
+        assert imagined.tensors == made.tensors
+        for count in (whole_bytes, least_bytes):
+            assert count(imagined, "bfloat16", 2048) == count(made, "bfloat16", 2048)
+
+
+def test_the_chart(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    row = {"size": "8b", "way": "6GB", "streamed": True, "parameters": 8e9, "calibration_seconds": 77.0}
+    rows = [row | {"allocated_bytes": 4.5e9}, row | {"parameters": 1e9, "streamed": False}]
+    (tmp_path / "scale.json").write_text(json.dumps(rows))
+    recipe["draw"](Namespace(file=tmp_path / "scale.json", out=tmp_path, seq_len=2048))
+    drawn = (tmp_path / "scale.svg").read_text()
+    assert drawn.startswith("<svg") and "calibration, seconds" in drawn and "streamed" in drawn
