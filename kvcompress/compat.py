@@ -244,18 +244,26 @@ def own_attention(module: Any, implementation: str) -> Callable[..., Any]:
 
 
 def exact_attention(
-    module: Any, own: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: Any,
+    own: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    reads_cache: bool,
+    **kwargs: Any,
 ) -> Tensor:
     """Return attention as a module computed it before, given sdpa's mask: [batch, n_queries, heads, width of values].
 
-    own: the implementation's name. All but "eager" give what sdpa gives.
+    own: the implementation's name. All but "eager" give what sdpa gives. reads_cache: that it is a decoder's over its
+    cache, which is causal whatever the module says of itself.
     """
     if own != "eager":
         output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
         return output
     n_queries, n_keys = query.shape[2], key.shape[2]
-    given = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if given is None else given  # as sdpa reads its missing mask
+    is_causal = reads_cache or getattr(module, "is_causal", True)  # what sdpa takes a missing mask for
     if mask is None and n_queries > 1 and is_causal:
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
     if mask is not None and mask.dtype == torch.bool:

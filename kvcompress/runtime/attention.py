@@ -66,6 +66,7 @@ def compressed_attention(
         output = _static_attention(module, layer, query, scaling)
     elif layer is None or isinstance(layer, StaticLayer) or layer.n_encoded == 0:
         kwargs |= {"dropout": dropout, "scaling": scaling}
+        kwargs["reads_cache"] = virtual_heads is not None or getattr(module, CODED, None) is not None
         output = compat.exact_attention(
             module, getattr(module, OWN, "sdpa"), query, key, value, attention_mask, **kwargs
         )

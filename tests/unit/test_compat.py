@@ -85,14 +85,13 @@ def test_how_many_tokens_may_come() -> None:
     assert compat.n_new_tokens({}, GenerationConfig(max_new_tokens=5), 30) == 5
 
 
-@pytest.mark.parametrize(("is_causal", "given"), [(True, None), (False, None), (False, True), (True, False)])
-def test_a_missing_mask_means_what_the_module_says(is_causal: bool, given: bool | None) -> None:
-    """To sdpa it is causal where the module is; eager attention knows no such thing, and is told by a mask."""
+@pytest.mark.parametrize(("is_causal", "reads_cache"), [(True, False), (False, False), (False, True)])
+def test_a_missing_mask_of_eager_attention(is_causal: bool, reads_cache: bool) -> None:
+    """Over a cache it is causal (decoders of BigBird-Pegasus say that they are not); elsewhere the module knows."""
     module = LlamaAttention(LlamaConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=2), 0).eval()
     module.is_causal = is_causal
-    query, key, value = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    others = {"scaling": 8**-0.5} | ({} if given is None else {"is_causal": given})
-    sdpa, eager = (compat.exact_attention(module, own, query, key, value, None, **others) for own in ("sdpa", "eager"))
-    assert torch.allclose(sdpa, eager, atol=1e-6)
-    causal = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    assert torch.allclose(eager, causal, atol=1e-6) == (is_causal if given is None else given)
+    tensors = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = compat.exact_attention(module, "eager", *tensors, None, reads_cache=reads_cache, scaling=8**-0.5)
+    attend = nn.functional.scaled_dot_product_attention
+    expected = attend(*tensors, is_causal=is_causal or reads_cache).transpose(1, 2)
+    assert torch.allclose(found, expected, atol=1e-6)
