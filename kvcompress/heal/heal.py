@@ -84,7 +84,8 @@ def heal(
         model = student.distillation(options, texts.training)
         checkpoint = _begin(scratch, plan, options, texts, trainers, resume=resume)
         trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainers.repeatable(options.deterministic, strictly=True):
+            trainer.train(resume_from_checkpoint=checkpoint)
         stage: dict[str, Any] = {
             "train": options.train,
             "kept": bool(trainer.state.best_metric is not None and trainer.state.best_metric < 1),

@@ -31,8 +31,8 @@ from kvcompress.runtime.output import read_output
 
 #: Windows on which the weights of head norms are set before they are trained.
 _NORM_WINDOWS = 4
-#: Sequences that a model samples from itself side by side: 9 GB of cache for a model of 8 billion.
-_SAMPLED_AT_ONCE = 256
+#: Sequences that a model samples from itself side by side: 17 GB of cache for a model of 8 billion.
+_SAMPLED_AT_ONCE = 512
 
 
 @dataclass

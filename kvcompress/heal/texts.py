@@ -21,7 +21,7 @@ _SPACING = 61
 #: How often a source is passed over, at most, so that a short one has its share beside a long one.
 _MOST_PASSES = 4
 #: Tokens that a model samples from itself, at most: a token costs a forward.
-_MOST_SAMPLED = 262_144
+_MOST_SAMPLED = 524_288
 
 
 class HealTexts(NamedTuple):

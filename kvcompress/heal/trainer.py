@@ -208,6 +208,7 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
         remove_unused_columns=False,
         dataloader_num_workers=0,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # hundreds of a plan's constants, the same in every process
         restore_callback_states_from_checkpoint=True,
         seed=options.seed,
         data_seed=options.seed,
@@ -244,18 +245,29 @@ def make_trainer(model: Distillation, texts: HealTexts, arguments: TrainingArgum
 
 
 @contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
-    """Within the block, if wanted, torch's kernels on a GPU give the same bits for the same input."""
+def repeatable(wanted: bool, *, strictly: bool = False) -> Iterator[None]:
+    """Within the block, if wanted, torch's kernels on a GPU give the same bits for the same input.
+
+    strictly: attention's gradients, too, which torch leaves as they are where it may only warn. Raises OptionError
+    there for a kernel that has no such form.
+    """
     if not wanted:
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read at its first call
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not strictly)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise OptionError(
+            f"this model's training cannot repeat its bits here ({str(error).splitlines()[0]}). Leave out "
+            "--deterministic, or train on a CPU."
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -209,8 +209,23 @@ def test_a_deterministic_training_leaves_torch_as_it_was(output: Any, texts: tup
     assert seen and all(seen) and not _deterministic()
 
 
+def test_a_training_that_cannot_repeat_its_bits_is_refused(
+    output: Any, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation\nand more")
+
+    monkeypatch.setattr("kvcompress.heal.trainer.HealingTrainer.training_step", forward)
+    few = replace(FEW, tokens=4 * SEQ_LEN, deterministic=True)
+    with pytest.raises(OptionError, match=r"repeat its bits here \(cumsum_cuda_kernel .* implementation\)\. Leave out"):
+        run(output(BLIND), tmp_path / "healed", few, texts)
+    assert not _deterministic()
+
+
 def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
+    strictly = not torch.is_deterministic_algorithms_warn_only_enabled()
+    return strictly and torch.are_deterministic_algorithms_enabled()
 
 
 def test_what_got_no_better_is_written_as_it_was(output: Any, texts: tuple[str, ...], tmp_path: Path) -> None:
