@@ -240,9 +240,10 @@ def _fit_level(layer: _LayerMoments, part: Part, groups: list[Group], n_virtual:
 
 
 def _fitted_site(layer: _LayerMoments, part: Part, wanted: Tensor, basis: GroupedHeads) -> FittedSite:
-    everything = torch.arange(layer.attention.width)[None]
-    moments = layer.covariance[part][None], layer.fisher[part][None]
-    return FittedSite(GROUPED, basis, wanted, basis.energy, False, part == "key", everything, *moments)
+    order = wanted.flatten()  # every number of the layer once, block after block
+    moments = (m[order][:, order][None] for m in (layer.covariance[part], layer.fisher[part]))
+    inner = torch.arange(len(wanted))[None]
+    return FittedSite(GROUPED, basis, wanted, basis.energy, False, part == "key", inner, *moments)
 
 
 def _identity(rank: int) -> Components:
