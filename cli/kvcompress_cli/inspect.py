@@ -51,13 +51,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": spec.architecture,
         "dtype": spec.dtype,
         "layers": len({a.layer for a in spec.layers} | {o.layer for o in spec.own_layers}),
-        "query_heads": first.n_heads,
+        "query_heads": None if spec.probed and not first.readers else first.n_heads,
         "kv_heads": first.n_kv_heads,
         "head_dim": first.head_dim,
-        "rotary_dim": max(a.rotary_dim for a in spec.layers),
-        "layers_without_rope": [a.layer for a in spec.layers if not a.rotary_dim],
+        "rotary_dim": None if spec.probed else max(a.rotary_dim for a in spec.layers),
+        "layers_without_rope": [] if spec.probed else [a.layer for a in spec.layers if not a.rotary_dim],
         "layers_with_sliding_window": sorted(_windows(spec)),
         "compressed_layers": [a.layer for a in spec.layers],
+        "sites": _sites(spec),
         "own_layers": [
             {"layer": o.layer, "kind": o.kind, "window": o.window, "why": _why_own(o)} for o in spec.own_layers
         ],
@@ -70,6 +71,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "key_bases": {name: _possibility(obstacle) for name, obstacle in key_basis_obstacles(first).items()},
         "latent_group": {"kv_heads": group, "block_width": group * first.head_dim},
     }
+
+
+def _sites(spec: ModelSpec) -> list[dict[str, int]]:
+    """Return how many numbers of a token are compressed: in so many layers, so many as keys and as values."""
+    counts: dict[tuple[int, int], int] = {}
+    for attention in spec.layers:
+        widths = attention.of("key").width, attention.of("value").width
+        counts[widths] = counts.get(widths, 0) + 1
+    return [{"layers": n, "keys": keys, "values": values} for (keys, values), n in counts.items()]
 
 
 def _windows(spec: ModelSpec) -> set[int]:
@@ -122,12 +132,15 @@ def _print(document: dict[str, Any]) -> None:
     console = terminal.stdout()
     grid = terminal.facts()
     rotary = f"RoPE on {document['rotary_dim']} of {document['head_dim']} channels"
+    if document["rotary_dim"] is None:
+        rotary = "proven when it is compressed; the rest was read by running it"
     if document["layers_without_rope"]:
         rotary += f", none in {len(document['layers_without_rope'])} of the layers"
     if document["key_norm"]:
         rotary += ", key norm"
     weights = terminal.size(document["weight_bytes"])
-    heads = f"{document['query_heads']} query, {document['kv_heads']} key/value, {document['head_dim']} wide"
+    query = "" if document["query_heads"] is None else f"{document['query_heads']} query, "
+    heads = f"{query}{document['kv_heads']} key/value, {document['head_dim']} wide"
     grid.add_row("model", f"{document['architecture']}, {document['dtype']}, weights of {weights}")
     grid.add_row("layers", str(document["layers"]))
     grid.add_row("heads", heads)
@@ -137,6 +150,9 @@ def _print(document: dict[str, Any]) -> None:
     grid.add_row("", ", ".join(sizes))
     sizes = (f"{terminal.size(c['compressed'])} at {terminal.tokens(c['tokens'])}" for c in document["cache_bytes"])
     grid.add_row(f"at keep {_KEEP}", ", ".join(sizes))
+    for i, site in enumerate(document["sites"]):
+        told = f"{site['keys']:,} numbers a token as keys, {site['values']:,} as values, in {site['layers']} layers"
+        grid.add_row("" if i else "compressed", told)
     kept: dict[str, int] = {}
     for own in document["own_layers"]:
         kept[own["why"]] = kept.get(own["why"], 0) + 1
@@ -144,8 +160,6 @@ def _print(document: dict[str, Any]) -> None:
         grid.add_row("", f"{n} layers stay as they are: each {why}")
     if document["layers_with_sliding_window"] and not document["own_layers"]:
         grid.add_row("", "every layer has a sliding window; what is in it is compressed, and no more is held")
-    if document["read_by"] != "config.json":
-        grid.add_row("", "read by running the model; how keys turn with the position is proven when it is compressed")
     group = document["latent_group"]
     grid.add_row("latent blocks", f"{group['kv_heads']} KV heads, {group['block_width']} numbers, by default")
     for title, name in (("forms", "forms"), ("key bases", "key_bases")):
