@@ -125,21 +125,30 @@ class ReadValues:
 
     def fitted(self, maps: SiteMaps) -> SiteMaps:
         """Return the maps with each head's columns of the decoder, and its part of the mean, fitted to the sums."""
-        assert maps.mean is not None
-        step = maps.step.double()
-        decoder, mean = maps.decoder.double(), maps.mean.double()
-        n_heads, _, width = self._wanted.shape
-        in_block = n_heads // len(self.members)
-        for head, (gram, wanted) in enumerate(zip(self._gram.cpu(), self._wanted.cpu(), strict=True)):
-            mine = self.members[head // in_block]
-            rows = [*range(len(mine)), self._n]
-            columns = slice(head % in_block * width, (head % in_block + 1) * width)
-            numbers = slice(head * width, (head + 1) * width)
-            before = torch.cat([decoder[mine, columns] * step[mine, None], mean[None, numbers]])
-            gram, wanted = gram[rows][:, rows], wanted[rows]
-            lean = _PRIOR_TOKENS / self._n_tokens * gram.diagonal() + _LEAST
-            after = torch.linalg.solve(gram + lean.diag(), wanted + lean[:, None] * before)
-            decoder[mine, columns] = after[:-1] / step[mine, None]
-            mean[numbers] = after[-1]
+        before = self._rows(maps)
+        # a place that its block lacks has no power, and stays zero
+        lean = _PRIOR_TOKENS / max(1, self._n_tokens) * self._gram.diagonal(dim1=1, dim2=2) + _LEAST
+        after = torch.linalg.solve(self._gram + lean.diag_embed(), self._wanted + lean.unsqueeze(2) * before).cpu()
+        decoder, step = maps.decoder.double(), maps.step.double()
+        for b, mine in enumerate(self.members):
+            heads = after[self._in(b), : len(mine)].transpose(0, 1)  # [R, heads of the block, width]
+            decoder[mine] = heads.flatten(1) / step[mine, None]
         limit = torch.finfo(maps.decoder.dtype).max
-        return replace(maps, decoder=decoder.clamp(-limit, limit).to(maps.decoder.dtype), mean=mean.float())
+        decoder = decoder.clamp(-limit, limit).to(maps.decoder.dtype)
+        return replace(maps, decoder=decoder, mean=after[:, -1].flatten().float())
+
+    def _rows(self, maps: SiteMaps) -> Tensor:
+        """Return each head's part of the decoder, in units of the steps, and below it of the mean: [heads, R + 1, w]."""
+        assert maps.mean is not None
+        n_heads, size, width = self._wanted.shape
+        rows = torch.zeros(n_heads, size, width, dtype=torch.float64)
+        scaled = maps.decoder.double() * maps.step.double()[:, None]
+        for b, mine in enumerate(self.members):
+            rows[self._in(b), : len(mine)] = scaled[mine].unflatten(1, (-1, width)).transpose(0, 1)
+        rows[:, -1] = maps.mean.double().view(n_heads, width)
+        return rows.to(self._wanted.device)
+
+    def _in(self, block: int) -> slice:
+        """Return the heads of a block."""
+        n = len(self._gram) // len(self.members)
+        return slice(block * n, (block + 1) * n)
