@@ -138,7 +138,10 @@ class ReadValues:
         return replace(maps, decoder=decoder, mean=after[:, -1].flatten().float())
 
     def _rows(self, maps: SiteMaps) -> Tensor:
-        """Return each head's part of the decoder, in units of the steps, and below it of the mean: [heads, R + 1, w]."""
+        """Return of each head its part of the decoder, in units of the steps, and below it of the mean.
+
+        [heads, R + 1, width], float64.
+        """
         assert maps.mean is not None
         n_heads, size, width = self._wanted.shape
         rows = torch.zeros(n_heads, size, width, dtype=torch.float64)
