@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _plan(checkpoint: Checkpoint, model: Any, keep: float, args: argparse.Namespace) -> Any:
-    options, device = CompressOptions(keep=keep, tokens=args.tokens), str(model.device)
+    options, device = CompressOptions(keep=keep, tokens=args.tokens), model.device.type
     moments = obtain_moments(checkpoint, Path(args.work) / "x", options, device=device, dtype="float32")
     plan, maps, _ = make_plan(checkpoint, moments, options, device=device)
     refit_values(lambda: model, plan, maps, moments)
