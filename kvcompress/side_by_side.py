@@ -15,16 +15,25 @@ Result = TypeVar("Result")
 #: Memory that fits at work may take together, and how many float64 matrices of a site's blocks one of them holds.
 _MEMORY, _MATRICES = 8 << 30, 16
 _MOST = 16
+#: Threads that start a GPU's kernels hold each other up: Python runs one of them at a time.
+_FEEDING = 2
 
 
 def side_by_side(
-    function: Callable[[Item], Result], items: Sequence[Item], *, width: int, done: Callable[[int], None] | None = None
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    width: int,
+    device: str = "cpu",
+    done: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Return function(item) of every item, in order, in as many threads as torch may use, each with one processor.
 
-    width: numbers of the widest site, which bounds how many fit in memory. done: told how many are finished.
+    width: numbers of the widest site, which bounds how many fit in memory. device: where nearly all of it is computed.
+    done: told how many are finished.
     """
-    n = min(_MOST, len(items), torch.get_num_threads(), max(1, _MEMORY // (_MATRICES * 8 * width**2)))
+    most = _MOST if device == "cpu" else _FEEDING
+    n = min(most, len(items), torch.get_num_threads(), max(1, _MEMORY // (_MATRICES * 8 * width**2)))
     results = []
     with _one_processor(n > 1), ThreadPoolExecutor(max(1, n)) as pool:
         for result in pool.map(function, items) if n > 1 else map(function, items):

@@ -35,7 +35,7 @@ def turned_moments(
         return turned_site(sums, spec.attention(site), inv_freq, turns[site], generator=generator).to("cpu")
 
     chosen = [site for site in spec.rotations if turns.get(site, 1) > 1]
-    found = side_by_side(turned, chosen, width=max(map(spec.width, chosen), default=1))
+    found = side_by_side(turned, chosen, width=max(map(spec.width, chosen), default=1), device=device)
     return replace(moments, sites=moments.sites | dict(zip(chosen, found, strict=True)))
 
 

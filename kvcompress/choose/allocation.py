@@ -70,7 +70,7 @@ def choose_bits(
             device=device,
         )
 
-    curves = side_by_side(curve_of, list(fitted), width=max(spec.width(site) for site in fitted))
+    curves = side_by_side(curve_of, list(fitted), width=max(spec.width(site) for site in fitted), device=device)
     budget = int(options.keep * spec.cache_numbers_per_token * full_bits + 1e-9)
     if budget < sum(c.curve.width for c in curves):
         budget -= GAIN_BITS * len(curves)

@@ -24,6 +24,7 @@ from kvcompress.model.model_spec import Site
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.simulation import Reader, Simulation, simulating
+from kvcompress.side_by_side import side_by_side
 
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
@@ -64,8 +65,11 @@ def fit_values(
                 decoder(input_ids=window[None].to(device), use_cache=True)
             if progress:
                 progress((done + 1) * windows.shape[1], windows.numel())
-        for site, seen in of.items():
-            maps[site] = seen.fitted(maps[site])
+
+        def fit(site: Site) -> None:
+            maps[site] = of[site].fitted(maps[site])
+
+        side_by_side(fit, list(of), width=max((s.width for s in plan.sites), default=1))
     finally:
         detach(model)
 
