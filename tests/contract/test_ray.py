@@ -57,6 +57,7 @@ class TestRay:
         assert killed
         assert_same_plan(out, alone)
 
+    @pytest.mark.filterwarnings("ignore::kvcompress.errors.Note")  # a busy machine may lose a worker: figures stay
     def test_cells_of_compare_and_windows_of_eval(
         self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
     ) -> None:
@@ -68,11 +69,13 @@ class TestRay:
         for name, who in (("alone", None), ("shared", workers)):
             document = compare(source, tmp_path / name, request, workers=who)
             rows.append([(row["keep_asked"], row["kl_nats"], row["bytes_per_token"]) for row in document["cells"]])
-        assert rows[0] == rows[1] and len(rows[0]) == 2
+        assert len(rows[0]) == len(rows[1]) == 2
+        for ours, theirs in zip(*rows, strict=True):  # sums are joined in the order in which tasks end
+            assert ours == pytest.approx(theirs, rel=1e-3)
         how: dict[str, Any] = {"base": str(source), "seq_len": 64, "max_windows": 4}
         shared = evaluate_shared(alone, str(text_file), workers, dtype="float32", **how)
         here = evaluate_shared(alone, str(text_file), Backwards(), dtype="float32", **how)
-        assert shared.log_ratios == here.log_ratios and len(here.log_ratios) == 4
+        assert shared.log_ratios == pytest.approx(here.log_ratios, rel=1e-4, abs=1e-6) and len(here.log_ratios) == 4
 
     def test_what_a_task_raises_arrives(self, cluster: Any, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
