@@ -233,12 +233,9 @@ def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
             found.append({"billions": billions, "how": how, "kind": "counted", "gigabytes": n_bytes / 1e9})
     for row in rows:
         how = "streamed" if row["streamed"] else "several GPUs" if row["way"] == "gpus" else "whole"
-        point = {
-            "billions": row["parameters"] / 1e9,
-            "how": how,
-            "kind": "measured",
-            "seconds": row["calibration_seconds"],
-        }
+        point = {"billions": row["parameters"] / 1e9, "how": how, "kind": "measured"}
+        if "calibration_seconds" in row:
+            point["seconds"] = row["calibration_seconds"]
         if "allocated_bytes" in row and how != "several GPUs":
             point["gigabytes"] = row["allocated_bytes"] / 1e9
         found.append(point)
@@ -267,7 +264,7 @@ def draw(args: argparse.Namespace) -> None:
     rows = json.loads(args.file.read_text(encoding="utf-8")) if args.file else []
     values = points(rows, args.seq_len)
     panels = [panel(values, "gigabytes", "memory on the device, GB (dashed: counted)")]
-    if len(rows) > 1:
+    if sum("seconds" in value for value in values) > 1:
         panels.append(panel(values, "seconds", "calibration, seconds"))
     chart = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "background": "white", "hconcat": panels}
     (args.out / "scale.svg").write_text(vl_convert.vegalite_to_svg(chart), encoding="utf-8")
