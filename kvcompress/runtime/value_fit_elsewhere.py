@@ -20,6 +20,7 @@ from kvcompress.calibration.streamed import how_called, proven
 from kvcompress.calibration.taps import Taps
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.resident import StreamedModel
+from kvcompress.checkpoint.spilled import SpilledMaps
 from kvcompress.errors import Note, OptionError, UnsupportedModelError
 from kvcompress.model.model_spec import Site
 from kvcompress.model.recording import extras_of
@@ -51,18 +52,23 @@ def fit_values_elsewhere(
             told = f"decoders of values are not fitted to what queries read of them: {error}"
             warnings.warn(told, Note, stacklevel=2)
         return
+    lie_on_disk = isinstance(maps, SpilledMaps)
+    if lie_on_disk and place.workers.fits:
+        told = "maps are too large to be sent, so decoders of values are not fitted to what queries read of them."
+        warnings.warn(told, Note, stacklevel=2)
+        return
     alone = replace(place, workers=None)
-    arrays = {site: _arrays(own) for site, own in maps.items()}
-    for _, found in place.workers.each(_fitted, [(alone, plan, arrays, windows.numpy())]):
+    given = maps if lie_on_disk else {site: _arrays(own) for site, own in maps.items()}
+    for _, found in place.workers.each(_fitted, [(alone, plan, given, windows.numpy())]):
         for site, own in found.items():
             maps[site] = _of_arrays(own)
     if progress:
         progress(windows.numel(), windows.numel())
 
 
-def _fitted(place: Elsewhere, plan: Plan, arrays: dict[Site, Any], windows: Any, device: str) -> dict[Site, Any]:
-    """Return the maps of values that a worker has fitted, as arrays."""
-    maps = {site: _of_arrays(own) for site, own in arrays.items()}
+def _fitted(place: Elsewhere, plan: Plan, given: Any, windows: Any, device: str) -> dict[Site, Any]:
+    """Return the maps of values that a worker has fitted, as arrays; given: all maps, as arrays or on a disk of its."""
+    maps = dict(given) if isinstance(given, SpilledMaps) else {site: _of_arrays(own) for site, own in given.items()}
     before = dict(maps)
     _fit_here(place, plan, maps, torch.tensor(windows), device)
     return {site: _arrays(own) for site, own in maps.items() if own is not before[site]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.at_hand import Elsewhere
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.memory import whole_bytes
 from kvcompress.checkpoint.maps import SiteMaps
@@ -161,6 +163,28 @@ def test_where_the_model_does_not_fit(how: str, tiny_checkpoint: Any, tmp_path: 
     for site, own in first.items():
         for name in ("encoder", "decoder", "mean"):
             torch.testing.assert_close(getattr(own, name), getattr(again[site], name), rtol=1e-3, atol=1e-4)
+
+
+def test_maps_that_lie_on_disk(tiny_checkpoint: Any, tiny_moments: Any, tmp_path: Path) -> None:
+    """A worker of this host reads them there; to others they are not sent, which is said."""
+    moments = replace(tiny_moments("llama-gqa"), text=random_ids(4, 64, seed=3).int())
+    source, found = tiny_checkpoint("llama-gqa"), []
+    for name in ("held", "disk", "far"):
+        (tmp_path / name).mkdir()
+        with open_checkpoint(source) as checkpoint:
+            scratch = None if name == "held" else tmp_path / name
+            plan, maps, _ = make_plan(checkpoint, moments, OPTIONS, scratch=scratch)
+        workers = Backwards()
+        workers.fits = name == "far"
+        place = Elsewhere(str(source), "float32", "cpu", None, workers)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            refit_values(lambda place=place: place, plan, maps, moments)
+        assert any("too large to be sent" in str(note.message) for note in notes) is (name == "far")
+        found.append(dict(maps))
+    site = Site(0, "value")
+    assert torch.equal(found[0][site].decoder, found[1][site].decoder)
+    assert not torch.equal(found[0][site].decoder, found[2][site].decoder)
 
 
 def test_layers_that_cannot_be_streamed_are_said(
