@@ -43,6 +43,7 @@ def probe(model: Any, *, prove: bool = True, at_once: bool = False) -> ModelSpec
     config = compat.text_config(model)
     try:
         run = _forward(model, _tokens(model, (1, _LENGTH)))
+        repeated = sorted(run.repeated)
         n_more = 1 if at_once else _step(model, run)  # the reader of its configuration has seen that
     except AttachmentError as error:
         raise UnsupportedModelError(
@@ -54,6 +55,11 @@ def probe(model: Any, *, prove: bool = True, at_once: bool = False) -> ModelSpec
             f"model type '{config.model_type}' is not supported: it does not run with a cache as transformers makes it "
             f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})"
         ) from error
+    if repeated:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported: it hands keys and values of layer {repeated[0]} to "
+            "its cache more than once for a token, as where layers run in loops, each with a cache of its own."
+        )
     _check_tokens(config, run, n_more)
     layers, own = _layers(config, run)
     spec = ModelSpec(

@@ -61,13 +61,17 @@ class CacheLayer:
 
 @dataclass
 class Recorded:
-    """What one forward did. updates: by layer of the cache; readers: in the order in which they ran."""
+    """What one forward did. updates: by layer of the cache; readers: in the order in which they ran.
+
+    repeated: layers of the cache that got keys and values more than once.
+    """
 
     cache: Any
     updates: dict[int, Update] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
     cache_layers: list[CacheLayer] = field(default_factory=list)
     attending: dict[str, None] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +166,8 @@ def _record_updates(layer: Any, index: int, run: Recorded, returned: dict[int, _
 
     def update(key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if key is not None:
+            if index in run.updates:
+                run.repeated.add(index)
             run.updates[index] = Update(key, value)
         result = own(key, value, *args, **kwargs)
         if key is not None:

@@ -136,3 +136,11 @@ def test_another_model_is_not_matched() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers.0.key: config.json says .* \(4, 16\)"):
         matched(ours, theirs)
     assert isinstance(ours, ModelSpec) and after_layers is not None
+
+
+def test_layers_in_loops_are_refused() -> None:
+    """Two layers that share one's attention both write to its layer of the cache."""
+    model: Any = small_model("llama")
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    with pytest.raises(UnsupportedModelError, match="of layer 0 to its cache more than once for a token"):
+        probe(model, prove=False)
