@@ -1,4 +1,7 @@
-"""docs/models.md from what the survey found: `python -m tests.models.page FINDINGS.jsonl docs/models.md`."""
+"""docs/models.md from what the survey found: `python -m tests.models.page FINDINGS.jsonl docs/models.md`.
+
+Run by a newer transformers, with `--newer`, what it found of that one's types is put at the end of the page.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,16 @@ tile, or `rebuilt` where the model works on what the cache returns before it att
 every layer that attends has a window, what is in it is compressed. What compressing others' windows would gain, real
 models and quantised weights: [measurements](measurements.md).
 
-| type | status | layers | sites | rotation | reads | reason |
+"""
+_TABLE = """| type | status | layers | sites | rotation | reads | reason |
 |---|---|---|---|---|---|---|
+"""
+_NEWER = """
+## transformers {version}
+
+Run again on it, first those that are new there or that an earlier tree failed on: {counts}. The survey stops at 300 s a type,
+which says more of a busy machine than of a type.
+
 """
 _KINDS = {
     "DynamicSlidingWindowLayer": "window",
@@ -44,13 +55,22 @@ _KINDS = {
 
 def page(findings: list[dict[str, Any]]) -> str:
     """Return the page; later findings of a type replace earlier ones."""
+    return _told(_HEAD, findings)
+
+
+def with_newer(before: str, findings: list[dict[str, Any]]) -> str:
+    """Return a page with what was found on this, newer transformers at its end, in place of what was there."""
+    return before.split("\n## transformers")[0].rstrip("\n") + "\n" + _told(_NEWER, findings)
+
+
+def _told(head: str, findings: list[dict[str, Any]]) -> str:
     latest = {f["model_type"]: f for f in findings}
     counts = Counter(f["status"] for f in latest.values())
     order = ("passes", "refused", "fails", "no model")
     told = ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
     rows = [_row(latest[name]) for name in sorted(latest)]
-    head = _HEAD.format(version=transformers.__version__, n=len(latest), counts=told)
-    return head + "\n".join(rows) + "\n"
+    head = head.format(version=transformers.__version__, n=len(latest), counts=told)
+    return head + _TABLE + "\n".join(rows) + "\n"
 
 
 def _row(finding: dict[str, Any]) -> str:
@@ -65,5 +85,8 @@ def _row(finding: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    target.write_text(page([json.loads(line) for line in source.read_text().splitlines()]), encoding="utf-8")
+    is_newer = "--newer" in sys.argv
+    source, target = (Path(a) for a in sys.argv[1:] if a != "--newer")
+    found = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    whole = with_newer(target.read_text(encoding="utf-8"), found) if is_newer else page(found)
+    target.write_text(whole, encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.page import page
+from tests.models.page import page, with_newer
 from tests.models.real import REAL, real_small
 from tests.models.small import causal_types, needs
 from tests.models.survey import Finding, survey
@@ -53,3 +53,8 @@ def test_the_page_tells_each_type_once() -> None:
     told = page([vars(Finding("llama", "fails", "x")), vars(passed), vars(Finding("mamba", "refused", "no cache"))])
     assert "Of 2 types: 1 passes, 1 refused." in told
     assert "| llama | passes | 1 (+ 3 window) | 32 + 32 |  |  |  |" in told and "| mamba | refused |" in told
+    for _ in range(2):  # the second in place of the first
+        told = with_newer(told, [vars(Finding("dory", "refused", "loops"))])
+    assert (
+        told.count("## transformers") == 1 and told.count("| dory | refused |") == 1 and "| mamba | refused |" in told
+    )
