@@ -40,8 +40,8 @@ _TABLE = """| type | status | layers | sites | rotation | reads | reason |
 _NEWER = """
 ## transformers {version}
 
-Run again on it, first those that are new there or that an earlier tree failed on: {counts}. The survey stops at 300 s a type,
-which says more of a busy machine than of a type.
+Run again on it, first those that are new there or that an earlier tree failed on: {counts}. The
+survey stops at 300 s a type, which says more of a busy machine than of a type.
 
 """
 _KINDS = {
