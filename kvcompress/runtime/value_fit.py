@@ -29,7 +29,7 @@ from kvcompress.side_by_side import side_by_side
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
 #: Decoders lean on what they were as if that had been seen in so many tokens.
-_PRIOR_TOKENS = 4096
+_PRIOR_TOKENS = 8192
 #: Keeps what is solved for solvable where a component is never read.
 _LEAST = 1e-30
 
