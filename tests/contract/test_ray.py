@@ -30,6 +30,7 @@ def alone(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPa
     return run(tiny_checkpoint(FAMILY), text_file, tmp_path_factory.mktemp("alone") / "out", None)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # processes that Ray itself lets go
 class TestRay:
     """Two tasks at a time of a Ray that runs on this machine."""
 
