@@ -87,6 +87,7 @@ class ExactBuilder(PackedBuilder):
             slots=common.slot_mapping,
             recent=self.kv_cache_spec.recent,
             most_queries=self.most_queries,
+            longest=self.vllm_config.model_config.max_model_len,
         )
         lengths = common.seq_lens_cpu_upper_bound
         lengths = common.seq_lens.cpu() if lengths is None else lengths

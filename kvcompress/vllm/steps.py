@@ -77,8 +77,8 @@ class Step:
 
     starts: int32 [n + 1], where each one's new tokens begin. lengths: int32 [n], tokens when the step is done, the new
     ones included. exact_table, packed_table: int32 [n, most pages]. slots: [n_tokens], exact page * 32 + place of each
-    new token. most_queries: query tokens of a sequence that generates. n_generating, query_tokens, chunks: for the
-    kernels; the first tokens are those of generation.
+    new token. most_queries: query tokens of a sequence that generates. longest: tokens that the tables have room for.
+    n_generating, query_tokens, chunks: for the kernels; the first tokens are those of generation.
     """
 
     n_tokens: int
@@ -89,6 +89,7 @@ class Step:
     slots: Tensor
     recent: int
     most_queries: int
+    longest: int
     n_generating: int = 0
     query_tokens: QueryTokens | None = None
     chunks: list[tuple[Row, Context]] = field(default_factory=list)
@@ -106,14 +107,18 @@ class Step:
 
     @property
     def rows(self) -> list[Row]:
-        """The sequences that have new tokens, with numbers of the host: waits for the device, once a step."""
+        """The sequences that have new tokens, with numbers of the host: waits for the device, once a step.
+
+        Not those that are longer than their tables: vLLM's warm-up on a GPU (FlashInfer's autotuning) runs some where
+        max_num_batched_tokens is more than max_num_seqs sequences of max_model_len have, and reads nothing of them.
+        """
         if self._rows is None:
             numbers = (self.starts, self.lengths, self.n_packed, self.exact_table[:, 0])
             starts, lengths, packed, first = (x.tolist() for x in numbers)
             pages, exact = self.packed_table.long(), self.exact_table.long()
             self._rows = []
             for i, (start, stop) in enumerate(pairwise(starts[: len(lengths) + 1])):
-                if stop > start:
+                if stop > start and lengths[i] <= self.longest:
                     computed = lengths[i] - (stop - start)
                     row = Row(start, stop - start, computed, packed[i], pages[i], exact[i], first[i])
                     self._rows.append(row)

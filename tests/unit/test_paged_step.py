@@ -50,7 +50,7 @@ def test_a_step_is_that_of_the_reference(seed: int) -> None:
         x.fill_(-7)
     begin_step(*args, recent=recent, n_tokens=n_tokens, into=into, workspace=made)
 
-    step = Step(n_real, *args, args[2], args[2], recent, 1)  # type: ignore[call-arg]
+    step = Step(n_real, *args, args[2], args[2], recent, 1, 32 * most)  # type: ignore[call-arg]
     token = torch.arange(n_tokens, dtype=torch.int32, device=DEVICE)
     row, length, packed = step.query_tokens_of(token)
     assert torch.equal(into.lengths[:n_tokens], length) and torch.equal(into.encoded[:n_tokens], packed)

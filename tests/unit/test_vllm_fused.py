@@ -69,7 +69,7 @@ def step_of(*n_new: int) -> Step:
     as_int32 = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lengths, *tables))
     start, length, packed, pages = as_int32
     slots = torch.zeros(sum(n_new), dtype=torch.int64, device=DEVICE)
-    return Step(sum(n_new), start, length, pages, packed, slots, RECENT, max(n_new))
+    return Step(sum(n_new), start, length, pages, packed, slots, RECENT, max(n_new), 8 * 32)
 
 
 def fused_of(cache: LayerCache) -> tuple[FusedModel, FusedLayer]:

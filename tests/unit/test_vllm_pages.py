@@ -74,7 +74,13 @@ def step(computed: list[int], n_new: list[int], *, recent: int = 64, most_querie
     exact = torch.arange(1, 1 + 40 * n, dtype=torch.int32).view(n, 40)
     packed = torch.arange(1001, 1001 + 10 * n, dtype=torch.int32).view(n, 10)
     slots = torch.zeros(sum(n_new), dtype=torch.int64)
-    return Step(sum(n_new), starts, lengths, exact, packed, slots, recent, most_queries)
+    return Step(sum(n_new), starts, lengths, exact, packed, slots, recent, most_queries, 40 * 32)
+
+
+def test_sequences_longer_than_their_tables_are_no_rows() -> None:
+    """vLLM's warm-up with FlashInfer runs such; to look their pages up was a device-side assert."""
+    rows = step([0, 100, 0], [1219, 1, 1281]).rows
+    assert [(row.start, row.n_new) for row in rows] == [(0, 1219), (1219, 1)]
 
 
 def test_each_query_token_knows_its_sequence_and_what_it_sees() -> None:
