@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def prove_rotation(keys: Keys, layer: int, part: str, *, candidates: list[Freque
     base = _rows(keys.base[layer], part)
     moved = {p: _rows(updates[layer], part) for p, updates in keys.at.items()}
     tolerance = _TOLERANCE.get(getattr(keys.base[layer], part).dtype, 4e-2)
-    channels = [c for c in range(base.shape[1]) if any(_error(base[:, c], x[:, c]) > tolerance for x in moved.values())]
+    channels = _turning(base, moved, tolerance)
     if not channels:
         return None
     other = "value" if part == "key" else "key"
@@ -53,8 +55,7 @@ def prove_rotation(keys: Keys, layer: int, part: str, *, candidates: list[Freque
         for interleaved in (False, True):
             pairs = torch.tensor(channel_pairs(width, start, interleaved))
             tables = [c for c in candidates if len(c.frequencies) == len(pairs)]
-            measured = _measured(base, moved, pairs)
-            for table in tables if measured is None else (*tables, FrequencyTable(measured)):
+            for table in chain(tables, _measured(base, moved, pairs)):
                 if _explains(base, moved, pairs, table.frequencies, tolerance):
                     return Rotation(tuple(table.frequencies.tolist()), start, interleaved, table.scale)
     raise UnsupportedModelError(
@@ -77,6 +78,16 @@ def _rows(update: Any, part: str) -> Tensor:
     """Return a site's numbers as rows of one head each: [tokens * heads, head_dim], float64."""
     x: Tensor = getattr(update, part)
     return x.detach().double().cpu().flatten(0, 2)
+
+
+def _turning(base: Tensor, moved: dict[int, Tensor], tolerance: float) -> list[int]:
+    """Return the channels whose numbers change with the position."""
+    size = base.norm(dim=0).clamp_min(1e-12)
+    turns = torch.zeros(base.shape[1], dtype=torch.bool)
+    for x in moved.values():
+        turns |= (base - x).norm(dim=0) / size > tolerance
+    found: list[int] = turns.nonzero()[:, 0].tolist()
+    return found
 
 
 def _error(a: Tensor, b: Tensor) -> float:
@@ -115,31 +126,32 @@ def _turned(base: Tensor, pairs: Tensor, angles: Tensor) -> Tensor:
 
 def _explains(base: Tensor, moved: dict[int, Tensor], pairs: Tensor, frequencies: Tensor, tolerance: float) -> bool:
     """Return whether turning by these frequencies gives what was seen, at every position and for every pair."""
+    turned = set(pairs.flatten().tolist())
+    rest = [c for c in range(base.shape[1]) if c not in turned]
     for position, seen in moved.items():
         # float32, as models compute their angles: at position 60,000 that is 4e-3 radians away from the exact one
         angles = (torch.tensor(float(position)) * frequencies.float()).double()
         error = _turned(base, pairs, angles) - seen
         size = base.square().sum(0)
         by_pair = error.square().sum(0)[pairs].sum(1) / size[pairs].sum(1).clamp_min(1e-20)
-        rest = [c for c in range(base.shape[1]) if c not in set(pairs.flatten().tolist())]
         if bool((by_pair.sqrt() > tolerance).any()) or (rest and _error(base[:, rest], seen[:, rest]) > tolerance):
             return False
     return True
 
 
-def _measured(base: Tensor, moved: dict[int, Tensor], pairs: Tensor) -> Tensor | None:
-    """Return the frequencies that keys are seen to turn by, first roughly, then to the precision of far positions."""
-    frequencies = None
-    for position in sorted(moved):
+def _measured(base: Tensor, moved: dict[int, Tensor], pairs: Tensor) -> Iterator[FrequencyTable]:
+    """Yield the frequencies that keys are seen to turn by, first roughly, then to the precision of far positions.
+
+    Nothing where position 1 was not seen.
+    """
+    if 1 not in moved:
+        return
+    frequencies = _angle(base, moved[1], pairs)
+    for position in sorted(p for p in moved if p > 1):
         angle = _angle(base, moved[position], pairs)
-        if frequencies is None:
-            if position != 1:
-                return None
-            frequencies = angle
-        else:
-            whole = ((frequencies * position - angle) / (2 * math.pi)).round()
-            frequencies = (angle + 2 * math.pi * whole) / position
-    return frequencies
+        whole = ((frequencies * position - angle) / (2 * math.pi)).round()
+        frequencies = (angle + 2 * math.pi * whole) / position
+    yield FrequencyTable(frequencies)
 
 
 def _angle(base: Tensor, seen: Tensor, pairs: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def simulated_attention(
         stop = min(start + _QUERIES, n_tokens)
         rows = by_group[:, :, :, start:stop].flatten(2, 3)
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
-        near = torch.cat([place[:stop][:sinks], place[max(sinks, int(encoded[start])) : stop]])
+        first = max(0, start - recent) // block * block  # encoded[start], which a GPU need not be asked for
+        near = torch.cat([place[:stop][:sinks], place[max(sinks, first) : stop]])
         exact = (near < sinks) | (near >= encoded[start:stop, None])
         exact = exact.repeat(groups, 1)  # [groups * n_queries, n_near]
         scores = rows @ coded_key[..., :stop]
