@@ -148,9 +148,10 @@ def make_plan(
 
     def coded(one: tuple[Site, Choice]) -> CodedSite:
         site, choice = one
-        return coded_site(site, choice, fitted[site], moments.sites[site], turn=turns.get(site, 1), refits=refits)
+        own, turn = (fitted[site], moments.sites[site]), turns.get(site, 1)
+        return coded_site(site, choice, *own, turn=turn, refits=refits, device=device)
 
-    made = map(coded, chosen) if is_lean else side_by_side(coded, list(chosen), width=_widest(spec))
+    made = map(coded, chosen) if is_lean else side_by_side(coded, list(chosen), width=_widest(spec), device=device)
     sites, spectra, seen = [], {}, []
     rotations = tuple(dict.fromkeys(spec.rotations.values()))
     for one in made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,8 @@ def side_by_side(
     width: numbers of the widest site, which bounds how many fit in memory. device: where nearly all of it is computed.
     done: told how many are finished.
     """
+    if device != "cpu":
+        _begin_solving(device)
     most = _MOST if device == "cpu" else _FEEDING
     n = min(most, len(items), torch.get_num_threads(), max(1, _MEMORY // (_MATRICES * 8 * width**2)))
     results = []
@@ -53,6 +56,12 @@ def fitting_device(device: str, width: int) -> str:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     most = min(_MEMORY, _MOST * _MATRICES * 8 * width**2)
     return device if torch.cuda.mem_get_info(device)[0] + unused > most else "cpu"
+
+
+@cache
+def _begin_solving(device: str) -> None:
+    """Have torch load what it solves with on a GPU, at its first use: two threads that do so at once break it."""
+    torch.linalg.inv(torch.ones(1, 1, device=device))
 
 
 @contextmanager

@@ -34,9 +34,18 @@ class CodedSite:
 
 
 def coded_site(
-    site: Site, choice: Choice, fit: FittedSite, moments: SiteMoments, *, turn: int, refits: bool
+    site: Site,
+    choice: Choice,
+    fit: FittedSite,
+    moments: SiteMoments,
+    *,
+    turn: int,
+    refits: bool,
+    device: str = "cpu",
 ) -> CodedSite:
     """Return what a site becomes. turn: tokens of a turn of keys. refits: whether decoders are fitted to codes.
+
+    device: where that is computed, and where samples are encoded.
 
     Keys that are encoded after RoPE are not refitted: they have any phase, samples only theirs.
     """
@@ -45,8 +54,8 @@ def coded_site(
         return CodedSite(plan, None, energy, [])
     maps = _site_maps(fit, choice, moments)
     if refits and not fit.rotated:
-        maps = refitted(maps, moments)
-    return CodedSite(plan, maps, energy, _seen(fit, maps, moments.samples))
+        maps = refitted(maps, moments, device=device)
+    return CodedSite(plan, maps, energy, _seen(fit, maps, moments.samples, device))
 
 
 def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
@@ -79,13 +88,12 @@ def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMap
     )
 
 
-def _seen(fit: FittedSite, own: SiteMaps, samples: Tensor) -> list[Any]:
+def _seen(fit: FittedSite, own: SiteMaps, samples: Tensor, device: str) -> list[Any]:
     """Return what tells how far typical text is: the calibration text's own tokens, as a site's codec encodes them.
 
     Keys that are encoded after RoPE are left out, and so is everything where there are no samples.
     """
     if not len(samples) or own.mean is None or fit.rotated:
         return []
-    return seen_of_samples(
-        SiteCodec(own, torch.device("cpu")), samples[:: -(-len(samples) // _TYPICAL_SAMPLES)] - own.mean
-    )
+    some = samples[:: -(-len(samples) // _TYPICAL_SAMPLES)] - own.mean
+    return seen_of_samples(SiteCodec(own, torch.device(device)), some.to(device))

@@ -24,26 +24,28 @@ _LEAN = 0.01
 _TINY, _LEAST = 1e-9, 1e-30
 
 
-def refitted(maps: SiteMaps, sums: SiteMoments) -> SiteMaps:
+def refitted(maps: SiteMaps, sums: SiteMoments, *, device: str = "cpu") -> SiteMaps:
     """Return maps whose decoder and mean suit their own codes. sums: the moments of what the maps encode.
 
-    Maps without quantised components, or without a mean, are returned as they are, and so are any without samples.
+    device: where samples are encoded, and where decoders are solved for. Maps without quantised components,
+    or without a mean, are returned as they are, and so are any without samples.
     """
     if maps.mean is None or not len(sums.samples) or not bool((maps.bits < 16).any()):
         return maps
-    codec = SiteCodec(maps, torch.device("cpu"))
+    codec = SiteCodec(maps, torch.device(device))
     assert codec.mean is not None
-    x = sums.samples - codec.mean
-    codes = (codec.latents(codec.encode(x)) * maps.step.float()).double()
+    x = sums.samples.to(device) - codec.mean
+    codes = (codec.latents(codec.encode(x)) * codec.step).double()
     blocks = maps.blocks.long()
-    covariance = sums.covariance(blocks, centred=True)
+    covariance = sums.covariance(blocks, centred=True).to(device)
     decoder, mean = maps.decoder.double(), maps.mean.double()
     for b, numbers in enumerate(blocks):
         mine = (maps.block == b).nonzero()[:, 0]
         if not len(mine):
             continue
-        encoder = maps.encoder[mine].double()
-        decoder[mine], shift = _fitted(codes[:, mine], x[:, numbers].double(), encoder, covariance[b], decoder[mine])
+        encoder, before = (t[mine].double().to(device) for t in (maps.encoder, decoder))
+        own = codes[:, mine.to(device)], x[:, numbers.to(device)].double()
+        decoder[mine], shift = (t.cpu() for t in _fitted(*own, encoder, covariance[b], before))
         mean[numbers] += shift
     limit = torch.finfo(maps.decoder.dtype).max
     return replace(maps, decoder=decoder.clamp(-limit, limit).to(maps.decoder.dtype), mean=mean.float())
@@ -59,7 +61,7 @@ def _fitted(codes: Tensor, x: Tensor, encoder: Tensor, covariance: Tensor, befor
     error = codes - x @ encoder.T
     mean = error.mean(0)
     known = x.T @ x / n + width / n * covariance
-    known += (_TINY * known.diagonal().mean() + _LEAST) * torch.eye(width)
+    known += (_TINY * known.diagonal().mean() + _LEAST) * torch.eye(width, device=x.device)
     matrix = encoder + torch.linalg.solve(known, x.T @ (error - mean) / n).T
     noise = codes - mean - x @ matrix.T
     wanted = matrix @ covariance

@@ -22,6 +22,8 @@ _GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8:
 _LEAST_POWER = 1e-12
 #: Numbers that stay in a processor's cache while gains are tried on them.
 _CACHED = 1 << 17
+#: Numbers that a GPU tries all gains on at once.
+_TOGETHER = 1 << 21
 #: Components whose steps are fitted at once: as many as stay in a processor's cache.
 _AT_ONCE = 64
 #: Steps tried, as multiples of the Gaussian one: down to distributions without tails, up to long ones ...
@@ -51,25 +53,30 @@ def best_gain(z: Tensor, half: Tensor) -> Tensor:
 
     The error is summed in steps: water-filling gives components steps that cost about the same.
     """
-    rows = z.reshape(-1, z.shape[-1])
-    at_once = len(rows) if z.is_cuda else _CACHED // max(1, z.shape[-1])
-    parts = [_best_gain(some, half) for some in rows.split(max(1, at_once))]
-    return torch.cat(parts).reshape(z.shape[:-1])
+    rows, width = z.reshape(-1, z.shape[-1]), max(1, z.shape[-1])
+    found, at_once = (_best_together, _TOGETHER) if z.is_cuda else (_best_in_turn, _CACHED)
+    return torch.cat([found(some, half) for some in rows.split(max(1, at_once // width))]).reshape(z.shape[:-1])
 
 
-def _best_gain(z: Tensor, half: Tensor) -> Tensor:
+def _best_in_turn(z: Tensor, half: Tensor) -> Tensor:
     best = torch.zeros(len(z), dtype=torch.uint8, device=z.device)
     least = torch.full((len(z),), float("inf"), device=z.device)
     error = torch.empty_like(z)
-    for code in range(2**GAIN_BITS):
-        g = gain(torch.tensor(code)).item()
+    for code, g in enumerate(gain(torch.arange(2**GAIN_BITS)).tolist()):
         torch.div(z, g, out=error)
         torch.minimum(torch.maximum(error.floor_(), -half, out=error), half - 1, out=error)
         squared = error.add_(0.5).mul_(g).sub_(z).square_().sum(-1)
         better = squared < least
-        best = torch.where(better, code, best)  # an index of booleans would wait for the GPU
+        best = torch.where(better, code, best)
         least = torch.minimum(least, squared)
     return best
+
+
+def _best_together(z: Tensor, half: Tensor) -> Tensor:
+    """Return what `_best_in_turn` does, in a tenth of the steps that a GPU is told of."""
+    gains = gain(torch.arange(2**GAIN_BITS, device=z.device)).view(-1, 1, 1)
+    codes = (z / gains).floor_().clamp_min_(-half).clamp_max_(half - 1)
+    return codes.add_(0.5).mul_(gains).sub_(z).square_().sum(-1).argmin(0).to(torch.uint8)
 
 
 def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:

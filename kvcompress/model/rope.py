@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Rotary:
         self.start, self.interleaved = start, interleaved
 
     @classmethod
+    @lru_cache(maxsize=8)  # asked for by every layer of every window
     def by(cls, rotation: Rotation, device: torch.device | str = "cpu") -> Rotary:
         """Return RoPE as it was proven on the loaded model."""
         frequencies = torch.tensor(rotation.frequencies, device=device)

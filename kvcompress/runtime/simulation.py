@@ -24,14 +24,16 @@ from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.places import Places, not_simulated
 from kvcompress.runtime.tokens import TokenLine
 
-#: Queries scored at once.
-_QUERIES = 256
+#: Queries scored at once on a processor, whose cache their weights are to stay in; on a GPU, and there of short texts,
+#: where its kernels take less time than to start them.
+_CACHED_QUERIES, _QUERIES, _MANY_QUERIES, _SHORT = 64, 256, 512, 2048
 
 Reader = Callable[[Tensor], None]
 """Told of some queries at a time the weights of what they see compressed, 0 for all else: [batch, kv heads,
 groups * n_queries, n], of the first n tokens."""
-Watch = Callable[[LayerCodecs, Tensor, Tensor, Tensor], Reader]
-"""Called with a layer's codecs, its keys, its values and the keys' positions, for each attention that reads them."""
+Watch = Callable[[LayerCodecs, Tensor | None, Tensor], Reader]
+"""Called with a layer's codecs, its values' latents (None where they are kept whole) and its values, for each attention
+that reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +132,17 @@ def simulated_attention(
     recent, sinks, block = layer.simulation.recent, layer.simulation.sinks, layer.simulation.block
     positions = tokens.key_positions(0, n_tokens, codecs.turn).to(key.device)
     coded_key = codecs.roundtrip_keys(key, positions).transpose(-1, -2)
-    coded_value = codecs.roundtrip_values(value)
+    latents = codecs.value_latents(value)
+    coded_value = value.float() if latents is None else codecs.decode_values(latents)
     exact_key, value_error = key.float().transpose(-1, -2), value.float() - coded_value
     by_group = query.float().unflatten(1, (n_kv_heads, -1)) * scaling  # [batch, kv heads, groups, n_tokens, head_dim]
     groups = by_group.shape[2]
-    told = None if layer.simulation.watch is None else layer.simulation.watch(codecs, key, value, positions)
+    told = None if layer.simulation.watch is None else layer.simulation.watch(codecs, latents, value)
     place = torch.arange(n_tokens, device=query.device)
     encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
-    outputs = []
-    for start in range(0, n_tokens, _QUERIES):
-        stop = min(start + _QUERIES, n_tokens)
+    outputs, at_once = [], _scored_at_once(query)
+    for start in range(0, n_tokens, at_once):
+        stop = min(start + at_once, n_tokens)
         rows = by_group[:, :, :, start:stop].flatten(2, 3)
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
         first = max(0, start - recent) // block * block  # encoded[start], which a GPU need not be asked for
@@ -148,9 +151,12 @@ def simulated_attention(
         exact = exact.repeat(groups, 1)  # [groups * n_queries, n_near]
         scores = rows @ coded_key[..., :stop]
         scores[..., near] = torch.where(exact, rows @ exact_key[..., near], scores[..., near])
-        visible = (place[start:stop, None] >= place[:stop])[None, None] if mask is None else mask[:, :, start:stop]
-        visible = by_row(additive_mask(visible, batch, stop - start, stop, query.device), n_kv_heads, groups)
-        scores = capped(scores, softcap) + visible
+        scores = capped(scores, softcap)
+        if mask is None:
+            _hide_later(scores, stop - start)
+        else:
+            visible = additive_mask(mask[:, :, start:stop], batch, stop - start, stop, query.device)
+            scores = scores + by_row(visible, n_kv_heads, groups)
         if s_aux is not None:
             aside = s_aux.float().view(1, n_kv_heads, groups, 1).expand(batch, -1, -1, stop - start)
             scores = torch.cat([scores, aside.flatten(2).unsqueeze(-1)], -1)
@@ -160,6 +166,18 @@ def simulated_attention(
         if told is not None:
             told(weights.index_copy(-1, near, weights[..., near] * ~exact))
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _scored_at_once(query: Tensor) -> int:
+    if query.is_cuda:
+        return _MANY_QUERIES if query.shape[2] <= _SHORT else _QUERIES
+    return _CACHED_QUERIES
+
+
+def _hide_later(scores: Tensor, n_queries: int) -> None:
+    """Put -inf into scores [batch, kv heads, groups * n_queries, n] where a key, one of the last, is a later token."""
+    later = torch.ones(n_queries, n_queries, dtype=torch.bool, device=scores.device).triu(1)
+    scores.unflatten(2, (-1, n_queries))[..., -n_queries:].masked_fill_(later, float("-inf"))
 
 
 def additive_mask(mask: Tensor | None, batch: int, n_queries: int, n_tokens: int, device: torch.device) -> Tensor:

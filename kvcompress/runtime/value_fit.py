@@ -69,7 +69,8 @@ def fit_values(
         def fit(site: Site) -> None:
             maps[site] = of[site].fitted(maps[site])
 
-        side_by_side(fit, list(of), width=max((s.width for s in plan.sites), default=1))
+        width = max((s.width for s in plan.sites), default=1)
+        side_by_side(fit, list(of), width=width, device=str(device))
     finally:
         detach(model)
 
@@ -82,12 +83,10 @@ def is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:
     return whole and quantised and maps.mean is not None and codecs.value_rotary is None
 
 
-def watched(
-    read: dict[int, ReadValues], codecs: LayerCodecs, _key: Tensor, value: Tensor, _positions: Tensor
-) -> Reader:
+def watched(read: dict[int, ReadValues], codecs: LayerCodecs, latents: Tensor | None, value: Tensor) -> Reader:
     """Return what is told of one attention's queries; see simulation.Watch."""
     seen = read.get(id(codecs))
-    return (lambda _: None) if seen is None else seen.reader(value)
+    return (lambda _: None) if seen is None or latents is None else seen.reader(latents, value)
 
 
 class ReadValues:
@@ -97,7 +96,7 @@ class ReadValues:
     def __init__(self, codecs: LayerCodecs, maps: SiteMaps) -> None:
         assert codecs.value is not None
         n_heads, width = codecs.value_shape
-        self._codecs, device = codecs, codecs.value.encoder.device
+        device = codecs.value.encoder.device
         n_blocks = len(maps.blocks)
         members = [(maps.block == b).nonzero()[:, 0] for b in range(n_blocks)]
         self._n = max(len(m) for m in members)
@@ -108,13 +107,12 @@ class ReadValues:
         self._gram = torch.zeros(n_heads, self._n + 1, self._n + 1, dtype=torch.float64, device=device)
         self._wanted = torch.zeros(n_heads, self._n + 1, width, dtype=torch.float64, device=device)
 
-    def reader(self, value: Tensor) -> Reader:
-        """value: [batch, kv heads, n_tokens, width] -> what adds queries of them, told their weights."""
-        codec = self._codecs.value
-        assert codec is not None
+    def reader(self, latents: Tensor, value: Tensor) -> Reader:
+        """latents: [batch, n_tokens, R], of value: [batch, kv heads, n_tokens, width] -> what adds queries of them.
+
+        It is told their weights."""
         self._n_tokens += value.shape[0] * value.shape[2]
-        codes = codec.latents(codec.encode(self._codecs.centred_values(value)))
-        by_block = functional.pad(codes, (0, 1))[..., self._places].permute(0, 2, 1, 3)  # [batch, blocks, tokens, R]
+        by_block = functional.pad(latents, (0, 1))[..., self._places].permute(0, 2, 1, 3)  # [batch, blocks, tokens, R]
         by_head = by_block.repeat_interleave(value.shape[1] // len(self._places), 1)
         exact = value.float()
 

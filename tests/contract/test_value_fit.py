@@ -57,8 +57,10 @@ def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps
     weights = torch.rand(1, 2, 1200, 4000, generator=torch.Generator().manual_seed(seed))
     run = torch.arange(1200)[:, None] % 200 == torch.arange(4000) // 20
     weights = run * weights / 20  # near tokens have the rest
-    found = value_fit.ReadValues(LayerCodecs(None, SiteCodec(maps, torch.device("cpu")), None, 2, 8), maps)
-    found.reader(value)(weights)
+    own = LayerCodecs(None, SiteCodec(maps, torch.device("cpu")), None, 2, 8)
+    found, latents = value_fit.ReadValues(own, maps), own.value_latents(value)
+    assert latents is not None
+    found.reader(latents, value)(weights)
 
     def error(other: SiteMaps) -> float:
         codecs = LayerCodecs(None, SiteCodec(other, torch.device("cpu")), None, 2, 8)
@@ -96,8 +98,9 @@ def test_each_head_has_the_decoder_of_least_squares(planned: Any, monkeypatch: p
     n_heads, width = codecs.value_shape
     value = torch.randn(1, n_heads, 200, width, generator=generator)
     weights = torch.rand(1, n_heads, 320, 200, generator=generator).square()
-    read = value_fit.ReadValues(codecs, own)
-    read.reader(value)(weights)
+    read, latents = value_fit.ReadValues(codecs, own), codecs.value_latents(value)
+    assert latents is not None
+    read.reader(latents, value)(weights)
     fitted = read.fitted(own)
     codec = SiteCodec(own, torch.device("cpu"))
     flat = value.transpose(1, 2).flatten(2)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,13 @@ def test_threads_that_record_at_once(load: Any) -> None:
     for i, expected in enumerate(alone):
         assert not isinstance(results[i], BaseException), results[i]
         assert all(torch.equal(tokens, expected) for tokens in results[i])
+
+
+def test_threads_may_be_the_first_to_solve_on_a_gpu() -> None:
+    """In a process of its own: torch loads its solvers once, and two threads at once broke it."""
+    code = (
+        "import torch; from kvcompress.side_by_side import side_by_side; torch.set_num_threads(2); d = 'cuda'\n"
+        "solve = lambda i: torch.linalg.solve(torch.eye(9, device=d), torch.full((9, 1), float(i), device=d))\n"
+        "assert [float(x[0]) for x in side_by_side(solve, range(64), width=9, device=d)] == list(range(64))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
