@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="needs g++ 12, 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: Any) -> Path:
     directory = tmp_path_factory.mktemp("wide") / "source"
-    return save_tiny_checkpoint(directory, "llama-bf16", head_dim=64, max_position_embeddings=512)
+    return save_tiny_checkpoint(directory, "llama-bf16", head_dim=64, max_position_embeddings=512, num_hidden_layers=2)
 
 
 def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: list[int]) -> torch.Tensor:

@@ -313,7 +313,7 @@ def assert_replays_follow(
 )
 def test_one_recorded_step_serves_them_all(tmp_path: Path, options: dict[str, Any], monkeypatch: Any) -> None:
     """Through the emulated kernels for turns, at a few of many steps: nothing encoded yet, evictions, a new turn."""
-    source = save_tiny_checkpoint(tmp_path / "source", "llama-bf16", head_dim=64, max_position_embeddings=512)
+    source = save_tiny_checkpoint(tmp_path / "source", "llama-bf16", head_dim=64, num_hidden_layers=2)
     chosen = CompressOptions(metric="weights", turn=128, sinks=2, recent=5, **options)
     kvcompress.compress(source, tmp_path / "out", chosen)
     model = kvcompress.load(tmp_path / "out", dtype=torch.float16)

@@ -17,7 +17,8 @@ from torch import Tensor
 from kvcompress.kernels.turned import kernel_source
 
 _HERE = Path(__file__).parent
-_COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w"]
+#: Without -march=native every half number is converted by a function; a fortified longjmp refuses to change stacks.
+_COMMAND = ["g++", "-x", "c++", "-std=c++20", "-O1", "-w", "-march=native", "-U_FORTIFY_SOURCE"]
 
 
 @lru_cache(maxsize=1)
@@ -46,7 +47,8 @@ def kernels(constants: tuple[tuple[str, int], ...], names: tuple[str, ...], *_: 
 
 
 def _built(source: str) -> Path:
-    digest = hashlib.sha256((source + (_HERE / "emulator.h").read_text()).encode()).hexdigest()[:16]
+    whole = " ".join(_COMMAND) + source + (_HERE / "emulator.h").read_text()
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
     library = Path(gettempdir()) / f"kvcompress-emulator-{digest}.so"
     if not library.exists():
         scratch = library.with_suffix(f".{id(source)}.so")

@@ -3,6 +3,7 @@
 // __ldg and copies are checked against the tensors that a launch was given. What the launches before one wrote that may
 // begin earlier reads as NaN until await_previous.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -11,9 +12,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -63,10 +61,9 @@ struct Copy {
     const void* from;
 };
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool done = false;
-    std::deque<std::vector<Copy>> groups;  // committed; the last one is open
+    jmp_buf place;
+    bool begun = false, done = false;
+    std::vector<std::vector<Copy>> groups;  // committed; the last one is open
 };
 struct Barrier {
     int arrived = 0;
@@ -81,12 +78,13 @@ struct Output {
 inline std::vector<Output> previous;  // of the launches since the last that was plain
 inline bool awaited = true;
 inline std::vector<Fiber> fibers;
+inline std::vector<std::vector<char>> stacks;  // of fibers, kept from block to block
 inline std::vector<Barrier> warps;
 inline Barrier block;
 inline std::vector<std::array<unsigned, 8>> slots;  // of each thread, for what a warp exchanges
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current = 0;
-inline std::function<void()> body;
+inline void (*body)();
 
 inline void fail(const char* what) {
     std::fprintf(
@@ -101,8 +99,9 @@ inline void check(const void* p, size_t n) {
     fail("a read outside of all tensors");
 }
 
+// A ucontext only begins a fiber: each swap of two asks the kernel for the mask of signals, a jump does not.
 inline void yield() {
-    swapcontext(&fibers[current].context, &scheduler);
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
     threadIdx = {current, 0, 0};
 }
 
@@ -128,7 +127,24 @@ inline std::array<unsigned, 8>* exchange(
 inline void enter() {
     body();
     fibers[current].done = true;
-    swapcontext(&fibers[current].context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+inline void begin() {
+    const size_t size = 1 << 17;
+    while (stacks.size() <= current) stacks.emplace_back(size);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack = {stacks[current].data(), 0, size};
+    makecontext(&context, enter, 0);
+    fibers[current].begun = true;
+    setcontext(&context);
+}
+
+inline void go_on() {  // until it waits or ends
+    if (_setjmp(scheduler)) return;
+    if (fibers[current].begun) _longjmp(fibers[current].place, 1);
+    begin();
 }
 
 inline void hide_previous() {
@@ -150,14 +166,7 @@ inline void run_block(int n_threads) {
     block = {};
     slots.assign(n_threads, {});
     std::memset(shared.data(), 0xff, shared.size());
-    for (auto& fiber : fibers) {
-        const size_t size = 1 << 17;
-        fiber.stack = std::make_unique<char[]>(size);
-        fiber.groups.emplace_back();
-        getcontext(&fiber.context);
-        fiber.context.uc_stack = {fiber.stack.get(), 0, size};
-        makecontext(&fiber.context, enter, 0);
-    }
+    for (auto& fiber : fibers) fiber.groups.emplace_back();
     static bool backwards = false;  // every other block, so that nothing depends on which warp is ahead
     backwards = !backwards;
     for (bool any = true; any;) {
@@ -167,7 +176,7 @@ inline void run_block(int n_threads) {
             if (fibers[current].done) continue;
             any = true;
             threadIdx = {current, 0, 0};
-            swapcontext(&scheduler, &fibers[current].context);
+            go_on();
         }
     }
 }
@@ -185,8 +194,9 @@ void launch(
     shared.assign(n_shared + 16, 0);
     gridDim = {grid[0], grid[1], grid[2]};
     [&]<size_t... I>(std::index_sequence<I...>) {
-        std::tuple<A...> values{*(std::remove_reference_t<A>*)arguments[I]...};
-        body = [=] { std::apply(kernel, values); };
+        static std::tuple<void (*)(A...), A...> call;
+        call = {kernel, *(std::remove_reference_t<A>*)arguments[I]...};
+        body = [] { std::apply([](auto kernel, auto... values) { kernel(values...); }, call); };
     }(std::index_sequence_for<A...>{});
     for (blockIdx.z = 0; blockIdx.z < grid[2]; blockIdx.z++)
         for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
@@ -349,7 +359,7 @@ inline void wait() {
     auto& groups = emulator::fibers[emulator::current].groups;
     while (groups.size() > PENDING + 1) {
         for (auto [to, from] : groups.front()) std::memcpy(emulator::shared.data() + to, from, 16);
-        groups.pop_front();
+        groups.erase(groups.begin());
     }
 }
 
