@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ class RayWorkers:
 
     def __init__(self, address: str, device: str = "cpu") -> None:
         self.address, self._on_gpus = address, device.startswith("cuda")
+        self._counter: Any = None  # an actor of _Attempts, which is a process: one serves all calls
+        self._n_calls = 0
 
     @property
     def n(self) -> int:
@@ -64,9 +67,10 @@ class RayWorkers:
         """
         ray = _connected(self.address)
         on_gpus: dict[str, Any] = {"num_gpus": 1, "max_calls": 0, "runtime_env": _ENVIRONMENT}
-        attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+        attempts, call = self._attempts(), self._n_calls
+        self._n_calls += 1
         task = ray.remote(max_retries=_MOST_RETRIES, **(on_gpus if self._on_gpus else {"num_cpus": 1}))(_run)
-        running = {task.remote(function, self._on_gpus, attempts, i, *item): i for i, item in enumerate(items)}
+        running = {task.remote(function, self._on_gpus, attempts, (call, i), *item): i for i, item in enumerate(items)}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done)
@@ -80,12 +84,19 @@ class RayWorkers:
                     f"Ray gave up a task after {_MOST_RETRIES} retries ({reason}). "
                     "Look at its log, or run without --ray."
                 ) from error
-            if ray.get(attempts.of.remote(index)) > 1:
+            if ray.get(attempts.of.remote((call, index))) > 1:
                 note_repeated(of[index] if of else [], "a worker died and Ray started another one")
             yield index, found
 
+    def _attempts(self) -> Any:
+        if self._counter is None:
+            lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+            self._counter = _connected(self.address).remote(**lasting)(_Attempts).remote()
+        return self._counter
+
     def close(self) -> None:
-        """Nothing: the cluster is not ours."""
+        """Let the counting actor go; the cluster is not ours."""
+        self._counter = None
 
 
 def _connected(address: str) -> Any:
@@ -106,19 +117,19 @@ def _connected(address: str) -> Any:
 
 
 class _Attempts:
-    """An actor that counts how often each task was begun: a task does not know whether it is a retry."""
+    """An actor that counts how often each task (call, index) was begun: a task does not know whether it is a retry."""
 
     def __init__(self) -> None:
-        self._begun: dict[int, int] = {}
+        self._begun: Counter[tuple[int, int]] = Counter()
 
-    def begin(self, index: int) -> None:
-        self._begun[index] = self._begun.get(index, 0) + 1
+    def begin(self, task: tuple[int, int]) -> None:
+        self._begun[task] += 1
 
-    def of(self, index: int) -> int:
-        return self._begun.get(index, 0)
+    def of(self, task: tuple[int, int]) -> int:
+        return self._begun[task]
 
 
-def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: int, *args: Any) -> Any:
+def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:
     """Call a function with the device that Ray gave this task."""
     import ray
 

@@ -21,6 +21,8 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr("kvcompress.bench.attention.matrix_flops_per_second", lambda device: 1e12)
     monkeypatch.setattr("kvcompress.bench.run.copy_bytes_per_second", lambda device: 2e9)
     monkeypatch.setattr("kvcompress.bench.run.matrix_flops_per_second", lambda device: 1e12)
+    monkeypatch.setattr("kvcompress.bench.decode._free", lambda device: None)  # collects garbage, all of this process
+    monkeypatch.setattr("kvcompress.bench.decode.STEPS", 2)
 
 
 def test_json_has_a_row_for_every_combination(kvcompress):

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,35 +36,37 @@ class TestRay:
     """Two tasks at a time of a Ray that runs on this machine."""
 
     @pytest.fixture(scope="class")
-    def cluster(self) -> Iterator[Any]:
+    def workers(self) -> Iterator[RayWorkers]:
         ray = pytest.importorskip("ray")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = os.pathsep.join(p for p in sys.path if p)
             how = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
             ray.init(num_cpus=2, include_dashboard=False, **how)
-            yield ray
+            workers = RayWorkers("auto")
+            assert len(list(workers.each(awake, [()] * 4))) == 4  # else one that only imports may be killed
+            yield workers
+            workers.close()
             ray.shutdown()
 
     def test_a_worker_that_is_killed(
-        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+        self, workers: RayWorkers, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
     ) -> None:
         """The plan is that of one process, and what was lost is said."""
-        assert RayWorkers("auto").n == 2
-        assert len(list(RayWorkers("auto").each(awake, [()] * 4))) == 4  # else one that only imports may be killed
+        assert workers.n == 2
         killed: list[int] = []
         with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
             progress = kill_once(killed, ray_tasks)
-            out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", RayWorkers("auto"), progress)
+            out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers, progress)
         assert killed
         assert_same_plan(out, alone)
 
     @pytest.mark.filterwarnings("ignore::kvcompress.errors.Note")  # a busy machine may lose a worker: figures stay
     def test_cells_of_compare_and_windows_of_eval(
-        self, cluster: Any, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
+        self, workers: RayWorkers, tiny_checkpoint: Any, text_file: Path, alone: Path, tmp_path: Path
     ) -> None:
         """The figures of one process, from tasks of a real cluster."""
-        source, workers = tiny_checkpoint(FAMILY), RayWorkers("auto")
+        source = tiny_checkpoint(FAMILY)
         options = CompressOptions(calibration=(str(text_file),), tokens=256, seq_len=64, recent=8)
         request = Request(("default",), (0.5, 0.25), str(text_file), options, seq_len=128, max_windows=1)
         rows = []
@@ -78,10 +81,10 @@ class TestRay:
         here = evaluate_shared(alone, str(text_file), Backwards(), dtype="float32", **how)
         assert shared.log_ratios == pytest.approx(here.log_ratios, rel=1e-4, abs=1e-6) and len(here.log_ratios) == 4
 
-    def test_what_a_task_raises_arrives(self, cluster: Any, tmp_path: Path) -> None:
+    def test_what_a_task_raises_arrives(self, workers: RayWorkers, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
-            collect_shared(job, RayWorkers("auto"))
+            collect_shared(job, workers)
 
 
 def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +104,10 @@ def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_tasks() -> list[int]:
     """Return the processes of Ray that sum a piece, by the titles that it gives them; waits for one to begin."""
     for _ in range(300):
-        found = [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::_run" in " ".join(p.info["cmdline"] or ())]
+        found = []
+        for process in psutil.Process().children(recursive=True):  # of this cluster, whatever else runs here
+            with suppress(psutil.NoSuchProcess):
+                found += [process.pid] * ("ray::_run" in " ".join(process.cmdline()))
         if found:
             return found
         time.sleep(0.1)

@@ -61,7 +61,7 @@ def test_greedy(attached: Any, family: str) -> None:
     assert_same(*both(attached(family), random_ids(2, 21)))
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "phi3-partial", "smollm3"])
+@pytest.mark.parametrize("family", ["phi3-partial", "smollm3"])  # heads turned in part, layers that do not turn
 @pytest.mark.parametrize("key_basis", KEY_BASES[:-1])
 def test_greedy_with_every_key_basis(attached: Any, family: str, key_basis: str) -> None:
     value_basis = key_basis if key_basis in ("head", "per_head") else "latent"

@@ -29,7 +29,7 @@ import kvcompress.pipeline as pipeline
 from kvcompress.calibration.fisher import Summing
 from kvcompress.options import CompressOptions
 
-N_WINDOWS, SEQ_LEN = 24, 32
+N_WINDOWS, SEQ_LEN = 12, 32
 _RESULTS = ("kv_plan.json", "kv_maps.safetensors", "model.safetensors")
 
 
@@ -94,7 +94,7 @@ KILLS: dict[str, Callable[[], Any]] = {
     "before the last rename": lambda: at_rename(".out.partial-"),
 }
 #: Runs that are killed from outside after a random time.
-RANDOM = tuple(f"random time {i}" for i in range(6))
+RANDOM = tuple(f"random time {i}" for i in range(3))
 
 
 def fork(run: Callable[[], None], kill_after: float | None = None) -> int:

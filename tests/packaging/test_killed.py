@@ -20,7 +20,7 @@ SIGKILL = -9
 @pytest.fixture(scope="module")
 def runs(tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What happened to every killed run, and to the unbroken one."""
-    arguments = [tiny_checkpoint("llama-gqa"), text_file, tmp_path_factory.mktemp("killed")]
+    arguments = [tiny_checkpoint("llama-gqa", num_hidden_layers=2), text_file, tmp_path_factory.mktemp("killed")]
     command = [sys.executable, killed_runs.__file__, *map(str, arguments)]
     same_library = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=same_library)

@@ -30,10 +30,16 @@ def test_the_recipes_are_there() -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of all outputs, so that they share what was measured on the text."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
-def test_recipe(recipe: Path, tmp_path: Path) -> None:
-    options = load_recipe(recipe, tokens=2048, seq_len=512)
-    result = kvcompress.compress(DEMO, tmp_path / "out", options)
+def test_recipe(recipe: Path, outputs: Path) -> None:
+    options = load_recipe(recipe, tokens=1024, seq_len=256, calibration=("builtin:prose",))
+    result = kvcompress.compress(DEMO, outputs / recipe.stem, options)
     assert options.keep - 0.13 < result.plan.keep <= options.keep
     whole = {s.layer for s in result.plan.sites if s.exact}
     if recipe.stem == "mea-half":
@@ -41,7 +47,7 @@ def test_recipe(recipe: Path, tmp_path: Path) -> None:
         assert all(s.rank == s.width // 2 for s in result.plan.sites if s.layer not in whole)
     if recipe.stem == "palu":
         assert {s.rank for s in result.plan.sites} == {128}
-    model = kvcompress.load(tmp_path / "out", dtype=torch.float32)
+    model = kvcompress.load(outputs / recipe.stem, dtype=torch.float32)
     ids = torch.arange(1, 41)[None]
     assert model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0).shape == (1, 45)
     if recipe.stem == "folded-half":
