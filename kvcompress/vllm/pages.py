@@ -38,11 +38,16 @@ def row_bytes(site: SitePlan, number_bytes: int) -> int:
 
 
 def blocks_of_page(plan: Plan) -> int:
-    """Return how many blocks a packed page holds: the power of two whose bytes come closest to an exact page's."""
+    """Return how many blocks a packed page holds: the power of two whose bytes come closest to an exact page's.
+
+    Of keys in turns it is four where it would be two (keep 0.5): their kernels take four blocks at once where
+    blocks are large, and without kernels no step of generation is recorded.
+    """
     ideal = 1 / plan.keep if plan.keep else MOST_BLOCKS
     sizes = [1 << i for i in range(FEWEST_BLOCKS.bit_length() - 1, MOST_BLOCKS.bit_length())]
     # What is wasted if the larger kind of page sets the size of both.
-    return min(sizes, key=lambda n: (max(n, ideal) / min(n, ideal), -n))
+    n = min(sizes, key=lambda n: (max(n, ideal) / min(n, ideal), -n))
+    return 4 if n == 2 and any(site.turn > 1 for site in plan.sites) else n
 
 
 @dataclass(frozen=True, slots=True)

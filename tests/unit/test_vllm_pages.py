@@ -41,7 +41,10 @@ def test_a_page_holds_the_rows_of_keys_then_of_values_from_multiples_of_16_bytes
     ("keep", "n_blocks"), [(0.125, 8), (0.12, 8), (0.25, 4), (0.0625, 16), (0.5, 2), (1.0, 1), (0.01, 32)]
 )
 def test_a_packed_page_takes_about_the_bytes_of_an_exact_one(keep: float, n_blocks: int) -> None:
-    assert blocks_of_page(SimpleNamespace(keep=keep)) == n_blocks  # type: ignore[arg-type]
+    plan = SimpleNamespace(keep=keep, sites=[SimpleNamespace(turn=1)])
+    assert blocks_of_page(plan) == n_blocks  # type: ignore[arg-type]
+    in_turns = SimpleNamespace(keep=keep, sites=[SimpleNamespace(turn=256), SimpleNamespace(turn=1)])
+    assert blocks_of_page(in_turns) == (4 if n_blocks == 2 else n_blocks)  # type: ignore[arg-type]
 
 
 def test_layers_of_different_pages_are_no_repeating_pattern() -> None:
