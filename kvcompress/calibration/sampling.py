@@ -28,11 +28,14 @@ def sample_windows(
     *,
     seed: int,
     batch: int = _BATCH,
+    anywhere: bool = False,
     progress: Any | None = None,
 ) -> Tensor:
     """Return [n_windows, seq_len] ids sampled at temperature 1, seeded: sequences of up to 256 tokens side by side.
 
     Each begins with the start token; one that ends starts again behind its end token, as in a stream of documents.
+    anywhere: every second one begins with any token of the vocabulary instead (as all do in LLM-QAT, arXiv
+    2305.17888), so that a model tuned to chat speaks of other things, too.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -48,15 +51,18 @@ def sample_windows(
             if progress:
                 progress(min((first * length) + n_steps * n, n_windows * seq_len), n_windows * seq_len)
 
-        batches.append(_sampled_rows(model, start, n, length, generator, sampled))
+        first_ids = torch.full((n, 1), start, device=generator.device)
+        if anywhere:
+            drawn = torch.randint(len(tokenizer), (n // 2, 1), generator=generator, device=generator.device)
+            first_ids[1::2] = drawn
+        batches.append(_sampled_rows(model, first_ids, length, generator, sampled))
     return torch.cat(batches).flatten()[: n_windows * seq_len].reshape(n_windows, seq_len)
 
 
 def _sampled_rows(
-    model: Any, start: int, n: int, length: int, generator: torch.Generator, sampled: Callable[[int], None]
+    model: Any, ids: Tensor, length: int, generator: torch.Generator, sampled: Callable[[int], None]
 ) -> Tensor:
-    """Return n sequences [n, length]; sampled(tokens of each so far) is called after every step."""
-    ids = torch.full((n, 1), start, device=generator.device)
+    """Return sequences [n, length] that begin with ids [n, 1]; sampled(tokens of each so far) follows every step."""
     rows = [ids]
     cache = None
     with torch.no_grad(), sdpa_kernel(_ATTENTION):

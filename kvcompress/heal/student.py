@@ -31,8 +31,8 @@ from kvcompress.runtime.output import read_output
 
 #: Windows on which the weights of head norms are set before they are trained.
 _NORM_WINDOWS = 4
-#: Sequences that a model samples from itself side by side: 17 GB of cache for a model of 8 billion.
-_SAMPLED_AT_ONCE = 512
+#: Sequences that a model samples from itself side by side, at most: a step takes a GPU hardly longer for many.
+_SAMPLED_AT_ONCE, _SAMPLED_ON_CPU = 8192, 64
 
 
 @dataclass
@@ -67,12 +67,20 @@ class Student:
         return texts, protocol
 
     def sampled(self, tokenizer: Any, n_windows: int, seq_len: int, *, seed: int) -> Tensor:
-        """Return windows that the uncompressed model samples from itself: [n_windows, seq_len]."""
-        if self.teacher is not self.model:
-            return sample_windows(self.teacher, tokenizer, n_windows, seq_len, seed=seed, batch=_SAMPLED_AT_ONCE)
-        detach(self.model)
-        ids = sample_windows(self.model, tokenizer, n_windows, seq_len, seed=seed, batch=_SAMPLED_AT_ONCE)
-        attach_plan(self.model, self.plan, self.maps)
+        """Return windows that the uncompressed model samples from itself: [n_windows, seq_len].
+
+        In bfloat16 on a GPU; half of the sequences begin with any token, so that not all of an instructed model's text
+        is chat.
+        """
+        coded = self.teacher is self.model
+        if coded:
+            detach(self.model)
+        device = self.teacher.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            at_once = sequences_at_once(self.teacher, self.plan)
+            ids = sample_windows(self.teacher, tokenizer, n_windows, seq_len, seed=seed, batch=at_once, anywhere=True)
+        if coded:
+            attach_plan(self.model, self.plan, self.maps)
         return ids
 
     def distillation(self, options: HealOptions, windows: Tensor) -> Distillation:
@@ -133,6 +141,17 @@ class Student:
         else:
             use_own_attention(self.model)
             attach_plan(self.model.eval(), *read_output(directory))
+
+
+def sequences_at_once(model: Any, plan: Plan) -> int:
+    """Return how many sequences of 256 tokens a model samples side by side: on a GPU what a third of its free memory
+    holds."""
+    if model.device.type != "cuda":
+        return _SAMPLED_ON_CPU
+    cache = 256 * 2 * sum(site.width for site in plan.sites)
+    logits = 16 * model.config.get_text_config().vocab_size  # of a step: as they come, as float32, as probabilities
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(_SAMPLED_AT_ONCE, free // 3 // (cache + logits)))
 
 
 def trainable_layers(model: Any, plan: Plan, maps: dict[Site, SiteMaps]) -> list[TrainableLayer]:

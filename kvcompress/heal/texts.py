@@ -20,8 +20,8 @@ _CHARS_PER_TOKEN = 8
 _SPACING = 61
 #: How often a source is passed over, at most, so that a short one has its share beside a long one.
 _MOST_PASSES = 4
-#: Tokens that a model samples from itself, at most: a token costs a forward.
-_MOST_SAMPLED = 524_288
+#: Tokens that a model samples from itself, at most: sampling one takes a GPU about as long as training on it.
+_MOST_SAMPLED = 8_388_608
 
 
 class HealTexts(NamedTuple):

@@ -103,6 +103,15 @@ class TestSampling:
         assert (windows.flatten()[::256] == BOS).all()
         assert done[-1] == (1200, 1200) and done == sorted(done)
 
+    def test_every_second_one_begins_anywhere(self, tiny_model: Any) -> None:
+        model, tokenizer = tiny_model("llama-gqa"), build_tokenizer()
+        first, again = (sample_windows(model, tokenizer, 40, 4, seed=0, batch=7, anywhere=True) for _ in range(2))
+        assert torch.equal(first, again)
+        batches = [rows[:, 0] for rows in first.split(7)]
+        assert all((starts[::2] == BOS).all() for starts in batches)
+        drawn = torch.cat([starts[1::2] for starts in batches])
+        assert len(drawn.unique()) > len(drawn) // 2 and int(drawn.max()) < len(tokenizer)
+
     def test_uses_the_cache_correctly(self, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the likeliest token in place of a sample, the windows are the model's greedy continuation."""
         monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
