@@ -29,7 +29,8 @@ class Distillation(nn.Module):
     synchronised. Where both are one model, the switch tells which of them runs.
     """
 
-    _keys_to_ignore_on_save: list[str] | None = None  # the Trainer asks its model for it
+    #: What checkpoints do not hold: the Trainer warns of anything else that is missing in them.
+    _keys_to_ignore_on_save: list[str] | None
 
     def __init__(
         self,
@@ -59,7 +60,12 @@ class Distillation(nn.Module):
             wanted = set(trained)
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(name in wanted)
+        saved = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in saved] or None
         self.register_state_dict_post_hook(_only_trained)
+
+    def tie_weights(self) -> None:
+        """Do nothing: weights are tied already; called by the Trainer after it has loaded a checkpoint."""
 
     @property
     def student_model(self) -> Any:
