@@ -8,7 +8,6 @@ nothing else. Where keys do not turn (no RoPE, ALiBi, learned positions), there 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +17,17 @@ from torch import Tensor
 from kvcompress import compat
 from kvcompress.errors import AttachmentError, UnsupportedModelError
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer, Site
+from kvcompress.model.positions import (
+    Attended,
+    forward,
+    keys_at_positions,
+    positions_of,
+    takes_positions,
+    tokens_of,
+)
 from kvcompress.model.proof import FrequencyTable, Keys, is_turned_by, prove_rotation
-from kvcompress.model.recording import Recorded, Update, recorded
+from kvcompress.model.recording import Recorded
 
-#: Texts of one token each that the rotation is proven on.
-_TOKENS = 64
 #: Tokens of the text that sizes and readers are taken from.
 _LENGTH = 8
 
@@ -42,7 +47,7 @@ def probe(model: Any, *, prove: bool = True, at_once: bool = False) -> ModelSpec
     """
     config = compat.text_config(model)
     try:
-        run = _forward(model, _tokens(model, (1, _LENGTH)))
+        run = forward(model, tokens_of(model, (1, _LENGTH)))
         repeated = sorted(run.repeated)
         n_more = 1 if at_once else _step(model, run)  # the reader of its configuration has seen that
     except AttachmentError as error:
@@ -129,18 +134,36 @@ def proven(model: Any, spec: ModelSpec, *, at_once: bool = False) -> ModelSpec:
     Raises UnsupportedModelError where keys turn with the position and no rotation explains it: then they depend on the
     length of the text as well (dynamic or longrope scaling), or on something that this version does not know.
     """
-    keys, tables = keys_at_positions(model, at_once=at_once), frequency_tables(model)
-    found = {site: prove_rotation(keys, site.layer, site.part, candidates=tables) for site in spec.sites}
-    return spec.turned({site: rotation for site, rotation in found.items() if rotation is not None})
+    tables = frequency_tables(model)
+
+    def found(*, alike: bool) -> ModelSpec:
+        keys = keys_at_positions(model, at_once=at_once, alike=alike)
+        rotations = {site: prove_rotation(keys, site.layer, site.part, candidates=tables) for site in spec.sites}
+        return spec.turned({site: rotation for site, rotation in rotations.items() if rotation is not None})
+
+    try:
+        return found(alike=False)
+    except UnsupportedModelError as error:
+        try:
+            return found(alike=True)
+        except UnsupportedModelError:
+            raise error from None
 
 
 def turned_otherwise(model: Any, spec: ModelSpec) -> Site | None:
     """Return a site whose numbers a loaded model does not turn as the spec says, seen at one position, or None."""
     if not takes_positions(model):
         return next(iter(spec.rotations), None)
-    ids, position = _tokens(model, (4, 1)), _positions(model)[-2]
-    keys = Keys(_forward(model, ids, position=0).updates, {position: _forward(model, ids, position=position).updates})
-    return next((s for s in spec.sites if not is_turned_by(keys, s, spec.attention(s).rotation)), None)
+    ids, position, attended = tokens_of(model, (4, 1)), positions_of(model)[-2], Attended()
+    base = forward(model, ids, position=0, instead=attended.seen).updates
+    otherwise = None
+    for instead in (None, attended.again()):
+        keys = Keys(base, {position: forward(model, ids, position=position, instead=instead).updates})
+        sites = (s for s in spec.sites if not is_turned_by(keys, s, spec.attention(s).rotation))
+        if (site := next(sites, None)) is None:
+            return None
+        otherwise = otherwise or site
+    return otherwise
 
 
 def signature(model: Any, spec: ModelSpec) -> tuple[float, ...]:
@@ -149,7 +172,7 @@ def signature(model: Any, spec: ModelSpec) -> tuple[float, ...]:
     They are values of eight texts of one token each in the middle layer with sites.
     """
     given = 0 if takes_positions(model) else None
-    updates = _forward(model, _tokens(model, (8, 1)), position=given).updates
+    updates = forward(model, tokens_of(model, (8, 1)), position=given).updates
     values = updates[spec.layers[len(spec.layers) // 2].layer].value.detach().flatten(1).double().cpu()
     chosen = values[:, torch.linspace(0, values.shape[1] - 1, 8).long()].flatten()
     return tuple(round(x, 5) for x in (chosen / chosen.norm().clamp_min(1e-12)).tolist())
@@ -158,7 +181,7 @@ def signature(model: Any, spec: ModelSpec) -> tuple[float, ...]:
 def few_logits(model: Any) -> Tensor:
     """Return the logits of a few tokens, with the cache that the model takes by itself: [1, n_tokens, vocabulary]."""
     with torch.no_grad():
-        logits: Tensor = model(input_ids=_tokens(model, (1, _LENGTH)), use_cache=True).logits
+        logits: Tensor = model(input_ids=tokens_of(model, (1, _LENGTH)), use_cache=True).logits
     return logits.float()
 
 
@@ -182,36 +205,6 @@ def matched(found: ModelSpec, expected: ModelSpec) -> ModelSpec:
     return found
 
 
-def keys_at_positions(model: Any, *, at_once: bool = False) -> Keys:
-    """Return what texts of one token hand to the cache at several positions.
-
-    at_once: all positions in one forward, unless frequencies depend on the largest of them.
-    """
-    ids = _tokens(model, (_TOKENS, 1))
-    if not takes_positions(model):
-        return Keys(_forward(model, ids).updates, {})
-    if at_once and not compat.turns_by_length(model):
-        return _keys_at_once(model, ids, _positions(model))
-    at = {p: _forward(model, ids, position=p).updates for p in _positions(model)}
-    return Keys(at.pop(0), at)
-
-
-def _keys_at_once(model: Any, ids: Tensor, positions: list[int]) -> Keys:
-    n = len(ids)
-    given = torch.tensor(positions, device=ids.device).repeat_interleave(n)[:, None]
-    updates = _forward(model, ids.repeat(len(positions), 1), position=given).updates
-    rows = {p: slice(n * k, n * (k + 1)) for k, p in enumerate(positions)}
-    at = {p: {i: Update(u.key[r], u.value[r]) for i, u in updates.items()} for p, r in rows.items()}
-    return Keys(at.pop(0), at)
-
-
-def takes_positions(model: Any) -> bool:
-    """Return whether positions can be given: of other models (ALiBi, ...) keys do not turn."""
-    parameters = inspect.signature(type(model).forward).parameters
-    decoder = inspect.signature(type(compat.decoder_of(model)).forward).parameters
-    return "position_ids" in parameters and "position_ids" in decoder
-
-
 def frequency_tables(model: Any) -> list[FrequencyTable]:
     """Return every list of RoPE frequencies that the model keeps as a buffer, of whatever name and place."""
     found: list[FrequencyTable] = []
@@ -226,40 +219,11 @@ def frequency_tables(model: Any) -> list[FrequencyTable]:
     return found
 
 
-def _positions(model: Any) -> list[int]:
-    """Return 0, small positions that pin frequencies down, and large ones, inside of what the model was made for."""
-    most = getattr(compat.text_config(model), "max_position_embeddings", None) or 2048
-    steps = [0, 1]
-    while steps[-1] * 4 < min(most, 1 << 16):
-        steps.append(steps[-1] * 4)
-    return sorted({*steps, min(most, 1 << 16) - 1, min(most, 1 << 16) * 5 // 7})
-
-
-def _tokens(model: Any, shape: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
-    return ids.to(next(model.parameters()).device)
-
-
-def _forward(model: Any, ids: Tensor, position: int | Tensor | None = None) -> Recorded:
-    """position: of every token, or one of each row [rows, 1]."""
-    given: dict[str, Any] = {}
-    if position is not None:
-        given["position_ids"] = torch.full_like(ids, position) if isinstance(position, int) else position
-    if not ids.is_meta:  # a mask is looked into
-        given["attention_mask"] = torch.ones_like(ids)
-    with recorded(model) as run, torch.no_grad():
-        given |= compat.cache_argument(model, run.cache)
-        model(input_ids=ids, use_cache=True, **given)
-    return run
-
-
 def _step(model: Any, run: Recorded) -> int:
     """Return how many tokens a model hands to the cache of a run when it is given one token more."""
     seen = dict(run.updates)
     with torch.no_grad():
-        model(input_ids=_tokens(model, (1, 1)), use_cache=True, **compat.cache_argument(model, run.cache))
+        model(input_ids=tokens_of(model, (1, 1)), use_cache=True, **compat.cache_argument(model, run.cache))
     n_more = max((u.key.shape[2] for u in run.updates.values()), default=1)
     run.updates.update(seen)
     return n_more

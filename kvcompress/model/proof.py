@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -51,11 +50,15 @@ def prove_rotation(keys: Keys, layer: int, part: str, *, candidates: list[Freque
     other = "value" if part == "key" else "key"
     if _changes_everywhere(keys, layer, other, tolerance) and _norms_change(base, moved, tolerance):
         return None  # positions are part of the hidden states (learned): nothing is rotated
-    for width, start in _ranges(channels, base.shape[1]):
-        for interleaved in (False, True):
-            pairs = torch.tensor(channel_pairs(width, start, interleaved))
-            tables = [c for c in candidates if len(c.frequencies) == len(pairs)]
-            for table in chain(tables, _measured(base, moved, pairs)):
+    layouts = [
+        (start, interleaved, torch.tensor(channel_pairs(width, start, interleaved)))
+        for width, start in _ranges(channels, base.shape[1])
+        for interleaved in (False, True)
+    ]
+    for own in (True, False):  # the model's own first: of interleaved pairs those that turn slowly may not be seen to
+        for start, interleaved, pairs in layouts:
+            tables = (c for c in candidates if len(c.frequencies) == len(pairs))
+            for table in tables if own else _measured(base, moved, pairs):
                 if _explains(base, moved, pairs, table.frequencies, tolerance):
                     return Rotation(tuple(table.frequencies.tolist()), start, interleaved, table.scale)
     raise UnsupportedModelError(

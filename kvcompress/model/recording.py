@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,8 +79,11 @@ class Recorded:
 
 
 @contextmanager
-def recorded(model: Any) -> Iterator[Recorded]:
-    """Within the block, one forward with the yielded `cache` is written down; the model is given back as it was."""
+def recorded(model: Any, instead: Callable[[Tensor], Tensor] | None = None) -> Iterator[Recorded]:
+    """Within the block, one forward with the yielded `cache` is written down; the model is given back as it was.
+
+    instead: given what attention gives [batch, n_tokens, heads, width], in the order of calls, what is gone on with.
+    """
     run = Recorded(compat.own_cache(model))
     returned: dict[int, _Returned] = {}  # the tensors are kept, so that an id names one of them only
     for index, layer in enumerate(run.cache.layers):
@@ -96,7 +99,7 @@ def recorded(model: Any) -> Iterator[Recorded]:
             ours = _ours(query, key, value, mask, kwargs) if as_it_came else None
             is_plain = ours is not None and _same(ours, result[0])
             run.readers.append(Reader(names[id(module)], found.layer, query.shape[1], is_plain))
-        return result
+        return result if instead is None else (instead(result[0]), *result[1:])
 
     with compat.attention_replaced(model, _RECORDING, attend):
         yield run

@@ -53,8 +53,18 @@ _SIZES: dict[str, Any] = {
 #: Latent attention: the sizes that belong together.
 _LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _LATENT_HEADS = {"num_key_value_heads": 4, "head_dim": 8}
+_PICTURES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SOUND = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 2}
+_BYTES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+_BYTES |= {"num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
+_INDEXED = {"per_layer_config": {}, "head_dim": 32, "index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
+_CHOSEN = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16}
 #: What single types need besides.
 _OF_TYPE: dict[str, dict[str, Any]] = {
+    "blt": {
+        **dict.fromkeys(("encoder_config", "decoder_config", "global_config", "patcher_config"), _BYTES),
+        "encoder_hash_byte_group_vocab": 64,
+    },
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_groups": 1},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -62,7 +72,9 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), _INDEXED),
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "git": {"vision_config": _PICTURES},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1},
@@ -70,6 +82,8 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 16},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "phi4_multimodal": {"vision_config": _PICTURES, "audio_config": _SOUND},
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _CHOSEN | {"indexer_compress_ratio": 4, "hc_lowrank": 16}),
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
@@ -124,8 +138,15 @@ def small_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     config = small_config(model_type, **changes)
     torch.manual_seed(seed)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in _made(model_type, config).parameters())
     if size > 4e7:
         raise ValueError(f"the small configuration of {model_type} still has {size / 1e6:.0f} million parameters")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return _made(model_type, config, dtype=torch.float32).eval()
+
+
+def _made(model_type: str, config: Any, **options: Any) -> Any:
+    """Return a type's model. Of some, the text configuration alone is no key for transformers' own choice of class."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(config, **options)
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config(config, **options)

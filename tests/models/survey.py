@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -193,7 +193,8 @@ def main() -> None:
         arguments.json.unlink(missing_ok=True)
     counts: Counter[str] = Counter()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for finding in pool.map(survey_alone, arguments.types or causal_types()):
+        tried = [pool.submit(survey_alone, name) for name in arguments.types or causal_types()]
+        for finding in (done.result() for done in as_completed(tried)):  # what came is kept if the run is cut
             counts[finding.status] += 1
             print(json.dumps(asdict(finding)), flush=True)
             if arguments.json:

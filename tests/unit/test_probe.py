@@ -10,7 +10,7 @@ import torch
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.model.head import after_layers, logits_of
 from kvcompress.model.model_spec import ModelSpec, Site
-from kvcompress.model.probe import matched, probe
+from kvcompress.model.probe import matched, probe, turned_otherwise
 from kvcompress.model.proof import FrequencyTable, Keys, prove_rotation
 from kvcompress.model.recording import Update
 from kvcompress.model.rope import Rotary
@@ -74,6 +74,28 @@ def test_layers_of_their_own() -> None:
 def caches_latents() -> None:
     if EARLIER:
         pytest.skip("latent attention caches what is expanded from its latent, as any other")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_experts_in_16_bits(at_once: bool) -> None:
+    """What a router sees is rounded otherwise at each position: another expert, and later layers are others."""
+    needs("gpt_oss")
+    model = in_bfloat16(small_model("gpt_oss"))
+    assert len(probe(model, at_once=at_once).rotations) == 2
+    assert turned_otherwise(model, probe(model)) is None
+
+
+def test_pairs_that_hardly_turn_in_16_bits() -> None:
+    """Interleaved, a range without the slowest pairs explains as much as the whole one: the model's own is taken."""
+    rotation = probe(in_bfloat16(small_model("ernie4_5"))).rotations[Site(1, "key")]
+    assert (rotation.width, rotation.interleaved) == (16, True)
+
+
+def in_bfloat16(model: Any) -> Any:
+    """As checkpoints are loaded: frequencies stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def test_latent_attention_is_a_site() -> None:
