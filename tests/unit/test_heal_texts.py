@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from kvcompress.heal.student import sequences_at_once
 from kvcompress.heal.texts import HealTexts, heal_texts
 
 SEQ_LEN = 10
@@ -65,3 +68,19 @@ def test_no_training_window_is_kept_out(cut: Any) -> None:
     texts = cut([9, 40], 60)
     out = {int(w[0]) for windows in texts.held_out.values() for w in windows}
     assert len(out) == 4 and not out & {int(w[0]) for w in texts.training}
+
+
+@pytest.mark.parametrize(
+    ("free", "sequences"),
+    [(3 * 10 * (256 * 2 * 64 + 16 * 100), 10), (1 << 50, 8192), (1000, 1)],
+    ids=["a third of what is free", "never more than these", "a full card"],
+)
+def test_a_card_samples_as_many_sequences_as_a_third_of_its_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, free: int, sequences: int
+) -> None:
+    """Two sites of 32 numbers in bfloat16, 256 tokens of each sequence, and a step's logits."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 60))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
+    plan: Any = SimpleNamespace(sites=[SimpleNamespace(width=32)] * 2)
+    assert sequences_at_once(SimpleNamespace(device=torch.device("cuda", 0), config=config), plan) == sequences
+    assert sequences_at_once(SimpleNamespace(device=torch.device("cpu")), plan) == 64
