@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.backward import backward_pass, goes_by_layer
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.taps import LayerTap, tapped
+from kvcompress.calibration.taps import LayerTap, tapped, unplanned_attention
 from kvcompress.errors import CalibrationError
 from kvcompress.model.head import logits_of
 from kvcompress.model.model_spec import PARTS, ModelSpec, Site
@@ -93,7 +93,8 @@ class Summing:
 def begun(model: Any, spec: ModelSpec, recent: int) -> Summing:
     """Return a model that is ready. Raises UnsupportedModelError where it is not the spec's."""
     model.requires_grad_(False)
-    spec = matched(probe(model), spec)
+    with unplanned_attention():
+        spec = matched(probe(model), spec)
     with tapped(model, spec, recent) as taps:
         return Summing(model, spec, signature(model, spec), recent, goes_by_layer(model, taps))
 

@@ -197,6 +197,11 @@ class Moments:
             self.sites[site].join(sums)
         self.order += later.order
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums and samples, which is nearly all that is saved."""
+        return sum(t.nbytes for m in self.sites.values() for t in (*m.outer, *m.fisher, m.samples))
+
     def arrays(self) -> tuple[Any, ...]:
         """Return everything but the protocol, tensors (on the CPU) as NumPy's, for `of_arrays`."""
         sites = {site: _mapped(vars(sums), lambda t: t.numpy()) for site, sums in self.sites.items()}

@@ -27,6 +27,8 @@ from kvcompress.errors import CalibrationError
 _PROTOCOL_FILE = "protocol.json"
 #: Saving takes at most this share of the time.
 _SAVING_SHARE = 0.05
+#: Bytes that a second saves, until it is known.
+_SAVED_BYTES = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class Parts:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _in_order(self, samples: Tensor, order: list[int]) -> Tensor:
+        if order == sorted(order):
+            return samples
         counts = [min(n_samples_of(w, self.n_windows), self.seq_len - self.sinks) for w in order]
         rows = dict(zip(order, samples.split(counts), strict=True))
         return torch.cat([rows[w] for w in sorted(order)])
@@ -135,11 +139,12 @@ class Seldom:
     """Calls `save` now and then, so that it takes at most 5% of the time."""
 
     def __init__(self, save: Callable[[Moments], None]) -> None:
-        self._save, self._last, self._seconds = save, time.monotonic(), 0.05
+        self._save, self._last, self._seconds = save, time.monotonic(), 0.0
 
     def __call__(self, moments: Moments) -> bool:
         """Return whether it was saved now."""
         started = time.monotonic()
+        self._seconds = self._seconds or max(0.05, moments.nbytes / _SAVED_BYTES)  # before the first time
         if started - self._last <= self._seconds / _SAVING_SHARE:
             return False
         self._save(moments)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvcompress.calibration.taps import unplanned_attention
 from kvcompress.compat import cache_argument, cache_of
 
 #: Sequences sampled side by side by default; the cache of one batch is what bounds it.
@@ -16,8 +16,6 @@ _BATCH = 64
 #: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
 #: are far cheaper than a few long ones; several make a window.
 _ROW = 256
-#: All but cuDNN's, which makes a plan for each length of the cache: tens of milliseconds of all processors a step.
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample_windows(
@@ -65,7 +63,7 @@ def _sampled_rows(
     """Return sequences [n, length] that begin with ids [n, 1]; sampled(tokens of each so far) follows every step."""
     rows = [ids]
     cache = None
-    with torch.no_grad(), sdpa_kernel(_ATTENTION):
+    with torch.no_grad(), unplanned_attention():
         for _ in range(length - 1):
             output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
             cache = cache_of(output)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvcompress import compat
 from kvcompress.calibration.attention import near_far_attention
@@ -17,6 +18,17 @@ from kvcompress.model.model_spec import ModelSpec
 from kvcompress.model.recording import extras_of
 
 _TAPPING = "kvcompress_calibration"
+
+
+def unplanned_attention() -> AbstractContextManager[None]:
+    """Return a block in which torch's attention is not cuDNN's, which plans for each length and shape at its first use.
+
+    That takes tens of milliseconds of all processors each time, and a second at first.
+    """
+    found: AbstractContextManager[None] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return found
 
 
 @dataclass
@@ -84,5 +96,5 @@ def tapped(model: Any, spec: ModelSpec, recent: int) -> Iterator[Taps]:
     recent: keys at most this many tokens back are near, seen exactly; a token always sees itself exactly.
     """
     taps = Taps(model, spec, recent)
-    with compat.attention_replaced(model, _TAPPING, taps.attend), straight_through(model):
+    with compat.attention_replaced(model, _TAPPING, taps.attend), straight_through(model), unplanned_attention():
         yield taps
