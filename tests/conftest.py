@@ -24,6 +24,8 @@ from transformers.utils import logging
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.options import CompressOptions
+from kvcompress.pipeline import make_plan
 from kvcompress.plan import SitePlan
 from tests.interpreter import mend
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint
@@ -76,6 +78,21 @@ def tiny_moments(tiny_checkpoint: Callable[..., Path], tiny_model: Callable[...,
         return taken[family]
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_checkpoint: Callable[..., Path], tiny_moments: Callable[..., Moments]) -> Callable[..., Any]:
+    """tiny_plan(family, **options): (plan, maps) of make_plan on the moments of tiny_moments, made once."""
+    made: dict[Any, Any] = {}
+
+    def make(family: str, **options: Any) -> Any:
+        chosen = CompressOptions(**options)
+        if (family, chosen) not in made:
+            with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
+                made[family, chosen] = make_plan(checkpoint, tiny_moments(family), chosen)[:2]
+        return made[family, chosen]
+
+    return make
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.quantise import gain
 from kvcompress.errors import OptionError
 from kvcompress.options import BIT_BASES, GAIN_BITS, LEVELS, CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.contract.test_runtime_cache import fill
@@ -28,16 +27,9 @@ FAMILIES = ["llama-gqa", "qwen2", "qwen3", "phi3-partial", "smollm3", "llama-bf1
 
 
 @pytest.fixture
-def planned(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
+def planned(tiny_plan: Any) -> Any:
     """planned(family, **options): (plan, maps) with bits."""
-
-    def make(family: str, **options: Any) -> Any:
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            chosen = CompressOptions(**({"sinks": 2, "recent": 4, "keep": 0.25} | options))
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), chosen)
-        return plan, maps
-
-    return make
+    return lambda family, **options: tiny_plan(family, **({"sinks": 2, "recent": 4, "keep": 0.25} | options))
 
 
 @pytest.fixture

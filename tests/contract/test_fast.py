@@ -11,12 +11,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.kernels import site
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.contract.test_static import assert_replays_follow
@@ -24,12 +21,10 @@ from tests.tiny_models import PAD, random_ids
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     def make(**options: Any) -> Any:
         options = {"keep": 0.5, "sinks": 2, "recent": 5, "policy": "uniform", "key_basis": "frequency"} | options
-        with open_checkpoint(tiny_checkpoint("llama-bf16")) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-bf16"), CompressOptions(**options))
-        return attach_plan(tiny_model("llama-bf16"), plan, maps)
+        return attach_plan(tiny_model("llama-bf16"), *tiny_plan("llama-bf16", **options))
 
     return make
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import kvcompress
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.compat import CACHE_NAMES, NEWEST, OLDEST, ForwardArguments, cache_of
 from kvcompress.errors import AttachmentError, OptionError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.cache import CompressedCache
 from tests.tiny_models import PAD, build_tokenizer, random_ids
@@ -28,14 +27,8 @@ GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_t
 
 
 @pytest.fixture
-def plan_of(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
-    def make(family: str = "llama-gqa") -> Any:
-        options = CompressOptions(keep=0.1, recent=0, sinks=1)
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), options)
-        return plan, maps
-
-    return make
+def plan_of(tiny_plan: Any) -> Any:
+    return lambda family="llama-gqa": tiny_plan(family, keep=0.1, recent=0, sinks=1)
 
 
 @pytest.fixture

@@ -17,16 +17,10 @@ from tests.tiny_models import random_ids
 
 
 @pytest.fixture
-def planned(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
+def planned(tiny_plan: Any) -> Any:
     """planned(family, **options): (plan, maps) of make_plan, in turns of 256 tokens unless told otherwise."""
-
-    def make(family: str, **options: Any) -> Any:
-        options = {"keep": 0.25, "sinks": 2, "recent": 4, "turn": 256} | options
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return plan, maps
-
-    return make
+    usual = {"keep": 0.25, "sinks": 2, "recent": 4, "turn": 256}
+    return lambda family, **options: tiny_plan(family, **(usual | options))
 
 
 def class_sizes(maps: Any) -> torch.Tensor:
@@ -83,14 +77,15 @@ def test_components_are_taken_singly_where_rows_cannot_have_tiles(planned: Any) 
     assert any((class_sizes(m) % QUAD != 0).any() for m in maps.values())
 
 
-def test_quads_cost_little(planned: Any) -> None:
+def test_quads_cost_little(tiny_checkpoint: Any, tiny_moments: Any) -> None:
     """Predicted loss of the same moments, budget and turn, taken singly (as turns of 128 were before) and in quads."""
-    losses = {}
+    losses, moments = {}, tiny_moments("llama-gqa")
     for ranks_only in (False, True):
         for at_a_time in (1, QUAD):
-            with pytest.MonkeyPatch.context() as patch:
+            options = CompressOptions(ranks_only=ranks_only, keep=0.5, sinks=2, recent=4, turn=256)
+            with pytest.MonkeyPatch.context() as patch, open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
                 patch.setattr(CompressOptions, "at_a_time", at_a_time)
-                plan, _ = planned("llama-gqa", ranks_only=ranks_only, keep=0.5)
+                plan, _, _ = make_plan(checkpoint, moments, options)
             losses[at_a_time] = plan.predicted_loss
         assert losses[1] < losses[QUAD] < 1.5 * losses[1]
 

@@ -13,11 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.compat import cache_argument
 from kvcompress.errors import Note
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.runtime import recording
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.recording import RecordedCache
@@ -28,12 +25,10 @@ LONG = {"max_new_tokens": 50, "min_new_tokens": 50, "pad_token_id": PAD}
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     def make(family: str = "llama-gqa", **options: Any) -> Any:
         options = {"keep": 0.3, "sinks": 2, "recent": 5} | options
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return attach_plan(tiny_model(family), plan, maps)
+        return attach_plan(tiny_model(family), *tiny_plan(family, **options))
 
     return make
 

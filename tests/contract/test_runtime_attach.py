@@ -14,24 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import kvcompress
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.compat import cache_argument
 from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.cache import CompressedCache
 from tests.tiny_models import PAD, random_ids
 
 
 @pytest.fixture
-def plan_of(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
-    def make(family: str, **options: Any) -> Any:
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**{"recent": 4} | options))
-        return plan, maps
-
-    return make
+def plan_of(tiny_plan: Any) -> Any:
+    return lambda family, **options: tiny_plan(family, **({"recent": 4} | options))
 
 
 @pytest.fixture(scope="module")

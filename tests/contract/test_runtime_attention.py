@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,9 +11,6 @@ from torch import Tensor
 
 import kvcompress.runtime.attention as attention_module
 import kvcompress.runtime.simulation as simulation_module
-from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.attention import tiled_attention
@@ -22,12 +20,10 @@ from tests.tiny_models import FAMILIES, PAD, random_ids
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     def make(family: str, **options: Any) -> Any:
         options = {"keep": 0.5, "sinks": 2, "recent": 1, "policy": "uniform", "ranks_only": True} | options
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return attach_plan(tiny_model(family), plan, maps)
+        return attach_plan(tiny_model(family), *tiny_plan(family, **options))
 
     return make
 
@@ -43,8 +39,10 @@ HONESTY = [(f, "latent", "latent") for f in FAMILIES if f not in ("llama-bf16", 
 HONESTY += [("phi3-partial", "frequency", "latent"), ("llama-mha", "share", "head"), ("qwen3", "band", "per_head")]
 
 
-@pytest.mark.parametrize(("family", "key_basis", "value_basis"), HONESTY)
-@pytest.mark.parametrize("recent", [0, 1])
+@pytest.mark.parametrize(
+    ("family", "key_basis", "value_basis", "recent"),
+    [(*case, i % 2) for i, case in enumerate(HONESTY)] + [(*HONESTY[0], 1), (*HONESTY[1], 0)],
+)
 def test_simulation_is_real_decoding(attached: Any, family: str, key_basis: str, value_basis: str, recent: int) -> None:
     """The honesty test: what `eval` reports is what generation does, at half of the rank."""
     model = attached(family, recent=recent, key_basis=key_basis, value_basis=value_basis)
@@ -150,23 +148,21 @@ def random_mask(n_queries: int, n_tokens: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("n_queries", [1, 3, 9])  # summed in the latent for few queries, decoded first for many
-@pytest.mark.parametrize("tile", [1, 2, 4096])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_tiles_equal_plain_softmax(
-    attached: Any, monkeypatch: pytest.MonkeyPatch, n_queries: int, tile: int, kind: str, sinks: int
-) -> None:
-    monkeypatch.setattr(attention_module, "TILE_BLOCKS", tile)
+def test_tiles_equal_plain_softmax(attached: Any, monkeypatch: pytest.MonkeyPatch, kind: str, sinks: int) -> None:
     layer = filled_layer(attached("llama-gqa", sinks=sinks, recent=4, key_basis="per_head"), 103)
     assert layer.n_encoded == 96
-    query = torch.randn(2, 4, n_queries, 8, generator=torch.Generator().manual_seed(0))
-    bool_mask = random_mask(n_queries, 103)
-    additive = torch.zeros(bool_mask.shape).masked_fill(~bool_mask, torch.finfo(torch.float32).min)
-    mask = {"none": None, "bool": bool_mask, "additive": additive}[kind]
-    bias = torch.zeros(1) if mask is None else torch.zeros(bool_mask.shape).masked_fill(~bool_mask, float("-inf"))
-    expected = oracle(query, *visible_cache(layer), bias.double(), 0.3)
-    assert (tiled_attention(layer, query, mask, 0.3) - expected).abs().max() < 1e-5
+    keys, values = visible_cache(layer)
+    for tile, n_queries in product((1, 2, 4096), (1, 3, 9)):  # few queries sum in the latent, many decode first
+        monkeypatch.setattr(attention_module, "TILE_BLOCKS", tile)
+        query = torch.randn(2, 4, n_queries, 8, generator=torch.Generator().manual_seed(0))
+        bool_mask = random_mask(n_queries, 103)
+        additive = torch.zeros(bool_mask.shape).masked_fill(~bool_mask, torch.finfo(torch.float32).min)
+        mask = {"none": None, "bool": bool_mask, "additive": additive}[kind]
+        bias = torch.zeros(1) if mask is None else torch.zeros(bool_mask.shape).masked_fill(~bool_mask, float("-inf"))
+        expected = oracle(query, keys, values, bias.double(), 0.3)
+        assert (tiled_attention(layer, query, mask, 0.3) - expected).abs().max() < 1e-5, (tile, n_queries)
 
 
 @pytest.mark.parametrize("sinks", [1, 63, 64, 67, 80])

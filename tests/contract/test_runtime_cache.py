@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.cache import CompressedCache
@@ -18,14 +16,12 @@ from tests.tiny_models import FAMILIES, random_ids
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     """attached(family, **options): a model with a plan of make_plan."""
 
     def make(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         options = {"keep": 0.5, "sinks": 2, "recent": 4, "policy": "uniform", "ranks_only": True} | options
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return attach_plan(tiny_model(family, dtype=dtype), plan, maps)
+        return attach_plan(tiny_model(family, dtype=dtype), *tiny_plan(family, **options))
 
     return make
 

@@ -11,28 +11,23 @@ import torch
 from transformers import AutoTokenizer
 
 import kvcompress
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError
 from kvcompress.evaluate import scoring
 from kvcompress.evaluate.answers import Answers
 from kvcompress.evaluate.scoring import Pair, Score, compressed_share, encode_pair, score_pairs
 from kvcompress.evaluate.sides import both_sides
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.tiny_models import random_ids
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     def make(family: str = "llama-gqa", **changes: Any) -> Any:
-        options = CompressOptions(
-            **{"keep": 0.5, "sinks": 2, "recent": 1, "policy": "uniform", "ranks_only": True} | changes
-        )
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), options)
-        return attach_plan(tiny_model(family), plan, maps)
+        options = {"keep": 0.5, "sinks": 2, "recent": 1, "policy": "uniform", "ranks_only": True} | changes
+        return attach_plan(tiny_model(family), *tiny_plan(family, **options))
 
     return make
 

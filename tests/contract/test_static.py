@@ -14,11 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvcompress
 import kvcompress.runtime.graph as graph_module
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError
 from kvcompress.kernels import turned
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
@@ -31,14 +29,12 @@ N_STEPS = 2 * BLOCK_TOKENS + 1  # two evictions, or three
 
 
 @pytest.fixture
-def attached(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
+def attached(tiny_model: Any, tiny_plan: Any) -> Any:
     """attached(family, **options): a model with a plan of make_plan."""
 
     def make(family: str = "llama-gqa", **options: Any) -> Any:
         options = {"keep": 0.5, "sinks": 2, "recent": 5, "policy": "uniform"} | options
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return attach_plan(tiny_model(family), plan, maps)
+        return attach_plan(tiny_model(family), *tiny_plan(family, **options))
 
     return make
 

@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.tiny_models import PAD, random_ids
 
@@ -20,11 +17,8 @@ N_THREADS, N_ROUNDS = 8, 50
 
 
 @pytest.fixture
-def model(tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any) -> Any:
-    options = CompressOptions(keep=0.2, recent=3, sinks=2)
-    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
-        plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-gqa"), options)
-    return attach_plan(tiny_model("llama-gqa"), plan, maps)
+def model(tiny_model: Any, tiny_plan: Any) -> Any:
+    return attach_plan(tiny_model("llama-gqa"), *tiny_plan("llama-gqa", keep=0.2, recent=3, sinks=2))
 
 
 def generating(model: Any, ids: Tensor) -> Callable[[], Tensor]:

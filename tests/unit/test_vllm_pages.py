@@ -11,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.model_spec import Site
-from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import Plan, n_encoded
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.attention import tiled_attention
@@ -139,18 +136,6 @@ def test_ranks_share_out_the_heads(n_heads: int, n_ranks: int) -> None:
     assert len({stop - first for first, stop in held}) == 1
 
 
-@pytest.fixture
-def planned(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
-    """planned(family, **options): (plan, maps) of make_plan."""
-
-    def make(family: str, **options: Any) -> Any:
-        with open_checkpoint(tiny_checkpoint(family)) as checkpoint:
-            plan, maps, _ = make_plan(checkpoint, tiny_moments(family), CompressOptions(**options))
-        return plan, maps
-
-    return make
-
-
 class Paged:
     """One sequence stepped through pages of the reference, as the engine does it."""
 
@@ -211,8 +196,8 @@ class Contiguous:
         {"keep": 1.0},
     ],
 )
-def test_a_sequence_stepped_through_pages_is_the_run_time_s(planned: Any, tiny_model: Any, options: Any) -> None:
-    plan, maps = planned("llama-gqa", **options)
+def test_a_sequence_stepped_through_pages_is_the_run_time_s(tiny_plan: Any, tiny_model: Any, options: Any) -> None:
+    plan, maps = tiny_plan("llama-gqa", **options)
     model = attach_plan(tiny_model("llama-gqa"), plan, maps)
     codecs = attachment_of(model).codecs[0]
     torch.manual_seed(0)
@@ -224,8 +209,8 @@ def test_a_sequence_stepped_through_pages_is_the_run_time_s(planned: Any, tiny_m
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_maps_are_cut_to_the_heads_of_a_rank(planned: Any) -> None:
-    plan, maps = planned("llama-mha", keep=0.5, group=2)
+def test_maps_are_cut_to_the_heads_of_a_rank(tiny_plan: Any) -> None:
+    plan, maps = tiny_plan("llama-mha", keep=0.5, group=2)
     site = Site(1, "value")
     whole = SiteCodec(maps[site], torch.device("cpu"))
     head_dim = plan.sites[0].width // 4
@@ -243,7 +228,7 @@ def test_maps_are_cut_to_the_heads_of_a_rank(planned: Any) -> None:
     assert bits == int(maps[site].bits.sum())
 
 
-def test_maps_that_mix_heads_of_two_ranks_are_refused(planned: Any) -> None:
-    _, maps = planned("llama-mha", keep=0.5, group=4)
+def test_maps_that_mix_heads_of_two_ranks_are_refused(tiny_plan: Any) -> None:
+    _, maps = tiny_plan("llama-mha", keep=0.5, group=4)
     with pytest.raises(OptionError, match=r"layers\.0\.key.*--group 2"):
         heads_of(maps[Site(0, "key")], 0, 2, 8, site=Site(0, "key"))
