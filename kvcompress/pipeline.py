@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.calibrate import Progress, obtain_moments
+from kvcompress.calibration.memory import CONTEXT_BYTES, limited
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
@@ -73,8 +74,8 @@ def compress(
     source: a checkpoint directory, a GGUF file or a hub id; it is only read. Moments are saved beside the output
     and reused by later calls with the same model and text; `resume` continues a calibration that was killed. workers:
     who sums the calibration's windows (calibration.processes, calibration.ray_tasks); this process by default. memory:
-    bytes that calibration may take on its device; layers of a larger model are streamed. told: what report.json says
-    besides.
+    bytes that calibration and fits may take on their device; layers of a larger model are streamed. told: what
+    report.json says besides.
     Raises a KVCompressError with one clear message, leaving nothing behind, for anything a user can mend.
     """
     started = time.monotonic()
@@ -102,13 +103,15 @@ def compress(
             model=model,
         )
         fitters = workers if workers is not None and workers.fits else None
-        fits_on = "cpu" if fitters or memory is not None else device  # what `memory` allows is for calibration
+        room = None if memory is None else memory - CONTEXT_BYTES
+        fits_on = "cpu" if fitters else fitting_device(device, _widest(checkpoint.spec), room)
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
-            with room_where_needed(checkpoint, moments, options, scratch) as room:
-                plan, maps, spectra = make_plan(
-                    checkpoint, moments, options, report, workers=fitters, scratch=room, device=fits_on
-                )
+            with room_where_needed(checkpoint, moments, options, scratch) as directory:
+                with limited(fits_on, memory):
+                    plan, maps, spectra = make_plan(
+                        checkpoint, moments, options, report, workers=fitters, scratch=directory, device=fits_on
+                    )
                 again = partial(model.again, moments, wanted=options.refit, memory=memory)
                 refit_values(again, plan, maps, moments, report)
                 report("write", 0, 1)

@@ -46,16 +46,18 @@ def side_by_side(
     return results
 
 
-def fitting_device(device: str, width: int) -> str:
+def fitting_device(device: str, width: int, room: int | None = None) -> str:
     """Return where sites of `width` numbers are fitted: a GPU that is meant by `device`, "auto" included, if it has the
-    memory that `side_by_side` may take, else the CPU."""
+    memory that `side_by_side` may take, else the CPU. room: bytes that this process may take there; None: what is free.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not device.startswith("cuda"):
         return "cpu"
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if room is None:
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     most = min(_MEMORY, _MOST * _MATRICES * 8 * width**2)
-    return device if torch.cuda.mem_get_info(device)[0] + unused > most else "cpu"
+    return device if room - torch.cuda.memory_allocated(device) > most else "cpu"
 
 
 @cache

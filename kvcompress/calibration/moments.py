@@ -66,13 +66,14 @@ class SiteMoments:
                 sums.baddbmm_(block_rows.transpose(1, 2), block_rows)
         self.n_tokens += x.shape[0]
 
-    def join(self, later: SiteMoments) -> None:
+    def join(self, *later: SiteMoments) -> None:
         """Add the sums of later windows, of the same blocks."""
-        self.total += later.total
-        for sums, more in zip((*self.outer, *self.fisher), (*later.outer, *later.fisher), strict=True):
-            sums += more
-        self.samples = torch.cat([self.samples, later.samples])
-        self.n_tokens += later.n_tokens
+        for other in later:
+            self.total += other.total
+            for sums, more in zip((*self.outer, *self.fisher), (*other.outer, *other.fisher), strict=True):
+                sums += more
+            self.n_tokens += other.n_tokens
+        self.samples = torch.cat([self.samples, *(other.samples for other in later)])
 
     @property
     def mean(self) -> Tensor:

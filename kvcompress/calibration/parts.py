@@ -23,6 +23,8 @@ from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.streamed import begun_windows, share_done
 from kvcompress.checkpoint.writer import atomic_file, remove_stale
 from kvcompress.errors import CalibrationError
+from kvcompress.model.model_spec import Site
+from kvcompress.side_by_side import side_by_side
 
 _PROTOCOL_FILE = "protocol.json"
 #: Saving takes at most this share of the time.
@@ -87,12 +89,16 @@ class Parts:
         files = [file for file, order in self.files().items() if order[0] not in begin]
         if not others:  # what is in memory can be added to
             others = [Moments.load(files.pop(0))]
-        whole = others[0]
-        for later in [*others[1:], *(Moments.load(file, checked=False) for file in files)]:
-            whole.join(later)
-        for sums in whole.sites.values():
-            sums.samples = self._in_order(sums.samples, whole.order)
-        whole.order = sorted(whole.order)
+        whole, *later = [*others, *(Moments.load(file, checked=False) for file in files)]
+        order = [w for moments in (whole, *later) for w in moments.order]
+
+        def join(site: Site) -> None:
+            sums = whole.sites[site]
+            sums.join(*(moments.sites[site] for moments in later))
+            sums.samples = self._in_order(sums.samples, order)
+
+        side_by_side(join, list(whole.sites), width=max(sums.total.numel() for sums in whole.sites.values()))
+        whole.order = sorted(order)
         return whole
 
     def stream(self, windows: Sequence[int]) -> Path:
@@ -139,13 +145,14 @@ class Seldom:
     """Calls `save` now and then, so that it takes at most 5% of the time."""
 
     def __init__(self, save: Callable[[Moments], None]) -> None:
-        self._save, self._last, self._seconds = save, time.monotonic(), 0.0
+        self._save, self._last, self._seconds = save, 0.0, 0.0
 
     def __call__(self, moments: Moments) -> bool:
         """Return whether it was saved now."""
         started = time.monotonic()
-        self._seconds = self._seconds or max(0.05, moments.nbytes / _SAVED_BYTES)  # before the first time
-        if started - self._last <= self._seconds / _SAVING_SHARE:
+        if not self._last:  # from the first window on; a worker has loaded its model before
+            self._last, self._seconds = started, max(0.05, moments.nbytes / _SAVED_BYTES)
+        if started - self._last < self._seconds / _SAVING_SHARE:
             return False
         self._save(moments)
         self._last = time.monotonic()

@@ -132,10 +132,13 @@ class _Attempts:
 def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:
     """Call a function with the device that Ray gave this task."""
     import ray
+    import torch
 
     ray.get(attempts.begin.remote(index))
     if not on_gpus:
         return function(*args, "cpu")
+    # a task that asks for a GPU is left one processor by Ray
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())))
     given, visible = ray.get_gpu_ids()[0], os.environ.get("CUDA_VISIBLE_DEVICES")
     place = visible.split(",").index(str(given)) if visible else int(given)
     return function(*args, f"cuda:{place}")

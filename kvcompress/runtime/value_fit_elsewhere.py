@@ -15,7 +15,7 @@ from kvcompress import compat
 from kvcompress.calibration.at_hand import Elsewhere
 from kvcompress.calibration.backward import call_layer
 from kvcompress.calibration.memory import limited
-from kvcompress.calibration.pieces import loaded_model, streamed_model
+from kvcompress.calibration.pieces import Workers, loaded_model, streamed_model
 from kvcompress.calibration.streamed import how_called, proven
 from kvcompress.calibration.taps import Taps
 from kvcompress.checkpoint.maps import SiteMaps
@@ -43,50 +43,52 @@ def fit_values_elsewhere(
 ) -> None:
     """Do what `value_fit.fit_values` does, to the same numbers, where the model of `place` is.
 
-    A Note says where its layers cannot be streamed.
+    A Note says where that cannot be done: layers that cannot be streamed, maps that cannot be sent.
     """
-    if place.workers is None:
-        try:
-            _fit_here(place, plan, maps, windows, place.device, progress)
-        except (OptionError, UnsupportedModelError) as error:
-            told = f"decoders of values are not fitted to what queries read of them: {error}"
-            warnings.warn(told, Note, stacklevel=2)
-        return
-    lie_on_disk = isinstance(maps, SpilledMaps)
-    if lie_on_disk and place.workers.fits:
-        told = "maps are too large to be sent, so decoders of values are not fitted to what queries read of them."
+    try:
+        if place.workers is None:
+            _fitting(place, place.device)(plan, maps, windows, progress)
+        else:
+            _fit_by(place.workers, place, plan, maps, windows)
+    except (OptionError, UnsupportedModelError) as error:
+        told = f"decoders of values are not fitted to what queries read of them: {error}"
         warnings.warn(told, Note, stacklevel=2)
         return
-    alone = replace(place, workers=None)
-    given = maps if lie_on_disk else {site: _arrays(own) for site, own in maps.items()}
-    for _, found in place.workers.each(_fitted, [(alone, plan, given, windows.numpy())]):
-        for site, own in found.items():
-            maps[site] = _of_arrays(own)
     if progress:
         progress(windows.numel(), windows.numel())
+
+
+def _fit_by(
+    workers: Workers, place: Elsewhere, plan: Plan, maps: MutableMapping[Site, SiteMaps], windows: Tensor
+) -> None:
+    """Let a worker fit. Raises OptionError for maps on a disk that workers do not have."""
+    lie_on_disk = isinstance(maps, SpilledMaps)
+    if lie_on_disk and workers.fits:
+        raise OptionError("maps are too large to be sent.")
+    given = maps if lie_on_disk else {site: _arrays(own) for site, own in maps.items()}
+    for _, found in workers.each(_fitted, [(replace(place, workers=None), plan, given, windows.numpy())]):
+        for site, own in found.items():
+            maps[site] = _of_arrays(own)
 
 
 def _fitted(place: Elsewhere, plan: Plan, given: Any, windows: Any, device: str) -> dict[Site, Any]:
     """Return the maps of values that a worker has fitted, as arrays; given: all maps, as arrays or on a disk of its."""
     maps = dict(given) if isinstance(given, SpilledMaps) else {site: _of_arrays(own) for site, own in given.items()}
     before = dict(maps)
-    _fit_here(place, plan, maps, torch.tensor(windows), device)
+    _fitting(place, device)(plan, maps, torch.tensor(windows))
     return {site: _arrays(own) for site, own in maps.items() if own is not before[site]}
 
 
-def _fit_here(
-    place: Elsewhere,
-    plan: Plan,
-    maps: MutableMapping[Site, SiteMaps],
-    windows: Tensor,
-    device: str,
-    progress: Progress | None = None,
-) -> None:
-    if place.memory is None:
-        fit_values(loaded_model(place.checkpoint, place.dtype, device), plan, maps, windows, progress)
-        return
-    with limited(device, place.memory):
-        fit_values_streamed(streamed_model(place.checkpoint, place.dtype, device), plan, maps, windows, progress)
+def _fitting(place: Elsewhere, device: str) -> Callable[..., None]:
+    """Return what fits as `value_fit.fit_values`, all arguments but the model given, to the model of `place`."""
+
+    def fit(*what: Any) -> None:
+        if place.memory is None:
+            return fit_values(loaded_model(place.checkpoint, place.dtype, device), *what)
+        with limited(device, place.memory):
+            fit_values_streamed(streamed_model(place.checkpoint, place.dtype, device), *what)
+
+    return fit
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from kvcompress.calibration import processes
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
-from kvcompress.calibration.parts import Parts
+from kvcompress.calibration.parts import Parts, Seldom
 from kvcompress.calibration.pieces import Job, Sums, Workers, collect_shared, pieces_of, ranges
 from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
 from kvcompress.checkpoint.loading import load_weights
@@ -128,6 +128,22 @@ class TestParts:
         self.part(job, [1])
         with pytest.raises(CalibrationError, match="overlap"):
             job.parts.missing()
+
+
+def test_sums_are_saved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after the first window, whose saving would take longer than the window; then 5% of the time at most."""
+    now, saved = [100.0], list[float]()
+
+    def save(_: Any) -> None:
+        saved.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr("kvcompress.calibration.parts.time", SimpleNamespace(monotonic=lambda: now[0]))
+    seldom, sums = Seldom(save), SimpleNamespace(nbytes=1_000_000_000)  # a second, as far as is known
+    for _ in range(80):
+        now[0] += 1.0
+        seldom(sums)  # type: ignore[arg-type]
+    assert saved == [121.0, 163.0]
 
 
 @pytest.mark.parametrize(("windows", "told"), [([], ""), ([3], "3"), ([5, 1, 2, 0, 7], "0 to 2, 5, 7")])
