@@ -3,22 +3,25 @@
     python recipes/measure_scale.py measure WORK --tokenizer DIR --text FILE --sizes 0.1b,1b,8b --ways whole,6GB,gpus
     python recipes/measure_scale.py draw WORK/scale.json --out docs
 
-Models have the shapes below and random weights, made in WORK. A way is `whole` (one device), `gpus` (all of this host)
-or a size of memory, `least` for the smallest that the command takes. Each measurement is a process of its own that runs
-`kvcompress.compress` with --maps-only; plans are compared with that of `whole`. `draw` needs kvcompress[html]; without
-a file it draws what is computed alone.
+Models have the shapes below and random weights, made in WORK; a checkpoint that lies there is a size, too, by its name.
+A way is `whole` (one device), `gpus` (all of this host), `ray` (the cluster at hand) or a size of memory, `least` for
+the smallest that the command takes. Each measurement is a process of its own that runs `kvcompress.compress` with
+--maps-only; its plan is compared with those of other ways. With --calibration-only it ends with the moments. `draw`
+needs kvcompress[html]; without a file it draws what is computed alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,26 +89,38 @@ def imagined(shape: Shape) -> Checkpoint:
 
 
 def make(shape: Shape, directory: Path, tokenizer: Path, device: str) -> None:
-    """Write a checkpoint of random weights, a layer at a time."""
-    from safetensors.torch import save_file
-
+    """Write a checkpoint of random weights, some layers at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, directory)
-    generator = torch.Generator(device).manual_seed(0)
-    where: dict[str, str] = {}
-    for file, sizes in tensors_of(shape).items():
-        weights = {
-            name: torch.ones(size, dtype=torch.bfloat16)
-            if len(size) == 1
-            else torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
-            for name, size in sizes.items()
-        }
-        save_file(weights, directory / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(weights, file)
+    files = tensors_of(shape)
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda item: write(directory / item[1][0], item[1][1], item[0], device), enumerate(files.items()))
+        )
     (directory / "config.json").write_text(json.dumps(config_of(shape)), encoding="utf-8")
+    where = {name: file for file, sizes in files.items() for name in sizes}
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+
+
+def write(file: Path, sizes: dict[str, tuple[int, ...]], seed: int, device: str) -> None:
+    """Write a file of random weights, a tensor at a time; threads do it side by side, as safetensors' own do not."""
+    header, end = dict[str, Any](), 0
+    for name, size in sizes.items():
+        begin, end = end, end + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    generator = torch.Generator(device).manual_seed(seed)
+    with file.open("wb", buffering=0) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for size in sizes.values():
+            weight = torch.empty(size, dtype=torch.bfloat16, device=device).fill_(1.0)
+            if len(size) > 1:
+                weight.normal_(0, 0.02, generator=generator)
+            left = memoryview(weight.cpu().flatten().view(torch.uint8).numpy())
+            while left:  # a call writes 2 GB at most
+                left = left[out.write(left) :]
 
 
 class Outside(threading.Thread):
@@ -128,53 +143,91 @@ class Outside(threading.Thread):
             time.sleep(0.25)
 
 
+class Stages:
+    """When each stage of a run told first and last, in seconds, and how much was done then."""
+
+    def __init__(self) -> None:
+        self.started, self.told = time.monotonic(), dict[str, list[tuple[float, int]]]()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = round(time.monotonic() - self.started, 2), done
+        self.told.setdefault(stage, [now, now])[1] = now
+        if self.told[stage][0] == now or done == total:
+            print(f"{stage}: {done} of {total} after {now[0]} s", file=sys.stderr, flush=True)
+
+    def rate(self, stage: str) -> float:
+        """Return what was done in a second, between the first word and the last."""
+        (begin, before), (end, after) = self.told[stage]
+        return (after - before) / max(end - begin, 1e-9)
+
+
 def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict[str, Any]:
     """Return what compressing took, in this process."""
-    from kvcompress.calibration import pieces
-    from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
+    from kvcompress.calibration.calibrate import obtain_moments
     from kvcompress.options import CompressOptions
     from kvcompress.pipeline import compress
 
-    device, stages = args.device, dict[str, list[float]]()
-    workers = None
-    if way == "gpus":
-        workers = workers_on_gpus("all") if device == "cuda" else LocalWorkers(("cpu", "cpu"))
+    device, workers = args.device, workers_of(way, args.device)
     with open_checkpoint(model) as checkpoint:
         size = (checkpoint.spec.dtype if device == "cuda" else "float32", args.seq_len)
         least = least_bytes(checkpoint, *size) + (CONTEXT_BYTES if device == "cuda" else 0)
         numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
-    memory = None if way in ("whole", "gpus") else least if way == "least" else parse_bytes(way)
-    outside, started = Outside(device), time.monotonic()
-    outside.start()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        now = time.monotonic() - started
-        stages.setdefault(stage, [now, now])[1] = now
-
+        counted = {"whole_bytes": whole_bytes(checkpoint, *size), "least_bytes": least}
+    memory = None if way in ("whole", "gpus", "ray") else least if way == "least" else parse_bytes(way)
     options = CompressOptions(
         calibration=(str(args.text),), tokens=args.tokens, seq_len=args.seq_len, recent=args.recent, maps_only=True
     )
-    result = compress(model, out, options, device=device, workers=workers, memory=memory, progress=progress)
+    outside, stages = Outside(device), Stages()
+    outside.start()
+    how: dict[str, Any] = {"device": device, "workers": workers, "memory": memory, "progress": stages}
+    if args.calibration_only:
+        with open_checkpoint(model) as checkpoint:
+            obtain_moments(checkpoint, out, options, **how)
+    else:
+        compress(model, out, options, **how)
     found = {
         "parameters": numbers,
         "way": way,
-        "streamed": "layers" in stages,
+        "streamed": "layers" in stages.told,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "tokens": args.tokens,
-        "seconds": result.seconds,
-        "windows_seconds": stages["calibrate"][1] - stages["calibrate"][0],
-        "calibration_seconds": stages["coherence"][1],
-        "stages": {name: [round(t, 2) for t in times] for name, times in stages.items()},
+        "seconds": round(time.monotonic() - stages.started, 2),
+        "calibration_seconds": stages.told["coherence"][1][0],
+        "tokens_a_second": round(stages.rate("calibrate")),
+        "stages": stages.told,
         "resident_bytes": outside.resident,
+        **counted,
     }
     if device == "cuda":
         found |= {"allocated_bytes": torch.cuda.max_memory_allocated(), "gpu_bytes": outside.gpu}
-    if found["streamed"]:
-        reading = pieces.streamed_model(str(model.absolute()), size[0], device).reading
-        found |= {"read_bytes": reading.n_bytes, "read_seconds": reading.seconds, "waited_seconds": reading.waited}
     if workers is not None:
         workers.close()
-    return found
+    return found | (read(model, size[0], device) if found["streamed"] else {})
+
+
+def workers_of(way: str, device: str) -> Any:
+    """Return who calibrates: None for this process alone."""
+    from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
+    from kvcompress.calibration.ray_tasks import RayWorkers
+
+    if way == "ray":
+        return RayWorkers(os.environ.get("RAY_ADDRESS", "auto"), device)
+    if way == "gpus":
+        return workers_on_gpus("all") if device == "cuda" else LocalWorkers(("cpu", "cpu"))
+    return None
+
+
+def read(model: Path, dtype: str, device: str) -> dict[str, Any]:
+    """Return how the layers of a streamed model were read, and how long all of them take with nothing beside."""
+    from kvcompress.calibration.pieces import streamed_model
+
+    streamed = streamed_model(str(model.absolute()), dtype, device)
+    reading = streamed.reading
+    found = {"read_bytes": reading.n_bytes, "read_seconds": reading.seconds, "waited_seconds": reading.waited}
+    begun = time.monotonic()
+    for _ in streamed.in_order(range(len(streamed.layers))):
+        pass
+    return found | {"layer_bytes": streamed.layer_bytes, "reading_alone_seconds": time.monotonic() - begun}
 
 
 def same_plan(out: Path, whole: Path) -> dict[str, Any]:
@@ -205,15 +258,16 @@ def measure(args: argparse.Namespace) -> None:
             shutil.rmtree(out.parent, ignore_errors=True)
             out.parent.mkdir()
             options = ["--text", args.text, "--tokens", args.tokens, "--seq-len", args.seq_len, "--recent", args.recent]
+            options += ["--calibration-only"] if args.calibration_only else []
             command = [sys.executable, __file__, "one", model, out, way, "--device", args.device, *options]
             done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 print(f"{size} {way}: failed")
                 continue
             row = {"size": size} | json.loads(done.stdout.splitlines()[-1])
-            whole = args.work / f"{size}-whole" / "out"
-            if way != "whole" and whole.is_dir():
-                row |= same_plan(out, whole)
+            others = [r["way"] for r in rows if (r["size"], r["tokens"]) == (size, args.tokens) and r["way"] != way]
+            planned = [w for w in others if all(d.is_dir() for d in (out, args.work / f"{size}-{w}" / "out"))]
+            row |= {"plans": {w: same_plan(out, args.work / f"{size}-{w}" / "out") for w in planned}}
             rows = [r for r in rows if (r["size"], r["way"]) != (size, way)] + [row]
             file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(row), flush=True)
@@ -280,6 +334,7 @@ def main() -> None:
         of[name].add_argument("--text", type=Path, required=True)
         of[name].add_argument("--tokens", type=int, default=65536)
         of[name].add_argument("--recent", type=int, default=64)
+        of[name].add_argument("--calibration-only", action="store_true")
         of[name].add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     of["measure"].add_argument("work", type=Path)
     of["measure"].add_argument("--tokenizer", type=Path, required=True, help="A directory that has one.")

@@ -143,17 +143,18 @@ def run(
 ) -> dict[str, Any]:
     """Return the library's comparison, with progress on stderr."""
     from kvcompress.errors import OptionError
-    from kvcompress.evaluate.compare import Request
-    from kvcompress.evaluate.compare import compare as compare_methods
     from kvcompress_cli.loading import check_dtype, resolve_device
     from kvcompress_cli.progress import stage_progress
 
     check_dtype(dtype)
     if dtype == "auto":
         raise OptionError("compare runs every method in one dtype: name float32, bfloat16 or float16.")
-    request = Request(methods, keeps, text, options, options.seq_len, max_windows)
     how: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype}
     with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+        from kvcompress.evaluate.compare import Request  # here: workers import at the same time
+        from kvcompress.evaluate.compare import compare as compare_methods
+
+        request = Request(methods, keeps, text, options, options.seq_len, max_windows)
         return compare_methods(model, out, request, **how, workers=workers, progress=progress)
 
 

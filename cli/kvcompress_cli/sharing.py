@@ -56,7 +56,9 @@ def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
         from kvcompress.calibration.ray_tasks import RayWorkers
         from kvcompress_cli.loading import resolve_device
 
-        return RayWorkers(ray, resolve_device(device))
+        cluster = RayWorkers(ray, resolve_device(device))
+        cluster.begin()
+        return cluster
     if _is_rank():
         from kvcompress.calibration.ranks import RankWorkers
         from kvcompress_cli.loading import resolve_device

@@ -45,6 +45,14 @@ class RayWorkers:
         """Return True: what a node's devices hold is not known here. Streaming is asked for with a memory."""
         return True
 
+    def begin(self) -> None:
+        """Let a worker for each GPU import what it needs, while this process does the same; it does not wait."""
+        ray = _connected(self.address)
+        if self._on_gpus:
+            wake = ray.remote(num_gpus=1, max_retries=0, runtime_env=_ENVIRONMENT)(_wake)
+            for _ in range(self.n):
+                wake.remote()
+
     def prepare(self, checkpoint: str, dtype: str) -> None:
         """Nothing: a task loads what it needs, and its worker keeps that for the next one."""
 
@@ -127,6 +135,11 @@ class _Attempts:
 
     def of(self, task: tuple[int, int]) -> int:
         return self._begun[task]
+
+
+def _wake() -> None:
+    """Take what a worker needs once."""
+    import transformers  # noqa: F401
 
 
 def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:

@@ -101,6 +101,20 @@ def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("device", "n"), [("cuda", 3), ("cpu", 0)])
+def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: str, n: int) -> None:
+    begun: list[float] = []
+
+    def remote(*, num_gpus: float, **_: Any) -> Any:
+        return lambda _: SimpleNamespace(remote=lambda: begun.append(num_gpus))
+
+    resources = lambda: {"GPU": 3.0, "CPU": 64.0}  # noqa: E731
+    cluster = SimpleNamespace(is_initialized=lambda: True, cluster_resources=resources, remote=remote)
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    RayWorkers("auto", device).begin()
+    assert begun == [1] * n
+
+
 def ray_tasks() -> list[int]:
     """Return the processes of Ray that sum a piece, by the titles that it gives them; waits for one to begin."""
     for _ in range(300):
