@@ -111,6 +111,7 @@ def write(file: Path, sizes: dict[str, tuple[int, ...]], seed: int, device: str)
         begin, end = end, end + 2 * math.prod(size)
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     generator = torch.Generator(device).manual_seed(seed)
     with file.open("wb", buffering=0) as out:
         out.write(len(text).to_bytes(8, "little") + text)
@@ -148,11 +149,14 @@ class Stages:
 
     def __init__(self) -> None:
         self.started, self.told = time.monotonic(), dict[str, list[tuple[float, int]]]()
+        self._tenths = dict[str, int]()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = round(time.monotonic() - self.started, 2), done
         self.told.setdefault(stage, [now, now])[1] = now
-        if self.told[stage][0] == now or done == total:
+        tenth = 10 * done // max(total, 1)
+        if self._tenths.get(stage) != tenth:
+            self._tenths[stage] = tenth
             print(f"{stage}: {done} of {total} after {now[0]} s", file=sys.stderr, flush=True)
 
     def rate(self, stage: str) -> float:

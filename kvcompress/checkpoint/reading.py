@@ -56,9 +56,9 @@ class ParallelReader:
             return
         stream, staging = self._staging()
         with torch.cuda.stream(stream):
-            part = staging[: source.nbytes].view(source.dtype)
-            part.copy_(source)
-            into.copy_(part, non_blocking=True)
+            part = staging[: source.nbytes]
+            part.numpy()[:] = source.view(torch.uint8).numpy()  # torch's own copy would begin threads in each of ours
+            into.copy_(part.view(source.dtype), non_blocking=True)
         stream.synchronize()
 
     def _staging(self) -> tuple[torch.cuda.Stream, Tensor]:
