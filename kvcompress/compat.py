@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -388,7 +389,7 @@ def device_of(module: nn.Module) -> torch.device:
         if device is None:
             device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
     if device is None:
-        device = next(module.parameters()).device
+        device = next(chain(module.parameters(), module.buffers())).device  # packed weights are buffers
     return torch.device(device)
 
 

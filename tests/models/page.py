@@ -1,6 +1,6 @@
 """docs/models.md from what the survey found: `python -m tests.models.page FINDINGS.jsonl docs/models.md`.
 
-Run by a newer transformers, with `--newer`, what it found of that one's types is put at the end of the page.
+Run by a newer transformers, with `--newer`, what it found of its own types is put at the end of the page.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ _TABLE = """| type | status | layers | sites | rotation | reads | reason |
 _NEWER = """
 ## transformers {version}
 
-Run again on it, first those that are new there or that an earlier tree failed on: {counts}. The
-survey stops at 300 s a type, which says more of a busy machine than of a type.
+The whole survey once more, with its {n} types: {counts}.
 
 """
 _KINDS = {

@@ -20,7 +20,9 @@ from kvcompress.errors import AttachmentError, CheckpointError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
+from kvcompress.runtime.attach import attachment_of
 from tests.models.small import needs, small_model
+from tests.packed_linear import Packed
 from tests.tiny_models import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,6 +134,24 @@ def test_mxfp4_weights_are_compressed_and_run(options: CompressOptions, tmp_path
     for directory in (source, quantised):
         build_tokenizer().save_pretrained(directory)
     check_both(source, quantised, options, tmp_path, text_file)
+
+
+def test_packed_weights_are_attached_to(tiny_checkpoint: Any, options: CompressOptions, tmp_path: Path) -> None:
+    """Attention whose weights are buffers of integers, as AWQ's and GPTQ's kernels have them."""
+    source = tiny_checkpoint("llama-gqa")
+    compress(source, tmp_path / "out", options, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+        assert not list(layer.self_attn.parameters())
+    ids = torch.arange(3, 80)[None]
+    own = model(ids).logits
+    kvcompress.attach(model, tmp_path / "out")
+    cache = attachment_of(model).new_cache()
+    with torch.no_grad():
+        found = model(ids, use_cache=True, past_key_values=cache).logits
+    assert (found - own).norm() < 0.3 * own.norm() and cache.nbytes() > 0
 
 
 def test_a_stranger_of_the_same_sizes_is_refused(
