@@ -23,7 +23,7 @@ from tests.models.survey import Finding, survey
 SLICE = ("gemma2", "gpt_oss", "qwen3_5_text", "deepseek_v3", "bloom", "gpt2", "cohere")
 #: Types that this version does not run, with what it says of them.
 REFUSED = {"mamba": ("takes no cache of keys and values", "there is nothing to compress")}  # since 5.24 it has a state
-#: Its state starts anew at position 0, so a text of one token is another one there; seen as such in float32 alone.
+#: Its state stays in its modules, so a text of one token continues the one before; seen as such in float32 alone.
 REFUSED_IN_16_BITS = ("recurrent_gemma",)
 
 
