@@ -71,7 +71,7 @@ def survey(model_type: str, directory: Path, **changes: Any) -> Finding:
     except KVCompressError as error:
         finding.status, finding.reason = "refused", str(error)
     except Exception as error:
-        finding.reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        finding.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or '-'}"
     return finding
 
 
