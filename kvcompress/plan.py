@@ -253,7 +253,7 @@ class Plan:
         """
         file = directory / PLAN_FILE
         if not file.is_file():
-            raise CheckpointError(f"{directory} has no {PLAN_FILE}: it is not an output of kvcompress compress.")
+            raise no_output(directory, PLAN_FILE)
         check_links(directory)
         try:
             document = read_json(file)
@@ -275,6 +275,13 @@ class Plan:
             "keep": self.keep,
             "predicted_loss": self.predicted_loss,
         }
+
+
+def no_output(directory: Path, missing: str) -> CheckpointError:
+    """Return the error of a directory that is not there, or that lacks a file of every output."""
+    if not directory.is_dir():
+        return CheckpointError(f"{directory} is no directory. Name one that kvcompress compress made.")
+    return CheckpointError(f"{directory} has no {missing}: it is not an output of kvcompress compress.")
 
 
 def _checked(document: dict[str, Any], version: Any) -> Plan:

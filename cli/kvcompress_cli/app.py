@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -32,17 +34,26 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog="Example: kvcompress inspect ./SmolLM2-135M")(inspect)
-app.command(epilog="Example: kvcompress compress ./SmolLM2-135M ./small --keep 0.25 --calibration notes.txt")(compress)
-app.command(epilog="Example: kvcompress heal ./small --text notes.txt --tokens 4000000 -o ./healed")(heal)
-app.command(epilog="Example: kvcompress report ./small --html report.html")(report)
-app.command("eval", epilog="Example: kvcompress eval ./small --text book.txt --max-windows 20")(evaluate)
-app.command(epilog="Example: kvcompress compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")(compare)
-app.command(epilog='Example: kvcompress generate ./small --prompt "Once upon a time" --max-new-tokens 100')(generate)
-app.command(epilog="Example: kvcompress push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")(push)
-app.command(epilog="Example: kvcompress export ./small --to gguf -o small.gguf --verify")(export)
-app.command(epilog="Example: kvcompress bench --shape llama-3-8b --keep 0.125,0.25")(bench)
-app.command(epilog="Example: kvcompress demo --keep 0.125")(demo)
+
+
+def _add(command: Callable[..., None], example: str) -> None:
+    """Add a command, named as its example begins; paragraphs of its docstring wrap where the terminal ends."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    wrapped = "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
+    app.command(example.split()[0], help=wrapped, epilog=f"Example: kvcompress {example}")(command)
+
+
+_add(inspect, "inspect ./SmolLM2-135M")
+_add(compress, "compress ./SmolLM2-135M ./small --keep 0.25 --calibration notes.txt")
+_add(heal, "heal ./small --text notes.txt --tokens 4000000 -o ./healed")
+_add(report, "report ./small --html report.html")
+_add(evaluate, "eval ./small --text book.txt --max-windows 20")
+_add(compare, "compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")
+_add(generate, 'generate ./small --prompt "Once upon a time" --max-new-tokens 100')
+_add(push, "push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")
+_add(export, "export ./small --to gguf -o small.gguf --verify")
+_add(bench, "bench --shape llama-3-8b --keep 0.125,0.25")
+_add(demo, "demo --keep 0.125")
 
 
 @app.callback(invoke_without_command=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,12 +18,8 @@ from kvcompress.options import (
     load_recipe,
     with_overrides,
 )
-from kvcompress_cli import flags, sharing, terminal
+from kvcompress_cli import compression, flags, sharing, terminal
 from kvcompress_cli.report import search_table
-
-if TYPE_CHECKING:
-    from kvcompress.evaluate.max_ratio import Search
-    from kvcompress.pipeline import CompressionResult
 
 _DEFAULTS = CompressOptions()
 _CACHE = "What is kept"
@@ -178,44 +173,24 @@ def compress(
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
-    how: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "resume": resume,
-        "force": force,
-        "gpus": gpus,
-        "ray": ray,
-        "memory": memory,
-    }
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "resume": resume, "force": force, "gpus": gpus, "ray": ray}
     search = None
     if max_ratio is None:
         _refuse(bool(text), "--text is what --max-ratio measures on. Give a --max-ratio, or leave it out.")
-        result = run(model, output, options, **how)
+        result = compression.run(model, output, options, **how, memory=memory)
     else:
         _refuse(keep is not None, "--max-ratio finds the keep. Leave out --keep.")
-        result, search = search_keep(model, output, options, max_ratio, texts=tuple(text or ()), **how)
+        _refuse(memory is not None, "--max-ratio measures the whole model, so --memory cannot bound it.")
+        result, search = compression.search_keep(model, output, options, max_ratio, texts=tuple(text or ()), **how)
     if json:
         found = {} if search is None else {"search": search.to_json()}
-        terminal.print_json(result_document(result) | found)
+        terminal.print_json(compression.result_document(result) | found)
     else:
-        _print(result)
+        compression.print_result(result)
         if for_engine is not None:
-            print_for_engine(result)
+            compression.print_for_engine(result)
         if search is not None:
             terminal.stdout().print(search_table(search.to_json()))
-
-
-def print_for_engine(result: CompressionResult) -> None:
-    """Say what a token takes in the engine's pages, padding, sinks and window included."""
-    from kvcompress.vllm.pages import PoolBlock
-
-    block = PoolBlock.of(result.plan)
-    times = ", ".join(f"{block.times_the_tokens(n):.2f} at {terminal.tokens(n)}" for n in (2048, 32768))
-    terminal.stdout().print(
-        f"in vLLM: {block.bytes_per_token:,.0f} bytes a token in pages of {block.n_tokens} tokens, against "
-        f"{block.own_bytes:,}; times the tokens that fit in sequences: {times}",
-        highlight=False,
-    )
 
 
 def _refuse(condition: bool, message: str) -> None:
@@ -257,90 +232,3 @@ def folded_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
     if chosen.get("key_basis") is None:
         defaults |= {"key_basis": GROUPED, "policy": "uniform"}
     return {name: value for name, value in defaults.items() if chosen.get(name) is None}
-
-
-def run(
-    model: str,
-    output: Path,
-    options: CompressOptions,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    resume: bool = False,
-    force: bool = False,
-    gpus: str | None = None,
-    ray: str | None = None,
-    memory: str | None = None,
-) -> CompressionResult:
-    """Return compress()'s result, with progress on stderr."""
-    from kvcompress.checkpoint.writer import check_target
-
-    check_target(output, force=force)  # before the seconds that importing torch takes
-    from kvcompress.pipeline import compress as compress_checkpoint
-    from kvcompress_cli.loading import check_dtype, resolve_device
-    from kvcompress_cli.progress import stage_progress
-
-    resolve_device(device)
-    check_dtype(dtype)
-    how: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "resume": resume,
-        "force": force,
-        "memory": sharing.n_bytes(memory),
-    }
-    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
-        return compress_checkpoint(model, output, options, **how, workers=workers, progress=progress)
-
-
-def search_keep(
-    model: str, output: Path, options: CompressOptions, max_ratio: float, *, texts: tuple[str, ...], **how: Any
-) -> tuple[CompressionResult, Search]:
-    """Return compress_within()'s result, with progress on stderr."""
-    from kvcompress.checkpoint.writer import check_target
-
-    check_target(output, force=how["force"])
-    from kvcompress.evaluate.max_ratio import compress_within
-    from kvcompress_cli.loading import check_dtype, resolve_device
-    from kvcompress_cli.progress import stage_progress
-
-    resolve_device(how["device"])
-    check_dtype(how["dtype"])
-    gpus, ray = how.pop("gpus"), how.pop("ray")
-    _refuse(how.pop("memory") is not None, "--max-ratio measures the whole model, so --memory cannot bound it.")
-    with sharing.at_work(gpus, ray, how["device"]) as workers, stage_progress() as progress:
-        how |= {"workers": workers, "progress": progress}
-        return compress_within(model, output, options, max_ratio, texts=texts, **how)
-
-
-def result_document(result: CompressionResult) -> dict[str, Any]:
-    """Return what --json prints."""
-    from kvcompress.report.document import summary
-
-    figures = summary(result.plan)
-    layers: list[dict[str, Any]] = [{"layer": i} for i in range(result.plan.n_layers)]
-    for site in result.plan.sites:
-        layers[site.layer][site.part] = {"rank": site.rank, "width": site.width}
-    return {
-        "keep": figures["keep"],
-        "bytes_per_token": figures["bytes_per_token"],
-        "predicted_loss_nats": figures["predicted_loss_nats"],
-        "layers": layers,
-        "seconds": result.seconds,
-        "output": str(result.output),
-    }
-
-
-def _print(result: CompressionResult) -> None:
-    from kvcompress.report.document import summary
-    from kvcompress_cli.report import add_budget
-
-    grid = terminal.facts()
-    add_budget(grid, summary(result.plan))
-    typer.echo(f"wrote {result.output} ({result.plan.form} form) in {result.seconds:.1f} s\n")
-    terminal.stdout().print(grid)
-    out = shlex.quote(str(result.output))
-    typer.echo(f"\nkvcompress report {out}\nkvcompress eval {out} --text FILE")
-    typer.echo(f'kvcompress generate {out} --prompt "Once upon a time"')
-    if result.plan.form == "folded":
-        typer.echo(f"kvcompress export {out} --to hf -o DIR")

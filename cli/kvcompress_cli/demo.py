@@ -77,8 +77,8 @@ def run(model: Path, scratch: Path, options: Any, *, quiet: bool) -> dict[str, A
 
     from kvcompress.calibration.text import CODE
     from kvcompress.report.stored import read_report
-    from kvcompress_cli.compress import result_document
-    from kvcompress_cli.compress import run as compress
+    from kvcompress_cli.compression import result_document
+    from kvcompress_cli.compression import run as compress
     from kvcompress_cli.eval_perplexity import measure, show
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.report import print_report

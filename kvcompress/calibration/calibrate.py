@@ -20,7 +20,8 @@ from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
 from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION
-from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments, weight_moments
+from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments
+from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.map_budget import moments_group
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.running import is_quantised

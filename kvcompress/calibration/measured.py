@@ -29,6 +29,7 @@ from kvcompress.calibration.pieces import (
 )
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.streamed import collect_streamed
+from kvcompress.calibration.text import check_there
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.checkpoint.tokenizer import load_tokenizer
@@ -154,6 +155,8 @@ def calibration_windows(
 
     loads: whether it is to be asked for in any case: then it is loaded while the other texts are read.
     """
+    for source in options.calibration:
+        check_there(source)
     shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
     with ThreadPoolExecutor(1) as aside:
         at_hand = aside.submit(model).result if loads else model

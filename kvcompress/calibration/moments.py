@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.documents import parse_json, shaped
-from kvcompress.errors import CalibrationError, UnsupportedModelError
+from kvcompress.errors import CalibrationError
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import PARTS, AttentionSpec, ModelSpec, Part, Site
-from kvcompress.model.rope import Rotary
 from kvcompress.model.rotation import Rotation
 from kvcompress.side_by_side import side_by_side
 
@@ -242,31 +240,15 @@ class Moments:
                 widest = max((t.shape[-1] for t in tensors.values() if t.dim()), default=1)
                 copies = side_by_side(lambda name: tensors[name].clone(), names, width=widest)
                 tensors = dict(zip(names, copies, strict=True))
-            sites: dict[Site, SiteMoments] = {}
-            for name in tensors:
-                if name.endswith(".total"):
-                    _, layer, part, _ = name.split(".")
-                    site = Site(int(layer), _part(part))
-                    count = sum(n.startswith(f"{site}.outer.") for n in tensors)
-                    sites[site] = SiteMoments(
-                        [tensors[f"{site}.partition.{i}"].long() for i in range(count)],
-                        tensors[name],
-                        [tensors[f"{site}.outer.{i}"] for i in range(count)],
-                        [tensors[f"{site}.fisher.{i}"] for i in range(count)],
-                        tensors[f"{site}.samples"],
-                        int(header["n_tokens"]),
-                        tensors.get(f"{site}.coherence"),
-                    )
+            sites = _sites(tensors, int(header["n_tokens"]))
             turned = {name: shaped(r, Rotation) for name, r in shaped(parse_json(header["rotations"]), dict).items()}
             rotations = {site: turned[str(site)] for site in sites if str(site) in turned}
             if not sites:
                 raise ValueError("it holds no site")
             if checked:
                 side_by_side(lambda site: sites[site].check(site), list(sites), width=widest)
-            protocol, order = (
-                shaped(parse_json(header["protocol"]), dict),
-                shaped(parse_json(header["windows"]), list[int]),
-            )
+            protocol = shaped(parse_json(header["protocol"]), dict)
+            order = shaped(parse_json(header["windows"]), list[int])
             signature = shaped(parse_json(header["signature"]), tuple[float, ...])
             text = tensors.get("text")
             if text is not None and (text.dtype != torch.int32 or text.dim() != 2 or bool((text < 0).any())):
@@ -274,6 +256,26 @@ class Moments:
             return cls(dict(sorted(sites.items())), protocol, order, rotations, signature, text)
         except (SafetensorError, KeyError, ValueError, OSError, TypeError, RuntimeError) as error:
             raise _unusable(file, error) from error
+
+
+def _sites(tensors: dict[str, Tensor], n_tokens: int) -> dict[Site, SiteMoments]:
+    """Return the sums of every site from the tensors of a file. Raises KeyError or ValueError."""
+    sites: dict[Site, SiteMoments] = {}
+    for name in tensors:
+        if name.endswith(".total"):
+            _, layer, part, _ = name.split(".")
+            site = Site(int(layer), _part(part))
+            count = sum(n.startswith(f"{site}.outer.") for n in tensors)
+            sites[site] = SiteMoments(
+                [tensors[f"{site}.partition.{i}"].long() for i in range(count)],
+                tensors[name],
+                [tensors[f"{site}.outer.{i}"] for i in range(count)],
+                [tensors[f"{site}.fisher.{i}"] for i in range(count)],
+                tensors[f"{site}.samples"],
+                n_tokens,
+                tensors.get(f"{site}.coherence"),
+            )
+    return sites
 
 
 def _mapped(fields: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
@@ -317,38 +319,3 @@ def empty_moments(
         partitions = usable_partitions(attention, group, min(band, attention.head_dim))
         sites[site] = SiteMoments.empty(partitions, attention.width, device)
     return Moments(sites, protocol)
-
-
-def weight_moments(checkpoint: Checkpoint, *, group: int, band: int = 16) -> Moments:
-    """Return data-free moments: C = W W^T, m = bias, F = I, as in the paper's SVD of the projections.
-
-    Raises UnsupportedModelError for key norms, where keys are no linear image of the hidden state.
-    """
-    if any(a.key_norm for a in checkpoint.spec.layers):
-        raise UnsupportedModelError(
-            "--no-calibration needs keys that are linear in the hidden state; this model normalises its keys. "
-            "Calibrate on text instead."
-        )
-    moments = empty_moments(checkpoint.spec, {"mode": "weights"}, group=group, band=band)
-    moments.rotations = rotations_of_config(checkpoint)
-    for site, sums in moments.sites.items():
-        weight, bias = checkpoint.site_weight(site)
-        sums.add(weight.T, torch.zeros_like(weight.T))
-        sums.n_tokens = 1
-        sums.total = torch.zeros_like(sums.total) if bias is None else bias
-        for partition, outer, fisher in zip(sums.partitions, sums.outer, sums.fisher, strict=True):
-            fisher += torch.eye(partition.shape[1], dtype=torch.float64)
-            if bias is not None:
-                b = bias[partition]
-                outer += b.unsqueeze(2) * b.unsqueeze(1)
-    return moments
-
-
-def rotations_of_config(checkpoint: Checkpoint) -> dict[Site, Rotation]:
-    """Return the rotations that a known family's config.json describes, with no model loaded to prove them on."""
-    turning = [a for a in checkpoint.spec.layers if a.rotary_dim]
-    if not turning:
-        return {}
-    rotary = Rotary.of_checkpoint(checkpoint.path)
-    rotation = Rotation(tuple(rotary.inv_freq.tolist()), scale=rotary.scale)
-    return {Site(a.layer, "key"): rotation for a in turning}

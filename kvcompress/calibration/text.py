@@ -124,9 +124,15 @@ def _line_document(line: str, file: Path, number: int, reader: RecordReader) -> 
     return reader.document(record, lambda: f"{file}, line {number}")
 
 
-def _dataset_documents(source: str, reader: RecordReader) -> Iterator[str]:
-    if source.startswith((".", "/", "~")) or Path(source).suffix in _TEXT_SUFFIXES:
+def check_there(source: str) -> None:
+    """Raise CalibrationError where a source is a path, and nothing is there: before a model is loaded for it."""
+    is_path = source.startswith((".", "/", "~")) or Path(source).suffix in _TEXT_SUFFIXES
+    if is_path and not Path(source).exists():
         raise CalibrationError(f"text {source} does not exist.")
+
+
+def _dataset_documents(source: str, reader: RecordReader) -> Iterator[str]:
+    check_there(source)
     try:
         from datasets import load_dataset
     except ImportError as error:

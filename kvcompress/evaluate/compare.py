@@ -102,7 +102,6 @@ def compare(
                 cell.peer.check(checkpoint.spec, request.seq_len)
                 cell.peer.new_cache(1, torch.float32)  # raises where its package is missing
         _check_window(request)
-        output.mkdir(parents=True, exist_ok=True)
         bench = _Bench(checkpoint, output, request, device, dtype, report)
         keys = [bench.key(cell) for cell in cells]
         done = {key: row for key, row in _finished(output / COMPARISON_FILE).items() if key in keys}
@@ -113,6 +112,7 @@ def compare(
             return found | {"complete": len(rows) == len(cells)}
 
         document = document_now()
+        output.mkdir(parents=True, exist_ok=True)  # not before: a text that is missing leaves nothing behind
         left = [(index, cell) for index, cell in enumerate(cells) if keys[index] not in done]
         for index, row in bench.measured(left, workers, len(cells)):
             done[keys[index]] = {"key": keys[index], **row}

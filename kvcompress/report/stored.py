@@ -7,7 +7,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from kvcompress.documents import Count, DocumentError, Finite, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
-from kvcompress.plan import PLAN_FILE, REPORT_FILE, Calibration, Name, Options, Plan, Width
+from kvcompress.plan import PLAN_FILE, REPORT_FILE, Calibration, Name, Options, Plan, Width, no_output
 
 _Some = Annotated[int, Within(1, 1 << 60)]
 _Levels = Annotated[dict[str, Count], Within(0, 16)]
@@ -94,7 +94,7 @@ def read_report(output: Path) -> dict[str, Any]:
     """
     file = output / REPORT_FILE
     if not file.is_file():
-        raise CheckpointError(f"{output} has no {REPORT_FILE}: it is not an output of kvcompress compress.")
+        raise no_output(output, REPORT_FILE)
     plan = Plan.load(output) if (output / PLAN_FILE).is_file() else None
     try:
         report: dict[str, Any] = shaped(read_json(file), _Report)

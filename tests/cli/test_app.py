@@ -69,6 +69,13 @@ def test_help_has_an_example(kvcompress, command):
     assert f"Example: kvcompress {command}" in kvcompress(command, "--help").stdout
 
 
+def test_paragraphs_of_help_wrap_where_the_terminal_ends(kvcompress, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    lines = [line.strip() for line in kvcompress("heal", "--help").stdout.splitlines()]
+    paragraph = next(line for line in lines if line.startswith("Distillation with"))
+    assert paragraph.endswith("torchrun --no-python kvcompress heal.")
+
+
 def test_help_shows_the_defaults_that_the_library_has(kvcompress, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = kvcompress("compress", "--help").stdout

@@ -97,6 +97,7 @@ def test_another_model_is_no_original(fails, compressed, model, text, tmp_path):
 
 def test_failures_are_one_line(fails, compressed, text, tmp_path):
     assert "is not an output of kvcompress compress" in fails("eval", tmp_path, "--text", text)
+    assert "nowhere is no directory" in fails("eval", "nowhere", "--text", text)
     assert "missing.txt does not exist" in fails("eval", compressed(), "--text", "missing.txt")
     assert "too little text" in fails("eval", compressed(), "--text", text, "--seq-len", "100000")
     assert "dtype 'int4' is unknown" in fails("eval", compressed(), "--text", text, "--dtype", "int4")

@@ -44,6 +44,7 @@ def test_it_imports_nothing_heavy(compressed):
 
 def test_no_or_a_damaged_report_is_one_line(fails, compressed, tmp_path):
     assert "is not an output of kvcompress compress" in fails("report", tmp_path)
+    assert "nowhere is no directory. Name one that kvcompress compress made" in fails("report", "nowhere")
     output = shutil.copytree(compressed(), tmp_path / "copy")
     (output / "report.json").write_text('{"layers": [{}]}')
     assert "is damaged" in fails("report", output)

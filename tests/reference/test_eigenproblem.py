@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from kvcompress.bases import BASES
-from kvcompress.calibration.moments import weight_moments
+from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError
 from kvcompress.model.model_spec import Site

@@ -12,7 +12,8 @@ import torch
 from kvcompress.calibration import fisher, measured
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.moments import Moments, empty_moments, weight_moments
+from kvcompress.calibration.moments import Moments, empty_moments
+from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 from kvcompress.model.probe import probe

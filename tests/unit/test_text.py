@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvcompress.calibration.builtin import BUNDLED
-from kvcompress.calibration.text import CODE, PROSE, documents, token_windows
+from kvcompress.calibration.text import CODE, PROSE, check_there, documents, token_windows
 from kvcompress.errors import CalibrationError
 from kvcompress.evaluate.perplexity import evaluation_windows
 from tests.tiny_models import EOS, build_tokenizer, prose
@@ -86,6 +86,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, re
 def test_missing_files(source: str) -> None:
     with pytest.raises(CalibrationError, match="does not exist"):
         list(documents(source))
+    with pytest.raises(CalibrationError, match=f"text {source} does not exist"):
+        check_there(source)
+
+
+def test_what_may_be_a_dataset_is_looked_for_later(tmp_path: Path) -> None:
+    for source in ("user/corpus", "self", "builtin:prose", str(tmp_path)):
+        check_there(source)
 
 
 def test_a_directory_without_text(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import Moments, empty_moments, rotations_of_config, weight_moments
+from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.turns import turned_moments
+from kvcompress.calibration.weights_only import rotations_of_config, weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import AttentionSpec, Site
 from kvcompress.model.rope import Rotary
