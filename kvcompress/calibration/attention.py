@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from kvcompress.model.recording import capped
 
-#: Queries at once; on a processor as many as have weights that stay in its cache.
-_QUERIES, _CACHED_QUERIES = 512, 64
+#: Queries at once: on a processor as many as have weights that stay in its cache.
+_ON_A_CPU, _ON_A_GPU = 64, 512
 
 
 def near_far_attention(
@@ -119,7 +119,7 @@ def _chunks(query: Tensor, key: Tensor) -> Any:
     """Yield (start, stop, [kv heads, groups * queries, width]) of some queries at a time."""
     n_kv_heads, n_tokens = key.shape[1], query.shape[2]
     rows = query.reshape(n_kv_heads, -1, n_tokens, query.shape[3])
-    at_once = _QUERIES if query.is_cuda else _CACHED_QUERIES
+    at_once = _ON_A_GPU if query.is_cuda else _ON_A_CPU
     for start in range(0, n_tokens, at_once):
         stop = min(start + at_once, n_tokens)
         yield start, stop, rows[:, :, start:stop].reshape(n_kv_heads, -1, query.shape[3])

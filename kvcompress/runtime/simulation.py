@@ -24,9 +24,9 @@ from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.places import Places, not_simulated
 from kvcompress.runtime.tokens import TokenLine
 
-#: Queries scored at once on a processor, whose cache their weights are to stay in; on a GPU, and there of short texts,
-#: where its kernels take less time than to start them.
-_CACHED_QUERIES, _QUERIES, _MANY_QUERIES, _SHORT = 64, 256, 512, 2048
+#: Queries scored at once: on a processor as many as have weights that stay in its cache; on a GPU, in texts of up to
+#: _SHORT tokens more, because there its kernels take less time than to start them.
+_ON_A_CPU, _ON_A_GPU, _OF_SHORT_TEXTS, _SHORT = 64, 256, 512, 2048
 
 Reader = Callable[[Tensor], None]
 """Told of some queries at a time the weights of what they see compressed, 0 for all else: [batch, kv heads,
@@ -170,8 +170,8 @@ def simulated_attention(
 
 def _scored_at_once(query: Tensor) -> int:
     if query.is_cuda:
-        return _MANY_QUERIES if query.shape[2] <= _SHORT else _QUERIES
-    return _CACHED_QUERIES
+        return _OF_SHORT_TEXTS if query.shape[2] <= _SHORT else _ON_A_GPU
+    return _ON_A_CPU
 
 
 def _hide_later(scores: Tensor, n_queries: int) -> None:

@@ -83,12 +83,13 @@ def test_simulation_ends_with_its_block(attached: Any) -> None:
     assert torch.equal(model(ids, use_cache=False).logits, exact)
 
 
-def test_simulation_in_slices_of_queries(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = attached("mistral-sliding")
+@pytest.mark.parametrize("family", ["mistral-sliding", "llama-gqa"])  # with a mask, and without
+def test_simulation_in_slices_of_queries(attached: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(family)
     ids = random_ids(2, 40)
     results = []
     for n_queries in (1000, 7):
-        monkeypatch.setattr(simulation_module, "_QUERIES", n_queries)
+        monkeypatch.setattr(simulation_module, "_ON_A_CPU", n_queries)
         with torch.no_grad(), attachment_of(model).simulated(sinks=2, recent=3):
             results.append(model(ids, use_cache=False).logits)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

@@ -33,7 +33,7 @@ def plain(query: Tensor, keys: Any, values: Any, mask: Tensor | None, *, softcap
 @pytest.mark.parametrize("n_queries", [7, 16, 64])
 @pytest.mark.parametrize("case", ["causal", "window", "additive", "softcap", "sinks", "one head each"])
 def test_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch, case: str, n_queries: int) -> None:
-    monkeypatch.setattr(attention, "_QUERIES", n_queries)
+    monkeypatch.setattr(attention, "_ON_A_CPU", n_queries)
     torch.manual_seed(0)
     n, heads, kv_heads = 50, 8, 8 if case == "one head each" else 2
     how: dict[str, Any] = {"softcap": {"softcap": 3.0}, "sinks": {"s_aux": torch.randn(heads).double()}}.get(case, {})
