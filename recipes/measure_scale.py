@@ -29,7 +29,7 @@ import torch
 
 from kvcompress.bench.random_model import llama_config
 from kvcompress.bench.workload import Shape
-from kvcompress.calibration.memory import CONTEXT_BYTES, least_bytes, parse_bytes, whole_bytes
+from kvcompress.calibration.memory import least_bytes, least_of, parse_bytes, whole_bytes
 from kvcompress.checkpoint.headers import TensorEntry
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.model.architectures import read_model_spec
@@ -174,7 +174,7 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
     device, workers = args.device, workers_of(way, args.device)
     with open_checkpoint(model) as checkpoint:
         size = (checkpoint.spec.dtype if device == "cuda" else "float32", args.seq_len)
-        least = least_bytes(checkpoint, *size) + (CONTEXT_BYTES if device == "cuda" else 0)
+        least = least_of(checkpoint, *size, device)
         numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
         counted = {"whole_bytes": whole_bytes(checkpoint, *size), "least_bytes": least}
     memory = None if way in ("whole", "gpus", "ray") else least if way == "least" else parse_bytes(way)

@@ -18,7 +18,7 @@ import torch
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.builtin import BUNDLED, bundled_text
-from kvcompress.calibration.memory import CONTEXT_BYTES, USABLE_SHARE, free_bytes, least_bytes, whole_bytes
+from kvcompress.calibration.memory import USABLE_SHARE, free_bytes, least_of, whole_bytes
 from kvcompress.calibration.mixture import DEFAULT_CALIBRATION
 from kvcompress.calibration.moments import MOMENTS_FORMAT, Moments
 from kvcompress.calibration.weights_only import weight_moments
@@ -87,7 +87,7 @@ def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int |
         if workers.hold(whole) if workers else (free_bytes(protocol["device"]) or whole) >= whole:
             return False
         memory = _all_bytes(protocol["device"], workers)
-    least = least_bytes(checkpoint, *size) + (CONTEXT_BYTES if protocol["device"].startswith("cuda") else 0)
+    least = least_of(checkpoint, *size, protocol["device"])
     if memory < least:
         raise OptionError(
             f"memory {memory / 1e9:.2f} GB is too little for {checkpoint.source}: two layers, the embeddings and "

@@ -60,6 +60,12 @@ def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     return weights * size + sums + _window_bytes(checkpoint, dtype, seq_len)
 
 
+def least_of(checkpoint: Checkpoint, dtype: str, seq_len: int, device: str) -> int:
+    """Return the least memory with which a calibration is begun: on a GPU CUDA's own, and what is lost, beside it."""
+    least = least_bytes(checkpoint, dtype, seq_len)
+    return int(least / USABLE_SHARE) + CONTEXT_BYTES if device.startswith("cuda") else least
+
+
 def _window_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes a window takes: a layer with gradients, its attention, some rows of logits."""
     spec = checkpoint.spec

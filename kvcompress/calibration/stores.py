@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Windows that are on their way to the device or back, at most.
-_AHEAD = 2
+#: Windows that are on their way to the device at most, and back: a copy to a file's memory takes longer than a layer.
+_AHEAD = 4
 
 
 class Store:
@@ -48,11 +48,11 @@ class Flow:
     def __init__(self, device: torch.device, sources: Sequence[Store], into: Store) -> None:
         self._device, self._sources, self._into = device, sources, into
         self._on_gpu = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self._on_gpu else []
+        self._streams = [torch.cuda.Stream(device) for _ in range(2 * _AHEAD)] if self._on_gpu else []
         self._going: list[Future[None]] = []
 
     def __enter__(self) -> Flow:
-        self._coming_pool, self._going_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._coming_pool, self._going_pool = ThreadPoolExecutor(_AHEAD), ThreadPoolExecutor(_AHEAD)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -86,16 +86,18 @@ class Flow:
     def _get(self, place: int) -> list[Tensor]:
         if not self._on_gpu:
             return [source.rows[place : place + 1].clone() for source in self._sources]
-        with torch.cuda.stream(self._streams[0]):
+        stream = self._streams[place % _AHEAD]
+        with torch.cuda.stream(stream):
             found = [source.rows[place : place + 1].to(self._device) for source in self._sources]
-        self._streams[0].synchronize()
+        stream.synchronize()
         return found
 
     def _put(self, place: int, hidden: Tensor, event: Any) -> None:
         if not self._on_gpu:
             self._into.put(place, hidden)
             return
-        with torch.cuda.stream(self._streams[1]):
-            self._streams[1].wait_event(event)
+        stream = self._streams[_AHEAD + place % _AHEAD]
+        with torch.cuda.stream(stream):
+            stream.wait_event(event)
             self._into.put(place, hidden)
-        self._streams[1].synchronize()
+        stream.synchronize()

@@ -139,7 +139,7 @@ def test_sums_are_saved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 2.0
 
     monkeypatch.setattr("kvcompress.calibration.parts.time", SimpleNamespace(monotonic=lambda: now[0]))
-    seldom, sums = Seldom(save), SimpleNamespace(nbytes=1_000_000_000)  # a second, as far as is known
+    seldom, sums = Seldom(save), SimpleNamespace(nbytes=400_000_000)  # a second, as far as is known
     for _ in range(80):
         now[0] += 1.0
         seldom(sums)  # type: ignore[arg-type]

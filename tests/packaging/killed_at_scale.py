@@ -3,8 +3,8 @@
     python tests/packaging/killed_at_scale.py MODEL TEXT WORK --way streamed --moments 20
 
 Ways: streamed (layers from disk), shared (four processes), both (two processes that stream), ray (a cluster that runs,
-RAY_ADDRESS or auto). A small model on the CPU, or with --devices cuda:0,cuda:1 on GPUs, a process each for shared and
-both. Prints a line for each moment, and ends with 1 if a plan differs, or if anything is left behind.
+RAY_ADDRESS or auto). A small model on the CPU; --devices has a process each for shared and both. Prints a line for each
+moment, and ends with 1 if a plan differs, or if anything is left behind.
 """
 
 from __future__ import annotations

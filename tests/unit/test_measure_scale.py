@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvcompress.calibration.memory import least_bytes, whole_bytes
+from kvcompress.calibration.memory import least_bytes, least_of, whole_bytes
 from kvcompress.checkpoint.reader import open_checkpoint
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "measure_scale.py"
@@ -29,6 +29,13 @@ def test_what_is_counted_of_a_shape_is_that_of_its_checkpoint(recipe: dict[str, 
         assert imagined.tensors == made.tensors
         for count in (whole_bytes, least_bytes):
             assert count(imagined, "bfloat16", 2048) == count(made, "bfloat16", 2048)
+
+
+def test_a_gpu_is_asked_for_more_than_what_is_allocated(recipe: dict[str, Any]) -> None:
+    """The table of docs/scale.md: Llama-3-8B in 5.6 GB of a GPU, 4.6 GB of which are its own."""
+    shape = recipe["imagined"](recipe["SHAPES"]["8b"])
+    asked = [round(least_of(shape, "bfloat16", 2048, device) / 1e9, 1) for device in ("cpu", "cuda")]
+    assert asked == [4.6, 5.6]
 
 
 def test_the_chart(recipe: dict[str, Any], tmp_path: Path) -> None:
