@@ -56,7 +56,7 @@ class TestRay:
         assert workers.n == 2
         killed: list[int] = []
         with pytest.warns(Note, match=r"Ray started another one: windows .* are summed again"):
-            progress = kill_once(killed, ray_tasks)
+            progress = kill_once(killed, lambda: counted_tasks(workers, begun=3))  # one of four is done, two run
             out = run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers, progress)
         assert killed
         assert_same_plan(out, alone)
@@ -113,6 +113,17 @@ def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: 
     monkeypatch.setitem(sys.modules, "ray", cluster)
     RayWorkers("auto", device).begin()
     assert begun == [1] * n
+
+
+def counted_tasks(workers: RayWorkers, *, begun: int) -> list[int]:
+    """Return `ray_tasks` once so many of a call are counted as begun: one that dies before has nothing to repeat."""
+    ray = pytest.importorskip("ray")
+    counter, call = workers._attempts(), workers._n_calls - 1
+    for _ in range(100):
+        if sum(ray.get([counter.of.remote((call, index)) for index in range(begun + 1)])) >= begun:
+            break
+        time.sleep(0.02)
+    return ray_tasks()
 
 
 def ray_tasks() -> list[int]:
