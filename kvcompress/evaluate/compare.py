@@ -24,6 +24,7 @@ from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.measured import calibration_windows
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import Workers
+from kvcompress.calibration.text import check_there
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -95,6 +96,7 @@ def compare(
     """
     report = progress or (lambda *_: None)
     cells = request.cells()
+    check_there(request.text)
     with open_checkpoint(source) as checkpoint:
         for cell in cells:
             # a format that cannot store such heads, or a budget that is too small, is a row that says so

@@ -22,7 +22,7 @@ from kvcompress.calibration.mixture import held_out_windows, window_shares
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import Workers
 from kvcompress.calibration.sampling import sample_windows
-from kvcompress.calibration.text import SELF
+from kvcompress.calibration.text import SELF, check_there
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.running import is_quantised
@@ -133,6 +133,8 @@ def compress_within(
     report = progress or (lambda *_: None)
     _check(options, max_ratio)
     check_target(Path(output), force=force)
+    for text in texts:
+        check_there(text)  # before the minutes of a calibration
     with open_checkpoint(source) as checkpoint:
         moments = obtain_moments(
             checkpoint,

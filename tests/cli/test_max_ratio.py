@@ -86,6 +86,8 @@ def test_what_makes_no_sense_is_refused(fails, model, text, tmp_path):
     assert "must be above 1" in refused("--max-ratio", "0.99")
     assert "--text is what --max-ratio measures on" in refused("--text", text)
     assert "Leave out --folded" in refused("--max-ratio", "1.1", "--folded")
+    assert "text missing.txt does not exist" in refused("--max-ratio", "1.1", "--text", "missing.txt")
+    assert not list(tmp_path.iterdir())  # nothing was calibrated for it
     assert "has no window of 64 tokens left" in fails(
         "compress", model, tmp_path / "out", "--max-ratio", "1.1", "--calibration", _short(tmp_path, model), *SMALL
     )
