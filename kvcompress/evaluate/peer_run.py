@@ -20,6 +20,7 @@ from kvcompress.evaluate.peer_xkv import Xkv
 from kvcompress.evaluate.peers import Peer
 from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
 from kvcompress.model.model_spec import ModelSpec
+from kvcompress.plan import n_encoded
 
 #: Windows decoded at once on a GPU, where a window alone leaves it waiting for kernels to start.
 GPU_BATCH = 8
@@ -39,7 +40,8 @@ def evaluate_peer(
     model: the uncompressed model with nothing attached; its dtype may be wider than the checkpoint's, the cache
     stores in the checkpoint's. batch: windows decoded at once, 8 on a GPU and 1 elsewhere by default; one at a time
     for fp8, whose scale is that of a text. (hqq ends its search for zeros by the mean error of the whole batch.)
-    `protocol["cache"]` says what was stored, and a window's bytes measured at its end.
+    `protocol["cache"]` says what was stored, bytes a token with what comes once for a text, and a window's bytes
+    measured at its end.
     """
     seq_len = original.windows.ids.shape[1]
     peer.check(spec, seq_len)
@@ -55,6 +57,8 @@ def evaluate_peer(
         return states
 
     per_token = peer.measured_bytes_per_token(spec)
+    if isinstance(peer, Xkv):  # its bases belong to a text, so that the tokens of the text share them
+        per_token += peer.bytes_of_a_text(spec) / n_encoded(seq_len, peer.residual)
     cache = {"name": peer.name, "stored_dtype": spec.dtype, "bytes_per_token": per_token, "windows_at_once": batch}
     result = compare_states(
         model,

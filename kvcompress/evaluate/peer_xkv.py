@@ -6,8 +6,9 @@ singular vectors of each text. As published: groups of four layers, keys two fif
 and 768 of the 8B shape's 4,096), no layer left out.
 
 Departs in xKV's favour: the bases are those of the whole text, tokens to come included, where a server has the prompt
-only; the first and the latest tokens stay exact as in our cache; bytes a token leave the bases out (they are
-in the bytes of a whole cache). Tokens that leave the window are projected on the bases, as multi-turn use does.
+only; the first and the latest tokens stay exact as in our cache. A budget is what the latents take, as in the paper;
+the bases are counted beside it, since every text has its own. Tokens that leave the window are projected on the bases,
+as multi-turn use does.
 """
 
 from __future__ import annotations
@@ -91,18 +92,23 @@ class Xkv:
         return XkvCache(groups, [one() for one in make] if filled is None else filled(make), stored)
 
     def bytes_per_token(self, spec: ModelSpec) -> float:
-        """Return what a token's latents take in all groups; the bases of a text come once for all of its tokens."""
+        """Return what a token's latents take in all groups."""
         ranks = [self._ranks(spec, len(group)) for group in self._groups(spec)]
         return sum(r[part] for r in ranks for part in PARTS) * DTYPE_BYTES[spec.dtype]
 
+    def bytes_of_a_text(self, spec: ModelSpec) -> int:
+        """Return what a text's bases take, however long it is."""
+        width, groups = spec.layers[0].width, self._groups(spec)
+        numbers = sum(len(g) * width * self._ranks(spec, len(g))[part] for g in groups for part in PARTS)
+        return numbers * DTYPE_BYTES[spec.dtype]
+
     def cache_bytes(self, spec: ModelSpec, n_tokens: int) -> int:
         """Return the bytes of a cache of n_tokens: latents, bases, exact tokens, the model's own layers."""
-        old, width = n_encoded(n_tokens, self.residual), spec.layers[0].width
+        old = n_encoded(n_tokens, self.residual)
         exact = n_tokens - old + (min(self.sinks, old) if old else 0)
-        bases = sum(len(g) * width * self._ranks(spec, len(g))[part] for g in self._groups(spec) for part in PARTS)
         latents = round(old * self.bytes_per_token(spec))
         held = exact * spec.cache_bytes_per_token + spec.own_bytes(n_tokens)
-        return latents + bases * DTYPE_BYTES[spec.dtype] + held
+        return latents + self.bytes_of_a_text(spec) + held
 
     def measured_bytes_per_token(self, spec: ModelSpec) -> float:
         """Return the same from the storages of real caches, filled with 1024 and with 2048 tokens."""

@@ -85,9 +85,11 @@ def protocol_lines(document: dict[str, Any]) -> list[str]:
         f"window. Ours: {protocol['sinks']} sinks and {protocol['recent']} recent tokens exact. hqq and quanto: "
         "transformers' own layers, groups of 64, residual window 128; all tokens are quantised anew whenever that is "
         "full, as transformers does, or (once) each token a single time. kivi: after arXiv 2402.02750, groups of 32, "
-        "128 to 159 tokens exact. fp8: e4m3 with a scale for each tensor, or unscaled.",
+        "128 to 159 tokens exact. fp8: e4m3 with a scale for each tensor, or unscaled. turboquant, ultraquant, "
+        "per-token-head: vLLM's formats, every token coded as it comes. kvtc-deflate: bytes at rest, no live cache.",
         "Bytes a token are those beyond the window, from the storages of a filled cache, scales and zeros included. "
-        "Peers store in the checkpoint's dtype.",
+        "Peers store in the checkpoint's dtype. xkv's singular vectors belong to a text: they are counted, shared out "
+        "among its tokens; its budget is what its latents take.",
         f"Our methods and the published ones were calibrated on {sources}.",
         "Ratio: perplexity over the uncompressed model's; its standard error is over the windows. KL in nats a token.",
         "Behind: one of our points has no more bytes and no higher ratio. AHEAD: fewer bytes and a lower ratio than "
