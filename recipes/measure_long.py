@@ -2,14 +2,16 @@
 
     python recipes/measure_long.py MODEL --text book.txt --length 2048:16 --length 8192:4 [--length 32768:2] --work DIR
 
-Calibrates once (moments are kept in DIR), then measures each --keep at each length (LENGTH:WINDOWS of the text) with
-other windows and sinks than those it was calibrated for, and finds keys in a book. Prints a line as each figure comes.
+Calibrates once (moments are kept in DIR), then measures each --keep at each length (LENGTH:WINDOWS of the text), the
+smallest with other windows and sinks than those it was calibrated for, too, and finds keys in a book. --seq-len 8192
+calibrates on as many tokens in longer windows. Prints a line as each figure comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,12 @@ def main() -> None:
             seq_len, n_windows = map(int, length.split(":"))
             original = Original(model, Windows.of(tokenizer, args.text, seq_len, n_windows), remember=True)
             for keep, (plan, maps) in plans.items():
-                _windows_and_sinks(model, original, keep, plan, maps)
-        for keep, (plan, maps) in plans.items() if args.retrieval else ():
-            _retrieval(model, tokenizer, keep, plan, maps, args)
+                settings = SETTINGS[:1] if args.plain or keep > min(args.keep) else SETTINGS
+                _windows_and_sinks(model, original, keep, plan, maps, settings)
+            del original
+        for length in args.retrieval or ():
+            for keep, (plan, maps) in plans.items():
+                _retrieval(model, tokenizer, keep, plan, maps, args, length)
 
 
 def _arguments() -> argparse.Namespace:
@@ -52,9 +57,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", required=True)
     parser.add_argument("--length", action="append", required=True, metavar="LENGTH:WINDOWS")
     parser.add_argument("--keep", action="append", type=float)
+    parser.add_argument("--plain", action="store_true", help="no other windows and sinks")
     parser.add_argument("--retrieval", action="append", type=int, metavar="LENGTH")
+    parser.add_argument("--book", help="where keys are hidden; by default the text")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--work", required=True)
     args = parser.parse_args()
     args.keep = args.keep or [0.125]
@@ -62,16 +70,18 @@ def _arguments() -> argparse.Namespace:
 
 
 def _plan(checkpoint: Checkpoint, model: Any, keep: float, args: argparse.Namespace) -> Any:
-    options, device = CompressOptions(keep=keep, tokens=args.tokens), model.device.type
+    options, device = CompressOptions(keep=keep, tokens=args.tokens, seq_len=args.seq_len), model.device.type
     moments = obtain_moments(checkpoint, Path(args.work) / "x", options, device=device, dtype="float32")
     plan, maps, _ = make_plan(checkpoint, moments, options, device=device)
     refit_values(lambda: model, plan, maps, moments)
     return plan, maps
 
 
-def _windows_and_sinks(model: Any, original: Original, keep: float, plan: Any, maps: Any) -> None:
+def _windows_and_sinks(
+    model: Any, original: Original, keep: float, plan: Any, maps: Any, settings: Iterable[tuple[int, int]]
+) -> None:
     n_windows, seq_len = original.windows.ids.shape
-    for recent, sinks in SETTINGS:
+    for recent, sinks in settings:
         started = time.monotonic()
         attach_plan(model, plan, maps)
         try:
@@ -89,22 +99,27 @@ def _windows_and_sinks(model: Any, original: Original, keep: float, plan: Any, m
         )
 
 
-def _retrieval(model: Any, tokenizer: Any, keep: float, plan: Any, maps: Any, args: argparse.Namespace) -> None:
+def _retrieval(
+    model: Any, tokenizer: Any, keep: float, plan: Any, maps: Any, args: argparse.Namespace, length: int
+) -> None:
     attach_plan(model, plan, maps)
-    found = evaluate_retrieval(
-        model, tokenizer, args.text, lengths=args.retrieval, n_prompts=args.prompts, batch_size=1
-    )
-    detach(model)
-    for kind in found.found:
-        for length in args.retrieval:
-            cells = [c for c in found.cells if (c.kind, c.length) == (kind, length)]
-            n = sum(c.n for c in cells)
-            sums = [
-                sum(getattr(c, name) * c.n for c in cells) / n
-                for name in ("original", "compressed", "original_logprob", "compressed_logprob")
-            ]
-            shares = f"{sums[0]:.1%} | {sums[1]:.1%} | {sums[2]:.3f} | {sums[3]:.3f}"
-            print(f"| {kind} | {length} | {keep:g} | {n} | {shares} |", flush=True)
+    try:
+        book, started = args.book or args.text, time.monotonic()
+        answers = Path(args.work) / "answers.jsonl"  # the original's serve all plans
+        asked: dict[str, Any] = {"lengths": [length], "n_prompts": args.prompts, "batch_size": 1}
+        found = evaluate_retrieval(model, tokenizer, book, **asked, answers=answers)
+    finally:
+        detach(model)
+    for kind, paired in found.found.items():
+        cells = [c for c in found.cells if c.kind == kind]
+        n = sum(c.n for c in cells)
+        sums = [
+            sum(getattr(c, name) * c.n for c in cells) / n
+            for name in ("original", "compressed", "original_logprob", "compressed_logprob")
+        ]
+        shares = f"{sums[0]:.1%} | {sums[1]:.1%} | {sums[2]:.3f} | {sums[3]:.3f}"
+        took = f"{time.monotonic() - started:.1f} s"
+        print(f"| {kind} | {length} | {keep:g} | {n} | {shares} | p {paired.p_value:.3f} | {took}", flush=True)
 
 
 if __name__ == "__main__":
