@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from kvcompress.heal.options import HealOptions
 from kvcompress.heal.site import TrainableSite
 from kvcompress.heal.student import trainable_layers
 from kvcompress.heal.texts import HealTexts, heal_texts
-from kvcompress.heal.trainer import make_trainer, training_arguments
+from kvcompress.heal.trainer import device_name, make_trainer, training_arguments
 from kvcompress.model.model_spec import PARTS
 from kvcompress.model.rope import Rotary
 from kvcompress.options import CompressOptions
@@ -230,7 +231,7 @@ def latents(start: str, model_dir: Path, args: argparse.Namespace, calibration: 
 
 def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTexts) -> dict[str, Any]:
     """Return the figures of a start before and after training, on the held-out windows of `texts`."""
-    model, layers = latents(start, model_dir, args, texts.training[: args.calibration_tokens // args.seq_len])
+    model, layers = latents(start, model_dir, args, spread(texts.training, args.calibration_tokens // args.seq_len))
     teacher = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(args.device).eval()
     compat.use_attention(model, _ATTENTION, latent_attention)
     for decoder, layer in zip(model.get_decoder().layers, layers, strict=True):
@@ -244,9 +245,16 @@ def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTe
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(options, Path(scratch), device=args.device)
         trainer = make_trainer(model, texts, arguments, lambda _: None)
+        began = time.monotonic()
         trainer.train()
-        after = trainer.measure()
-    return {"start": start, "tokens": args.tokens, "texts": _compared(trainer.before, after)}
+        seconds, after = round(time.monotonic() - began, 1), trainer.measure()
+    run = {"start": start, "tokens": args.tokens, "seconds": seconds, "device": device_name(arguments)}
+    return run | {"texts": _compared(trainer.before, after)}
+
+
+def spread(windows: Tensor, n: int) -> Tensor:
+    """Return n windows of all texts, which lie one after the other: evenly spaced, or all where there are fewer."""
+    return windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).round().long()]
 
 
 def _compared(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ class Student:
         coded = self.teacher is self.model
         if coded:
             detach(self.model)
-        device = self.teacher.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            at_once = sequences_at_once(self.teacher, self.plan)
-            ids = sample_windows(self.teacher, tokenizer, n_windows, seq_len, seed=seed, batch=at_once, anywhere=True)
+        on_gpu = self.teacher.device.type == "cuda"
+        speaker = in_bfloat16(self.teacher) if on_gpu else self.teacher
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            at_once = sequences_at_once(speaker, self.plan)
+            ids = sample_windows(speaker, tokenizer, n_windows, seq_len, seed=seed, batch=at_once, anywhere=True)
         if coded:
             attach_plan(self.model, self.plan, self.maps)
         return ids
@@ -141,6 +143,20 @@ class Student:
         else:
             use_own_attention(self.model)
             attach_plan(self.model.eval(), *read_output(directory))
+
+
+def in_bfloat16(model: Any) -> Any:
+    """Return a model whose weights, and with them its cache, are bfloat16: itself, or a copy of a float32 one.
+
+    Autocast alone would keep rotated keys in float32 and cast all of them again for every token. Buffers stay: the
+    frequencies of RoPE among them would suffer.
+    """
+    if model.dtype != torch.float32:
+        return model
+    speaker = copy.deepcopy(model)
+    for parameter in speaker.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return speaker
 
 
 def sequences_at_once(model: Any, plan: Plan) -> int:

@@ -54,6 +54,12 @@ def test_every_start_is_trained(
     )
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [f["start"] for f in found] == list(starts) and set(starts) < set(recipe["STARTS"])
+    assert all(f["tokens"] == 1536 and f["seconds"] > 0 and f["device"] == "cpu" for f in found)
     before = {f["start"]: f["texts"]["prose"]["before"]["kl_nats"] for f in found}
     assert before["ours"] < min(before[s] for s in starts[1:])
     assert all(f["texts"]["prose"]["after"]["kl_nats"] < before[f["start"]] for f in found[1:])
+
+
+@pytest.mark.parametrize(("n", "taken"), [(3, [0, 4, 9]), (1, [0]), (20, list(range(10)))])
+def test_calibration_windows_come_from_all_texts(recipe: dict[str, Any], n: int, taken: list[int]) -> None:
+    assert recipe["spread"](torch.arange(10)[:, None], n).flatten().tolist() == taken

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from kvcompress.heal.student import sequences_at_once
+from kvcompress.heal.student import in_bfloat16, sequences_at_once
 from kvcompress.heal.texts import HealTexts, heal_texts
 
 SEQ_LEN = 10
@@ -84,3 +85,16 @@ def test_a_card_samples_as_many_sequences_as_a_third_of_its_memory_holds(
     plan: Any = SimpleNamespace(sites=[SimpleNamespace(width=32)] * 2)
     assert sequences_at_once(SimpleNamespace(device=torch.device("cuda", 0), config=config), plan) == sequences
     assert sequences_at_once(SimpleNamespace(device=torch.device("cpu")), plan) == 64
+
+
+def test_a_copy_in_bfloat16_speaks_and_keeps_its_keys_so(tiny_checkpoint: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama-gqa"), dtype=torch.float32).eval()
+    speaker = in_bfloat16(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the teacher stays as it was
+    assert {b.dtype for b in speaker.buffers()} == {torch.float32}  # RoPE's frequencies
+    with torch.no_grad():
+        made = speaker(input_ids=torch.arange(8)[None], use_cache=True)
+        told = model(input_ids=torch.arange(8)[None])
+    assert made.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    assert (made.logits.float() - told.logits).abs().max() < 0.05 * told.logits.abs().max()
+    assert in_bfloat16(speaker) is speaker
