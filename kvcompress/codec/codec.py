@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.packing import pack_codes, unpack_codes
-from kvcompress.codec.quantise import best_gain, dequantise, gain, quantise
+from kvcompress.codec.quantise import best_gain, dequantise, gain, gain_errors, least_gain, quantise
 from kvcompress.codec.tiles import Tiles, is_tileable
 from kvcompress.model.model_spec import Part
 from kvcompress.options import GAIN_BITS, TILE_TOKENS
@@ -70,13 +70,17 @@ class SiteCodec:
         self.step = step[:, 0].to(device)
         #: Called with (self, z in units of the steps, codes of gains) for all that is encoded; see `distance`.
         self.watch: Callable[[SiteCodec, Tensor, Tensor | None], None] | None = None
+        #: Where other ranks of an engine hold other heads of the site: returns the sum of all ranks' `gain_errors`, so
+        #: that they choose the gains that one codec of all heads would. Called once for every `pack`.
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self._half = 2.0 ** (maps.bits[self._first :].float().to(device) - 1)
         self.tiles = None if tiled_for is None else Tiles(tiled_for, maps.bits, maps.block, device)
 
-    def encode(self, x: Tensor) -> Codes:
-        """x: [..., n], the mean already subtracted -> what is stored of it."""
+    def encode(self, x: Tensor, code: Tensor | None = None) -> Codes:
+        """x: [..., n], the mean already subtracted -> what is stored of it. code: of the gains [...], if known."""
         z = self.project(x)
-        code = best_gain(z[..., self._first :], self._half) if self.has_gain else None
+        if code is None and self.has_gain:
+            code = best_gain(z[..., self._first :], self._half)
         if self.watch is not None:
             self.watch(self, z, code)
         if code is None:
@@ -84,6 +88,16 @@ class SiteCodec:
         z = z / gain(code).unsqueeze(-1)
         numbers, quantised = self._rounded(z[..., : self._first]), quantise(z[..., self._first :], self._half)
         return Codes(torch.cat([numbers, quantised], -1), code)
+
+    def gain_errors(self, z: Tensor) -> Tensor:
+        """Return each token's error under each gain: [..., 16], zeros where nothing is quantised; z: of `project`."""
+        return gain_errors(z[..., self._first :], self._half)
+
+    def gains_by(self, errors: Tensor) -> Tensor | None:
+        """Return the codes of the gains by all ranks' errors, None where this rank stores none; errors: this rank's."""
+        assert self.sum_over_ranks is not None, "a codec of all heads chooses gains as it encodes"
+        errors = self.sum_over_ranks(errors)  # also where nothing is quantised here: the others wait for it
+        return least_gain(errors) if self.has_gain else None
 
     def project(self, x: Tensor) -> Tensor:
         """x: [..., n] -> E x [..., R], float32, in units of the steps."""
@@ -138,7 +152,11 @@ class SiteCodec:
 
     def pack(self, x: Tensor) -> Tensor:
         """x: [batch, n_blocks * 32, n], the mean already subtracted -> uint8 [batch, n_blocks, bytes of a block]."""
-        return torch.cat([self._packed(self.encode(part)) for part in x.split(_ENCODED_TOKENS, 1)], 1)
+        parts, codes = x.split(_ENCODED_TOKENS, 1), None
+        if self.sum_over_ranks is not None:
+            codes = self.gains_by(torch.cat([self.gain_errors(self.project(part)) for part in parts], 1))
+        known = [None] * len(parts) if codes is None else codes.split(_ENCODED_TOKENS, 1)
+        return torch.cat([self._packed(self.encode(*own)) for own in zip(parts, known, strict=True)], 1)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """packed: uint8 [batch, n_blocks, bytes of a block] -> z^ [batch, n_blocks * 32, R], float32."""

@@ -53,30 +53,40 @@ def best_gain(z: Tensor, half: Tensor) -> Tensor:
 
     The error is summed in steps: water-filling gives components steps that cost about the same.
     """
-    rows, width = z.reshape(-1, z.shape[-1]), max(1, z.shape[-1])
-    found, at_once = (_best_together, _TOGETHER) if z.is_cuda else (_best_in_turn, _CACHED)
-    return torch.cat([found(some, half) for some in rows.split(max(1, at_once // width))]).reshape(z.shape[:-1])
+    return least_gain(gain_errors(z, half))
 
 
-def _best_in_turn(z: Tensor, half: Tensor) -> Tensor:
-    best = torch.zeros(len(z), dtype=torch.uint8, device=z.device)
-    least = torch.full((len(z),), float("inf"), device=z.device)
-    error = torch.empty_like(z)
+def least_gain(errors: Tensor) -> Tensor:
+    """Return the code of the gain of least error, the first of several: uint8 [...]; errors: [..., 16]."""
+    return errors.argmin(-1).to(torch.uint8)
+
+
+@torch.no_grad()
+def gain_errors(z: Tensor, half: Tensor) -> Tensor:
+    """Return the squared error of each token under each gain, in steps: [..., 16]; z, half: of `best_gain`.
+
+    Errors of parts of a token's components add up to those of all: ranks that hold some heads each choose one gain so.
+    """
+    rows, width = z.reshape(z.shape[:-1].numel(), z.shape[-1]), max(1, z.shape[-1])
+    found, at_once = (_errors_together, _TOGETHER) if z.is_cuda else (_errors_in_turn, _CACHED)
+    errors = torch.cat([found(some, half) for some in rows.split(max(1, at_once // width))])
+    return errors.reshape(*z.shape[:-1], 2**GAIN_BITS)
+
+
+def _errors_in_turn(z: Tensor, half: Tensor) -> Tensor:
+    errors, error = z.new_empty(len(z), 2**GAIN_BITS), torch.empty_like(z)
     for code, g in enumerate(gain(torch.arange(2**GAIN_BITS)).tolist()):
         torch.div(z, g, out=error)
         torch.minimum(torch.maximum(error.floor_(), -half, out=error), half - 1, out=error)
-        squared = error.add_(0.5).mul_(g).sub_(z).square_().sum(-1)
-        better = squared < least
-        best = torch.where(better, code, best)
-        least = torch.minimum(least, squared)
-    return best
+        errors[:, code] = error.add_(0.5).mul_(g).sub_(z).square_().sum(-1)
+    return errors
 
 
-def _best_together(z: Tensor, half: Tensor) -> Tensor:
-    """Return what `_best_in_turn` does, in a tenth of the steps that a GPU is told of."""
+def _errors_together(z: Tensor, half: Tensor) -> Tensor:
+    """Return what `_errors_in_turn` does, in a tenth of the steps that a GPU is told of."""
     gains = gain(torch.arange(2**GAIN_BITS, device=z.device)).view(-1, 1, 1)
     codes = (z / gains).floor_().clamp_min_(-half).clamp_max_(half - 1)
-    return codes.add_(0.5).mul_(gains).sub_(z).square_().sum(-1).argmin(0).to(torch.uint8)
+    return codes.add_(0.5).mul_(gains).sub_(z).square_().sum(-1).T.contiguous()
 
 
 def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ launch; what follows it (gain, rounding, packing) is two, which read the latents
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from kvcompress.codec.tiles import Tiles
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layout import BLOCK_TOKENS, LEVELS, PackedSite
-from kvcompress.kernels.packing import centre_kernel, gain_kernel, pack_kernel
+from kvcompress.kernels.packing import centre_kernel, error_kernel, gain_kernel, pack_kernel
 from kvcompress.model.rope import Rotary
 
 _WIDTH = 64
@@ -84,13 +85,15 @@ def pack_latents(
     first_block: int = 0,
     tiles: Tiles | None = None,
     destinations: Tensor | None = None,
+    gains: Tensor | None = None,
 ) -> None:
     """Write the codes of latents [batch, n_blocks * 32, R], in units of the steps, into site.words from first_block on.
 
     tiles: those of a site whose rows have the tile layout. With site.has_gain each token gets the gain with which it is
     rebuilt best. destinations: int32 [n_blocks], where site.words are pages [pages, blocks of a page, n_words]: of each
-    block of the one batch entry its row, counted through all pages, or -1 for none. Raises OptionError if the tokens do
-    not fill whole blocks or do not fit.
+    block of the one batch entry its row, counted through all pages, or -1 for none. gains: uint8 [batch, n_blocks *
+    32], codes of gains that are chosen already. Raises OptionError if the tokens do not fill whole blocks or do not
+    fit.
     """
     batch, n_tokens, n_components = latents.shape
     n_blocks = n_tokens // BLOCK_TOKENS
@@ -102,14 +105,11 @@ def pack_latents(
         )
     latents = latents.contiguous()
     words = site.words[:, first_block:]
-    gains = torch.empty(batch * n_tokens if site.has_gain else 0, dtype=torch.uint8, device=latents.device)
     counts = site.class_counts
-    if site.has_gain and n_tokens:
-        tokens = 2 if batch * n_tokens <= _FEW_TOKENS else _GAIN_TOKENS
-        gain_kernel[(batch * n_tokens // tokens,)](
-            latents, _halves(tuple(sorted(site.counts.items())), latents.device), gains, n_components, counts[0],
-            n_components, WIDTH=32, TOKENS=tokens,
-        )  # fmt: skip
+    if gains is None:
+        gains = torch.empty(batch * n_tokens if site.has_gain else 0, dtype=torch.uint8, device=latents.device)
+        if site.has_gain:
+            _try_gains(gain_kernel, latents, site, gains)
     chunks = sum(-(-count // _WIDTH) for count in counts)
     if n_blocks and chunks:
         pack_kernel[(n_blocks, chunks, batch)](
@@ -118,6 +118,27 @@ def pack_latents(
             words.stride(0), words.stride(1), site.gain_word, n_blocks, *counts,
             CLASSES=sum(bits for bits in LEVELS if site.counts.get(bits, 0)), WIDTH=_WIDTH, HAS_GAIN=site.has_gain,
             TILES="" if tiles is None else tiles.part, PAGE_BLOCKS=0 if destinations is None else words.shape[1],
+        )  # fmt: skip
+
+
+def gain_errors(latents: Tensor, site: PackedSite) -> Tensor:
+    """Return each token's error under each gain, float32 [batch, n_tokens, 16], as SiteCodec.gain_errors does.
+
+    latents: [batch, n_tokens, R], n_tokens a multiple of 32.
+    """
+    errors = torch.zeros(*latents.shape[:2], 16, device=latents.device)
+    if site.has_gain:
+        _try_gains(error_kernel, latents.contiguous(), site, errors)
+    return errors
+
+
+def _try_gains(kernel: Any, latents: Tensor, site: PackedSite, out: Tensor) -> None:
+    n_tokens, n_components = latents.shape[0] * latents.shape[1], site.n_components
+    tokens = 2 if n_tokens <= _FEW_TOKENS else _GAIN_TOKENS
+    if n_tokens:
+        kernel[(n_tokens // tokens,)](
+            latents, _halves(tuple(sorted(site.counts.items())), latents.device), out, n_components,
+            site.class_counts[0], n_components, WIDTH=32, TOKENS=tokens,
         )  # fmt: skip
 
 

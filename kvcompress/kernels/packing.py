@@ -54,16 +54,11 @@ def _rounded(x, half):
     return tl.minimum(tl.maximum(tl.floor(x) + half, 0.0), 2 * half - 1)
 
 
-@triton.jit(do_not_specialize=["first_component", "n_components"])
-def gain_kernel(
-    latents, halves, gains, token_stride, first_component, n_components, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+@triton.jit
+def _gain_errors(
+    latents, halves, token, token_stride, first_component, n_components, WIDTH: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """gains: uint8 [n_tokens], the code 0..15 of 2^((code - 4) / 4) with which a token is rebuilt best.
-
-    latents: [n_tokens, R] in units of the steps; halves: [R], 2^(bits - 1). Components before first_component are not
-    quantised. Grid: n_tokens / TOKENS.
-    """
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Return tokens' squared errors under the gains 2^((code - 4) / 4), code 0..15: [TOKENS, 16]."""
     code = tl.arange(0, 16)
     gain = tl.exp2((code.to(tl.float32) - 4.0) * 0.25)
     inverse = tl.exp2((4.0 - code.to(tl.float32)) * 0.25)[None, :, None]
@@ -79,8 +74,31 @@ def gain_kernel(
         wrong = tl.minimum(tl.maximum(tl.floor(y), -half), half - 1) - y + 0.5
         wrong = tl.where(real[None, None, :], wrong, 0.0)
         error += wrong * wrong
-    total = tl.sum(error, 2) * (gain * gain)[None, :]
+    return tl.sum(error, 2) * (gain * gain)[None, :]
+
+
+@triton.jit(do_not_specialize=["first_component", "n_components"])
+def gain_kernel(
+    latents, halves, gains, token_stride, first_component, n_components, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+):
+    """gains: uint8 [n_tokens], the code 0..15 of 2^((code - 4) / 4) with which a token is rebuilt best.
+
+    latents: [n_tokens, R] in units of the steps; halves: [R], 2^(bits - 1). Components before first_component are not
+    quantised. Grid: n_tokens / TOKENS.
+    """
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    total = _gain_errors(latents, halves, token, token_stride, first_component, n_components, WIDTH, TOKENS)
     tl.store(gains + token, tl.argmin(total, 1, tie_break_left=True).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=["first_component", "n_components"])
+def error_kernel(
+    latents, halves, errors, token_stride, first_component, n_components, WIDTH: tl.constexpr, TOKENS: tl.constexpr
+):
+    """errors: float32 [n_tokens, 16], by which `gain_kernel` chooses; the other arguments are its own."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    total = _gain_errors(latents, halves, token, token_stride, first_component, n_components, WIDTH, TOKENS)
+    tl.store(errors + token[:, None] * 16 + tl.arange(0, 16)[None, :], total)
 
 
 @triton.jit

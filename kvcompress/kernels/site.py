@@ -124,11 +124,25 @@ class SiteKernels:
         of `words`, counted through the pages, both -1 where there is nothing to do; rotary: None of values and where
         nothing is to be un-rotated; positions: those that keys are rotated by, [1, n_blocks * 32].
         """
-        from kvcompress.kernels.encode import centred_pages, pack_latents, project
+        self.write_pages(self.page_latents(source, sources, rotary, positions), words, destinations)
 
-        x = centred_pages(source, sources, self.codec.mean, rotary, positions)
-        latents = project(x, self.dense.encoder)
-        pack_latents(latents, self.site(words), tiles=self.codec.tiles, destinations=destinations)
+    def page_latents(self, source: Tensor, sources: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
+        """Return the latents of blocks in pages, [1, n_blocks * 32, R]; arguments: those of pack_pages."""
+        from kvcompress.kernels.encode import centred_pages, project
+
+        return project(centred_pages(source, sources, self.codec.mean, rotary, positions), self.dense.encoder)
+
+    def write_pages(self, latents: Tensor, words: Tensor, destinations: Tensor, gains: Tensor | None = None) -> None:
+        """Write the codes of page_latents; gains: their codes, uint8 [n_blocks * 32], chosen here if None."""
+        from kvcompress.kernels.encode import pack_latents
+
+        pack_latents(latents, self.site(words), tiles=self.codec.tiles, destinations=destinations, gains=gains)
+
+    def gain_errors(self, latents: Tensor, words: Tensor) -> Tensor:
+        """Return SiteCodec.gain_errors of latents [batch, n_tokens, R]: float32 [batch, n_tokens, 16]; words: rows."""
+        from kvcompress.kernels.encode import gain_errors
+
+        return gain_errors(latents, self.site(words))
 
     def site(self, packed: Tensor, *, mean: Tensor | None = None) -> PackedSite:
         """packed: int32 [batch, n_blocks, words of a row]."""
@@ -147,7 +161,10 @@ class SiteKernels:
         row = row_words(self.dense.counts, has_gain=self.codec.has_gain)
         batch, n_tokens, _ = latents.shape
         words = torch.empty(batch, n_tokens // BLOCK_TOKENS, row, dtype=torch.int32, device=latents.device)
-        pack_latents(latents, self.site(words), tiles=self.codec.tiles)
+        gains = None
+        if self.codec.sum_over_ranks is not None:
+            gains = self.codec.gains_by(self.gain_errors(latents, words))
+        pack_latents(latents, self.site(words), tiles=self.codec.tiles, gains=gains)
         return words.view(torch.uint8)
 
 

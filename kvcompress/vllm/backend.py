@@ -141,8 +141,12 @@ def compressed_layers(config: Any) -> Any:
 
 def reason_for_reference(config: Any) -> str | None:
     """Return why a model's attention runs in the reference, None where the kernels take all of its layers."""
-    dtype, sinks = config.model_config.dtype, model_of(config).source.plan.sinks
-    return _first_reason(config, lambda layer, own: why_not_fused(own.codecs, sinks, own.device, dtype))
+    model, dtype = model_of(config), config.model_config.dtype
+    if model.agreed:
+        return model.slow
+    sinks = model.source.plan.sinks
+    reason = _first_reason(config, lambda layer, own: why_not_fused(own.codecs, sinks, own.device, dtype))
+    return model.agree(reason, next(compressed_layers(config)).kvcompress.device)
 
 
 def reason_for_rebuilding(config: Any) -> str | None:

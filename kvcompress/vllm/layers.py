@@ -20,7 +20,7 @@ from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
 from kvcompress.runtime.layers import check_fit
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.fused import FusedModel
-from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, tensor_parallel_place
+from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, sum_over_ranks, tensor_parallel_place
 from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes
 from kvcompress.vllm.reference import LayerCache
 from kvcompress.vllm.source import Source
@@ -36,8 +36,9 @@ class CompressedModel:
     """What all compressed layers of a loaded model share.
 
     rotaries: of the layers whose keys turn. sites: what this rank keeps of each site, and its maps. layouts: of each
-    layer's packed page; page_bytes: its size, the same on all ranks. packed_table: that of the step, int32 [n, most
-    pages].
+    layer's packed page; page_bytes: its size, the same on all ranks. shared: sites whose codes other ranks hold a part
+    of, so that gains are chosen together. packed_table: that of the step, int32 [n, most pages]. slow: why all ranks
+    attend in the reference, None if they do not; not known before `agree`.
     """
 
     source: Source
@@ -45,8 +46,11 @@ class CompressedModel:
     sites: dict[Site, tuple[SitePlan, SiteMaps | None]]
     layouts: dict[int, PageLayout]
     page_bytes: dict[int, int]
+    shared: frozenset[Site] = frozenset()
     packed_table: Tensor | None = None
     fused: FusedModel | None = None
+    slow: str | None = None
+    agreed: bool = False
 
     @classmethod
     def of(cls, source: Source, config: VllmConfig) -> CompressedModel:
@@ -56,7 +60,7 @@ class CompressedModel:
         turning = rotaries(plan, config.model_config.hf_text_config)
         rank, n_ranks = tensor_parallel_place()
         sites: dict[Site, tuple[SitePlan, SiteMaps | None]] = {}
-        own, largest = dict[Site, int](), dict[Site, int]()
+        own, largest, shared = dict[Site, int](), dict[Site, int](), set[Site]()
         number_bytes = DTYPE_BYTES[str(config.model_config.dtype).removeprefix("torch.")]
         for site in plan.sites:
             cut = []
@@ -65,11 +69,27 @@ class CompressedModel:
                 maps = None if site.exact else source.maps[site.site]
                 mine = None if maps is None else heads_of(maps, *heads, head_dim, site=site.site)
                 cut.append((rank_site(site, mine, (heads[1] - heads[0]) * head_dim), mine))
+            if n_ranks > 1 and site.width > head_dim and any(b <= 8 for s, maps in cut if maps for b, _ in s.bits):
+                shared.add(site.site)
             rows = [row_bytes(s, number_bytes) for s, _ in cut]
             sites[site.site], own[site.site], largest[site.site] = cut[rank], rows[rank], max(rows)
         # Heads differ in their bits, and so do ranks in their rows; but vLLM gives all ranks pages of one size.
-        layouts, shared = layouts_of(plan, own), layouts_of(plan, largest)
-        return cls(source, turning, sites, layouts, page_sizes(shared))
+        layouts, common = layouts_of(plan, own), layouts_of(plan, largest)
+        return cls(source, turning, sites, layouts, page_sizes(common), frozenset(shared))
+
+    def agree(self, slow: str | None, device: torch.device) -> str | None:
+        """Return why all ranks attend in the reference, None if none has to; slow: this rank's own reason.
+
+        They choose gains together, and so must all encode the same blocks at once. The first call asks the others.
+        """
+        if not self.agreed:
+            self.slow = slow
+            if self.shared:
+                n_slow = sum_over_ranks(torch.full((4,), float(slow is not None), device=device))
+                if slow is None and float(n_slow[0]) > 0:
+                    self.slow = "another rank has to, and says why in its own log"
+            self.agreed = True
+        return self.slow
 
 
 def layouts_of(plan: Plan, rows: Mapping[Site, int]) -> dict[int, PageLayout]:
@@ -200,6 +220,9 @@ def make_layer(
         head_dim=head_dim,
         device=device,
     )
+    for codec, part in zip((codecs.key, codecs.value), PARTS, strict=True):
+        if codec is not None and Site(layer, part) in model.shared:
+            codec.sum_over_ranks = sum_over_ranks
     spec = ExactSpec(
         block_size=BLOCK_TOKENS,
         num_kv_heads=n_heads,

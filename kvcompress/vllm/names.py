@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from vllm._custom_ops import reshape_and_cache_flash
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention, MLAAttention
@@ -65,6 +69,7 @@ __all__ = [
     "register_spec",
     "reshape_and_cache_flash",
     "resolve_block_hashes",
+    "sum_over_ranks",
     "tensor_parallel_place",
 ]
 
@@ -72,6 +77,14 @@ __all__ = [
 def tensor_parallel_place() -> tuple[int, int]:
     """Return this process's rank in its tensor parallel group, and how many ranks there are."""
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of x over the ranks of the tensor parallel group, all of which call this in the same order.
+
+    It may be x itself. Between CUDA graphs, not inside of them.
+    """
+    return tensor_model_parallel_all_reduce(x)
 
 
 def first_runner() -> Any:

@@ -10,6 +10,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
+from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.packing import unpack_codes
 from kvcompress.errors import OptionError
 from kvcompress.kernels.paged import page_words
@@ -82,6 +83,61 @@ def test_all_sites_encode_the_same_blocks_and_no_others() -> None:
             assert torch.equal(site.words, words)
     with pytest.raises(OptionError, match="Expected 1 and 32"):
         recorded.encode(sources, sources[:0], positions)
+
+
+@pytest.mark.parametrize("n_blocks", [3, 70])  # the second, more than ranks choose gains of at once
+def test_ranks_choose_gains_together_by_one_sum_for_all_sites(n_blocks: int) -> None:
+    torch.manual_seed(0)
+    heads, head_dim, groups, calls = 4, 32, {4: [20, 12], 2: [8, 8]}, []
+    whole = [encoded(random_codec(part, groups, heads, head_dim, tiled=True, device=DEVICE), 72) for part in PARTS * 2]
+    rank = [EncodedSite(SiteKernels(s.kernels.codec, heads), s.source, s.words.clone(), None) for s in whole]
+    numbers = torch.randint(0, 72, (2, n_blocks), dtype=torch.int32, device=DEVICE)
+    sources, destinations = numbers[0], torch.randperm(288, device=DEVICE)[:n_blocks].int()
+    positions = torch.zeros(1, 32 * n_blocks, dtype=torch.int32, device=DEVICE)
+    RecordedEncoding(whole).encode(sources, destinations, positions)
+
+    def with_the_other_rank(errors: torch.Tensor) -> torch.Tensor:
+        calls.append(list(errors.shape))
+        return errors * 2  # which holds the same
+
+    for site in rank:
+        site.kernels.codec.sum_over_ranks = with_the_other_rank
+    together = RecordedEncoding(rank)
+    together.encode(sources, destinations, positions)
+    assert calls == ([[4, 4 * 32, 16]] if n_blocks == 3 else [[4, 64 * 32, 16], [4, 8 * 32, 16]])
+    for one, other in zip(whole, rank, strict=True):
+        assert torch.equal(one.words, other.words)
+    for site in rank:  # another sum, other gains: the last one's
+        site.words.fill_(77)
+    together._sum_over_ranks = lambda errors: -torch.arange(16.0, device=DEVICE).expand_as(errors)
+    together.encode(sources, destinations, positions)
+    for one, other in zip(whole, rank, strict=True):
+        rows = other.words.flatten(0, 1)[destinations.long()]
+        assert (rows[:, -4:] == -1).all() and not torch.equal(one.words, other.words)
+
+
+def encoded(codec: SiteCodec, n_pages: int) -> EncodedSite:
+    """Return a site with pages of random exact blocks and of rows, four in a page."""
+    heads, head_dim = 4, 32
+    source = torch.randn(n_pages, 32, heads, head_dim).half().to(DEVICE)
+    row = codec.pack(torch.zeros(1, 32, heads * head_dim, device=DEVICE)).shape[2]
+    words = page_words(torch.full((n_pages, 4 * row), 77, dtype=torch.uint8, device=DEVICE), 4, row // 4, 0)
+    return EncodedSite(SiteKernels(codec, heads), source, words, None)
+
+
+def test_a_prompt_s_tokens_get_the_gains_that_ranks_choose_together() -> None:
+    torch.manual_seed(0)
+    codec = random_codec("value", GROUPS, 4, 32, tiled=True, device=DEVICE)
+    kernels, x = SiteKernels(codec, 4), torch.randn(2, 64, 128, device=DEVICE)
+    latents = x.half() @ kernels.dense.encoder.T
+    row = codec.pack(x[:, :32]).shape[2] // 4
+    words = torch.empty(2, 2, row, dtype=torch.int32, device=DEVICE)
+    torch.testing.assert_close(kernels.gain_errors(latents, words), codec.gain_errors(latents.float()))
+    own = kernels._packed(latents)
+    codec.sum_over_ranks = lambda errors: errors * 3
+    assert torch.equal(kernels._packed(latents), own)
+    codec.sum_over_ranks = lambda errors: -torch.arange(16.0, device=DEVICE).expand_as(errors)
+    assert (kernels._packed(latents)[..., -16:] == 255).all() and not (own[..., -16:] == 255).all()
 
 
 def closeness(x: torch.Tensor, y: torch.Tensor) -> float:

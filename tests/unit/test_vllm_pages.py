@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.model.model_spec import Site
+from kvcompress.model.model_spec import PARTS, Part, Site
 from kvcompress.plan import Plan, n_encoded
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.attention import tiled_attention
@@ -226,6 +228,48 @@ def test_maps_are_cut_to_the_heads_of_a_rank(tiny_plan: Any) -> None:
         bits += sum(b * n for b, n in rank_site(plan.sites[0], own, 2 * head_dim).bits)
     torch.testing.assert_close(torch.cat(parts, 1), whole.decode(whole.project(x)), atol=1e-5, rtol=1e-5)
     assert bits == int(maps[site].bits.sum())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_ranks_that_sum_their_errors_write_the_codes_of_one_codec_of_all_heads(tiny_plan: Any, part: Part) -> None:
+    _, maps = tiny_plan("llama-mha", keep=0.25, group=1)
+    site = Site(1, part)
+    whole, width = SiteCodec(maps[site], torch.device("cpu")), maps[site].blocks.numel()
+    x = torch.randn(1, 4096, width) * torch.logspace(-1, 1, width)  # more than are encoded at once
+    cut, alone = ranks_of(maps[site], site, x), ranks_of(maps[site], site, x)
+    errors = sum(codec.gain_errors(codec.project(own)) for codec, own in cut)
+    for codec, _ in cut:
+        codec.sum_over_ranks = lambda _: errors
+    expected = whole.encode(x)
+    assert expected.gain is not None
+    codes = [codec.unpack(codec.pack(own)) for codec, own in cut]
+    got = torch.cat([codec.decode(z) for (codec, _), z in zip(cut, codes, strict=True)], 2)
+    torch.testing.assert_close(got, whole.decode(whole.unpack(whole.pack(x))), atol=1e-5, rtol=1e-5)
+    own_gains = [codec.encode(own).gain for codec, own in alone]  # what each would choose by itself
+    assert all((gains != expected.gain).float().mean() > 0.1 for gains in own_gains if gains is not None)
+
+
+def ranks_of(maps: SiteMaps, site: Site, x: Tensor) -> list[tuple[SiteCodec, Tensor]]:
+    """Return each of two ranks' codec, and its part of x, whose mean is subtracted already."""
+    head_dim, found = maps.blocks.numel() // 4, []
+    for rank in range(2):
+        first, stop = rank_heads(4, rank, 2)
+        codec = SiteCodec(heads_of(maps, first, stop, head_dim, site=site), torch.device("cpu"))
+        found.append((codec, x[..., first * head_dim : stop * head_dim]))
+    return found
+
+
+def test_a_rank_without_codes_sums_errors_with_the_others(tiny_plan: Any) -> None:
+    """Else the others would wait for it for ever."""
+    _, maps = tiny_plan("llama-mha", keep=0.5, group=1)
+    numbers = replace(maps[Site(0, "key")], bits=torch.full_like(maps[Site(0, "key")].bits, 16))
+    codec, summed = SiteCodec(numbers, torch.device("cpu")), []
+    codec.sum_over_ranks = lambda errors: summed.append(errors) or errors + 1
+    x = torch.randn(1, 64, numbers.blocks.numel())
+    packed = codec.pack(x)
+    assert [list(errors.shape) for errors in summed] == [[1, 64, 16]] and not summed[0].any()
+    codec.sum_over_ranks = None
+    assert torch.equal(packed, codec.pack(x))
 
 
 def test_maps_that_mix_heads_of_two_ranks_are_refused(tiny_plan: Any) -> None:
