@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kvcompress.kernels import turned
 from kvcompress.kernels.chunk import RebuiltLayer, RebuiltSite
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.kernels.nvrtc import compiler_works
+from kvcompress.kernels.nvrtc import compile_ahead, compiler_works
 from kvcompress.kernels.paged import ExactPages, PagedLayer, applies, turn_angles
 from kvcompress.kernels.paged_rotated import RotatedLayer
 from kvcompress.kernels.rebuild import Rotation
@@ -91,6 +94,17 @@ def paged_layer(
         scaling,
         most_exact,
     )
+
+
+def compile_layers(layers: Sequence[PagedLayer], *, rank: int = 0, n_ranks: int = 1) -> int:
+    """Compile the kernels of layers together, and return how many were not on disk: one for each layout.
+
+    Else each compiles at its layer's first use, one after the other. rank, n_ranks: see nvrtc.compile_ahead.
+    """
+    if not layers:
+        return 0
+    sources = {turned.kernel_source(layer.constants, layer.launch.names): layer.launch.names[0] for layer in layers}
+    return compile_ahead(sources, layers[0].exact.keys.device, rank=rank, n_ranks=n_ranks)
 
 
 def rotated_layer(

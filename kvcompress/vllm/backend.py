@@ -3,13 +3,16 @@ pages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.paged import PagedLayer
+from kvcompress.kernels.paged_layer import compile_layers
 from kvcompress.vllm import reference
 from kvcompress.vllm.attention import PackedAttention
 from kvcompress.vllm.fused import FusedLayer, FusedModel, why_not_fused, why_rebuilt
@@ -23,6 +26,7 @@ from kvcompress.vllm.names import (
     MultipleOf,
     exact_attention,
     init_logger,
+    tensor_parallel_place,
 )
 from kvcompress.vllm.specs import ExactSpec
 from kvcompress.vllm.steps import EncodeClock, Step
@@ -195,9 +199,20 @@ def fused_of(model: CompressedModel, config: Any) -> FusedModel | None:
         )
         for layer in layers
     }
+    _compile(views)
     most_rows = config.scheduler_config.max_num_seqs
     model.fused = FusedModel(views, most_queries * most_rows, most_rows, exact_attention(config))
     return model.fused
+
+
+def _compile(views: Mapping[str, FusedLayer]) -> None:
+    """Compile what decodes the layers, of all at once; ranks share the work."""
+    start = time.monotonic()
+    rank, n_ranks = tensor_parallel_place()
+    paged = [view.decode for view in views.values() if isinstance(view.decode, PagedLayer)]
+    n_made = compile_layers(paged, rank=rank, n_ranks=n_ranks)
+    if n_made:
+        _logger.info("kvcompress: compiled kernels for %d layouts in %.1f s.", n_made, time.monotonic() - start)
 
 
 class PackedBackend(AttentionBackend):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -65,6 +67,40 @@ def test_nobody_needs_a_home(compilations: list[str], monkeypatch: Any) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
     assert nvrtc.compiled("a", "k", GPU) == b"k of a"
+
+
+def test_kernels_compile_at_the_same_time_before_they_are_used(compilations: list[str], monkeypatch: Any) -> None:
+    together, make = Barrier(3, timeout=20), nvrtc._binary
+
+    def waiting(source: str, name: str, device: torch.device) -> bytes:
+        together.wait()  # until three threads are here
+        return make(source, name, device)
+
+    monkeypatch.setattr(nvrtc, "_binary", waiting)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert nvrtc.compile_ahead({"a": "k", "b": "k", "c": "k"}, GPU, rank=1, n_ranks=2) == 3
+    assert sorted(compilations) == ["a", "b", "c"]
+    assert nvrtc.compile_ahead({"b": "k", "a": "k"}, GPU) == 0
+    assert nvrtc.compiled("b", "k", GPU) == b"k of b" and len(compilations) == 3
+
+
+def test_ranks_begin_with_different_kernels_and_find_what_the_others_made(
+    compilations: list[str], monkeypatch: Any
+) -> None:
+    sources, order = {f"source {i}": "k" for i in range(40)}, list[list[str]]()
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(nvrtc, "_keep", lambda binary, file_name: None)
+    for rank in range(2):
+        compilations.clear()
+        nvrtc.compile_ahead(sources, GPU, rank=rank, n_ranks=2)
+        order.append(list(compilations))
+    assert sorted(order[0]) == sorted(order[1]) == sorted(sources)
+    assert not set(order[0][:10]) & set(order[1][:10])
+
+
+def test_nothing_is_compiled_ahead_where_no_disk_keeps_it(compilations: list[str], tmp_path: Path) -> None:
+    (tmp_path / "kvcompress").write_text("where the directory would be")
+    assert nvrtc.compile_ahead({"a": "k"}, GPU) == 0 and not compilations
 
 
 def test_without_a_gpu_nothing_compiles() -> None:
