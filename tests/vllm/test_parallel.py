@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kvcompress.model.model_spec import Site
 from kvcompress.vllm.source import read_source
 from tests.vllm.conftest import generate, greedy, new_tokens, prompts
 
@@ -32,3 +34,24 @@ def test_the_same_tokens_as_on_one_rank(
 
 def tokens_that_fit(llm: Any) -> int:
     return int(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
+
+
+@pytest.mark.parametrize("slow_here", [False, True])
+def test_ranks_attend_in_the_reference_where_one_has_to(slow_here: bool, monkeypatch: Any) -> None:
+    """They encode the same blocks at once, so one that encoded them otherwise would wait for the others for ever."""
+    from kvcompress.vllm import layers
+
+    asked: list[float] = []
+
+    def with_a_rank_that_is_slow(x: torch.Tensor) -> torch.Tensor:
+        asked.append(float(x[0]))
+        return x + 1
+
+    monkeypatch.setattr(layers, "sum_over_ranks", with_a_rank_that_is_slow)
+    own, device = "its rows have no tiles" if slow_here else None, torch.device("cpu")
+    empty: Any = {}
+    shared = layers.CompressedModel(empty, {}, {}, {}, {}, shared=frozenset({Site(0, "key")}))
+    assert shared.agree(own, device) == shared.agree(None, device) == (own or shared.slow) and shared.slow
+    assert asked == [float(slow_here)]  # once
+    alone = layers.CompressedModel(empty, {}, {}, {}, {})
+    assert alone.agree(own, device) == own and len(asked) == 1
