@@ -182,6 +182,13 @@ def keeps_only_tokens(layer: Any) -> bool:
     return type(layer).__module__ == transformers.cache_utils.__name__ and not hasattr(layer, "indexer_keys")
 
 
+def keeps_whole(layer: Any, n_tokens: int) -> bool:
+    """Return whether a cache layer keeps the keys and values of all of a text of n_tokens, and nothing else."""
+    plain = isinstance(layer, DynamicLayer) and keeps_only_tokens(layer) and not hasattr(layer, "conv_states")
+    window = getattr(layer, "sliding_window", None)
+    return plain and (window is None or window >= n_tokens)
+
+
 def state_bytes(layer: Any) -> int:
     """Return the bytes of a cache layer's states, which do not grow with the text."""
     return sum(t.numel() * t.element_size() for t in layer_tensors(layer, states_only=True))

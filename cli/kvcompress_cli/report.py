@@ -103,9 +103,11 @@ def layer_table(document: dict[str, Any], *, ascii_only: bool = False) -> Table:
 
 def search_table(search: dict[str, Any]) -> Table:
     """Return the budgets that --max-ratio measured, smallest last, and the text on which each lost most."""
-    table = terminal.table(">keep", ">largest ratio", "on", f"at most {search['max_ratio']:g}")
+    table = terminal.table(">keep", ">largest ratio + error", "on", f"at most {search['max_ratio']:g}")
     for step in sorted(search["steps"], key=lambda s: -s["keep"]):
-        worst = max(step["ratios"], key=lambda kind: step["ratios"][kind], default="no room for anything")
+        errors = step.get("errors", {})
+        bounds = {kind: ratio + errors.get(kind, 0) for kind, ratio in step["ratios"].items()}
+        worst = max(bounds, key=bounds.__getitem__, default="no room for anything")
         ratio = "" if step["worst"] is None else f"{step['worst']:.4f}"
         verdict = "chosen" if step["keep"] == search["keep"] else "yes" if step["enough"] else "no"
         table.add_row(f"{step['keep']:.4f}", ratio, escape(Path(worst).name), verdict)

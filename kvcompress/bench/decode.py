@@ -26,10 +26,10 @@ from kvcompress.bench.timing import seconds
 from kvcompress.bench.workload import Shape
 from kvcompress.compat import Cache, PreTrainedModel, cache_argument
 from kvcompress.errors import OptionError
+from kvcompress.model.replay import record
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.graph import GraphDecoder
-from kvcompress.runtime.recording import record
 
 #: One whole round of evictions each: every layer encodes a block once in BLOCK_TOKENS steps.
 WARM_UP, STEPS = BLOCK_TOKENS, 2 * BLOCK_TOKENS

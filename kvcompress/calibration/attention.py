@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kvcompress.calibration.fused_attention import FusedNearFar, is_fused
 from kvcompress.model.recording import capped
 
 #: Queries at once: on a processor as many as have weights that stay in its cache.
@@ -39,6 +40,9 @@ def near_far_attention(
     equal numbers; mask: bool or additive [1, 1 or heads, n_tokens, n_tokens], or None for plain causal. softcap, s_aux:
     see plain_attention. Gradients reach query, keys and values.
     """
+    if mask is None and softcap is None and s_aux is None and is_fused(query, keys[1], values[1]):
+        fused: Tensor = FusedNearFar.apply(query, *keys, *values, recent)
+        return fused
     scoring = _Scoring(mask, softcap, None if s_aux is None else s_aux.detach(), recent)
     found: Tensor = _NearFar.apply(query, *keys, *values, scoring)
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.calibration.backward import backward_pass, goes_by_layer
+from kvcompress.calibration.drawing import drawn
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.taps import LayerTap, tapped, unplanned_attention
 from kvcompress.errors import CalibrationError
@@ -151,7 +152,7 @@ def head_gradient(model: Any, hidden: Tensor, *, seed: int) -> Tensor:
                 "the model's logits are NaN or infinite on the calibration text. "
                 "Try --dtype float32, and check the checkpoint's weights."
             )
-        labels = torch.multinomial(probability[0], 1, generator=generator)
+        labels = drawn(probability[0], generator)
         probability[0].scatter_add_(1, labels, -torch.ones_like(labels, dtype=probability.dtype))
         gradient[:, start : start + _LOGIT_ROWS] = torch.autograd.grad(
             logits, rows, (probability * _scale(logits.dtype)).to(logits.dtype)

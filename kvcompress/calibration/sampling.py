@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.drawing import drawn
+from kvcompress.calibration.sampled_steps import FixedSteps, can_be_fixed
 from kvcompress.calibration.taps import unplanned_attention
 from kvcompress.compat import cache_argument, cache_of
 
@@ -16,6 +18,8 @@ _BATCH = 64
 #: Tokens of a sampled sequence. A step takes about as long for one as for all of a batch, so that many short sequences
 #: are far cheaper than a few long ones; several make a window.
 _ROW = 256
+#: Tokens after which steps at fixed addresses are held against the model: some of them were recorded by then.
+_CHECKED = 6
 
 
 def sample_windows(
@@ -41,7 +45,7 @@ def sample_windows(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     length = min(_ROW, seq_len)
     n_rows = -(-n_windows * seq_len // length)
-    batches = []
+    batches, sampler = [], _Sampler(model, length, generator)
     for first in range(0, n_rows, batch):
         n = min(batch, n_rows - first)
 
@@ -51,23 +55,59 @@ def sample_windows(
 
         first_ids = torch.full((n, 1), start, device=generator.device)
         if anywhere:
-            drawn = torch.randint(len(tokenizer), (n // 2, 1), generator=generator, device=generator.device)
-            first_ids[1::2] = drawn
-        batches.append(_sampled_rows(model, first_ids, length, generator, sampled))
+            first_ids[1::2] = torch.randint(len(tokenizer), (n // 2, 1), generator=generator, device=generator.device)
+        batches.append(sampler.rows(first_ids, sampled))
     return torch.cat(batches).flatten()[: n_windows * seq_len].reshape(n_windows, seq_len)
 
 
-def _sampled_rows(
-    model: Any, ids: Tensor, length: int, generator: torch.Generator, sampled: Callable[[int], None]
-) -> Tensor:
-    """Return sequences [n, length] that begin with ids [n, 1]; sampled(tokens of each so far) follows every step."""
-    rows = [ids]
-    cache = None
-    with torch.no_grad(), unplanned_attention():
-        for _ in range(length - 1):
-            output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
-            cache = cache_of(output)
-            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-            rows.append(ids)
+class _Sampler:
+    """Samples batches of rows of one length from a model, by steps at fixed addresses where they can be taken."""
+
+    def __init__(self, model: Any, length: int, generator: torch.Generator) -> None:
+        self.model, self.length, self.generator = model, length, generator
+        self._can_be_fixed = length > _CHECKED and can_be_fixed(model, length)
+        self._fixed: dict[int, FixedSteps] = {}  # by the rows of a batch
+
+    def rows(self, ids: Tensor, sampled: Callable[[int], None]) -> Tensor:
+        """Return sequences [n, length] that begin with ids [n, 1]; sampled(tokens of each so far) follows each step."""
+        before = self.generator.get_state()
+        with torch.no_grad(), unplanned_attention():
+            if self._can_be_fixed:
+                try:
+                    return self._drawn(ids, self._fixed_steps(len(ids)), sampled)
+                except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+                    self._can_be_fixed = False  # a model that waits for the device, say
+                    self._fixed.clear()
+                    torch.cuda.synchronize(ids.device)
+                    self.generator.set_state(before)
+            return self._drawn(ids, _growing(self.model), sampled)
+
+    def _fixed_steps(self, n_rows: int) -> FixedSteps:
+        if n_rows not in self._fixed:
+            self._fixed[n_rows] = FixedSteps(self.model, n_rows, self.length)
+        self._fixed[n_rows].begin_again()
+        return self._fixed[n_rows]
+
+    def _drawn(self, ids: Tensor, step: Callable[[Tensor], Tensor], sampled: Callable[[int], None]) -> Tensor:
+        rows = [ids]
+        while len(rows) < self.length:
+            logits = step(rows[-1])
+            if isinstance(step, FixedSteps) and len(rows) == _CHECKED:
+                step.check(torch.cat(rows, 1), logits)
+            rows.append(drawn(logits.float().softmax(-1), self.generator))
             sampled(len(rows))
-    return torch.cat(rows, 1).cpu()
+        return torch.cat(rows, 1).cpu()
+
+
+def _growing(model: Any) -> Callable[[Tensor], Tensor]:
+    """Return what reads a token of each row at a time, over the model's own cache: ids [n, 1] -> [n, vocabulary]."""
+    cache = None
+
+    def step(ids: Tensor) -> Tensor:
+        nonlocal cache
+        output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
+        cache = cache_of(output)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    return step

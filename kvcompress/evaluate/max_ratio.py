@@ -1,7 +1,8 @@
 """The smallest cache whose measured loss stays below a bound: `kvcompress compress --max-ratio`.
 
 Each step plans another budget from the moments, attaches it to the one loaded model and measures it on windows that
-were not calibrated on, of every kind of calibration text and of texts that are given. The bound holds for each kind.
+were not calibrated on, of every kind of calibration text and of texts that are given. The bound holds for each kind, of
+its windows together, with the standard error added: a few windows are lucky or unlucky by more than what is bounded.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.builtin import BUNDLED
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.mixture import held_out_windows, window_shares
 from kvcompress.calibration.moments import Moments
@@ -34,8 +36,10 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import CompressionResult, compress, make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
-#: Windows of each kind that are measured: few, since every step measures all of them.
-N_WINDOWS = 2
+#: Windows of each kind that are measured: few, since every step measures all of them; and how many at a time.
+_ON_A_GPU, _ON_A_CPU = (8, 4), (3, 1)
+#: The kind that all texts that come with the package are together: of some of them calibration leaves one window.
+_BUNDLED = "bundled texts"
 #: The keep that is tried first; from there on the curve is followed.
 _FIRST_KEEP = 0.125
 _LEAST_KEEP = 0.016
@@ -53,15 +57,16 @@ _LEAST_LOSS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A budget that was measured: the keep asked for and got, and the ratio on each kind of text."""
+    """A budget that was measured: the keep asked for, the ratio on each kind of text, and its standard error."""
 
     keep: float
     ratios: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
-        """The largest ratio; infinite where the budget leaves no room for anything."""
-        return max(self.ratios.values(), default=math.inf)
+        """The largest ratio and error; infinite where the budget leaves no room for anything."""
+        return max((ratio + self.errors.get(kind, 0.0) for kind, ratio in self.ratios.items()), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,8 @@ def compress_within(
             workers=workers,
             progress=report,
         )
-        steps = _Bench(checkpoint, moments, options, texts, (device, dtype), report).walk(max_ratio)
+        bench = _Bench(checkpoint, moments, options, texts, (device, dtype), report)
+        steps = bench.walk(max_ratio)
     found = min((s.keep for s in steps if s.worst <= max_ratio), default=None)
     if found is None:
         best = max(steps, key=lambda s: s.keep)
@@ -154,7 +160,7 @@ def compress_within(
             f"no cache stays below a ratio of {max_ratio:g}: keep {best.keep:.3f} has {best.worst:.4f} on the held-out "
             "text where it is worst. Raise --max-ratio, or --recent."
         )
-    search = Search(max_ratio, found, tuple(steps), N_WINDOWS, options.seq_len, time.monotonic() - started)
+    search = Search(max_ratio, found, tuple(steps), bench.n_windows, options.seq_len, time.monotonic() - started)
     result = compress(
         source,
         output,
@@ -196,6 +202,7 @@ class _Bench:
             dtype = "float32" if device == "cpu" and not is_quantised(checkpoint.config) else checkpoint.spec.dtype
         tokenizer = load_tokenizer(checkpoint.path)
         self.model: Any = load_weights(checkpoint.path, dtype=dtype, device=device)
+        self.n_windows, self._at_once = _ON_A_CPU if device == "cpu" else _ON_A_GPU
         kinds = self._windows(tokenizer, texts)
         self.originals = {kind: Original(self.model, windows, remember=True) for kind, windows in kinds.items()}
 
@@ -215,16 +222,17 @@ class _Bench:
         except BudgetError:
             return Step(keep, {})
         attach_plan(self.model, plan, maps)
-        ratios = {}
+        step = Step(keep, {})
         try:
             for done, (kind, original) in enumerate(self.originals.items()):
                 n_kinds = len(self.originals)
                 self.report("search", index * n_kinds + done, MOST_STEPS * n_kinds)
-                result: Evaluation = evaluate_attached(self.model, original)
-                ratios[kind] = result.perplexity["ratio"]
+                result: Evaluation = evaluate_attached(self.model, original, batch=self._at_once)
+                step.ratios[kind] = result.perplexity["ratio"]
+                step.errors[kind] = result.ratio_standard_error or 0.0
         finally:
             detach(self.model)
-        return Step(keep, ratios)
+        return step
 
     def _windows(self, tokenizer: Any, texts: Sequence[str]) -> dict[str, Windows]:
         """Return the held-out windows of every kind of calibration text, and the first ones of the texts given."""
@@ -232,24 +240,33 @@ class _Bench:
         shares = window_shares(tokenizer, options.calibration, options.tokens, options.seq_len)
         if options.metric == "weights":  # nothing was calibrated on
             shares = dict.fromkeys(shares, 0)
-        found: dict[str, Windows] = {}
+        bundled = [source for source in shares if source in BUNDLED]
+        ids: dict[str, Tensor] = {}
         for source, share in shares.items():
-            if source == SELF:
-                if not share:
-                    continue
-                ids = sample_windows(self.model, tokenizer, 1, options.seq_len, seed=options.seed + 1)
-            else:
-                ids = held_out_windows(tokenizer, source, share, N_WINDOWS, options.seq_len)
-            if len(ids):
-                found[source] = _held_out(ids, source)
-            elif options.calibration:
-                raise CalibrationError(
-                    f"{source} has no window of {options.seq_len} tokens left that was not calibrated on, and "
-                    "--max-ratio measures on such. Lower --tokens, or give more text."
-                )
+            if source == SELF and not share:
+                continue
+            ids[source] = self._unseen(tokenizer, source, share)
+            if not len(ids[source]):
+                del ids[source]
+                if options.calibration:
+                    raise CalibrationError(
+                        f"{source} has no window of {options.seq_len} tokens left that was not calibrated on, and "
+                        "--max-ratio measures on such. Lower --tokens, or give more text."
+                    )
+        if len(bundled) > 1:
+            together = [ids.pop(source) for source in bundled if source in ids]
+            ids = ({_BUNDLED: torch.cat(together)} if together else {}) | ids
+        found = {kind: _held_out(windows, kind) for kind, windows in ids.items()}
         for text in texts:
-            found[text] = Windows.of(tokenizer, text, options.seq_len, N_WINDOWS)
+            found[text] = Windows.of(tokenizer, text, options.seq_len, self.n_windows)
         return found
+
+    def _unseen(self, tokenizer: Any, source: str, share: int) -> Tensor:
+        """Return windows of a source of which calibration took `share`, none of them those."""
+        seq_len, seed = self.options.seq_len, self.options.seed + 1
+        if source == SELF:
+            return sample_windows(self.model, tokenizer, self.n_windows, seq_len, seed=seed)
+        return held_out_windows(tokenizer, source, share, self.n_windows, seq_len)
 
 
 def _held_out(ids: Tensor, source: str) -> Windows:

@@ -162,10 +162,11 @@ def evaluate_attached(
     *,
     sinks: int | None = None,
     recent: int | None = None,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Return how an attached model compares with `original`, on its windows."""
-    found = measure_attached(model, original, sinks=sinks, recent=recent, progress=progress)
+    """Return how an attached model compares with `original`, on its windows, of which `batch` are read at once."""
+    found = measure_attached(model, original, sinks=sinks, recent=recent, batch=batch, progress=progress)
     return joined([found], original.windows, attachment_of(model).plan)
 
 
@@ -188,9 +189,10 @@ def measure_attached(
     *,
     sinks: int | None = None,
     recent: int | None = None,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Measured:
-    """Return the sums of an attached model on the windows of `original`."""
+    """Return the sums of an attached model on the windows of `original`, of which `batch` are read at once."""
     attachment = attachment_of(model)
     plan = attachment.plan
     if plan.form == "folded":
@@ -203,7 +205,7 @@ def measure_attached(
 
     sites = [site for layer in attachment.codecs for site in (layer.key, layer.value)] if plan.form == "coded" else []
     with watched(sites, skipped=sinks) as watches:
-        sums = _window_sums(model, original, coded, progress=progress)
+        sums = _window_sums(model, original, coded, batch=batch, progress=progress)
     protocol = {"sinks": sinks, "recent": recent}
     return Measured(sums, tuple(watch.seen for watch in watches), _dtype_of(model), protocol)
 

@@ -25,7 +25,7 @@ def search(figures: Figures) -> str:
     columns = ("keep", *(Path(kind).name for kind in kinds), f"<at most {found['max_ratio']:g}")
     return f"""<h2>How small may it be?</h2>
 <p>The smallest cache with at most {figures(place + ".max_ratio", "{:g}".format)} times the original's perplexity on \
-each kind of text, measured on {figures(place + ".windows")} windows of {figures(place + ".seq_len")} tokens of each \
-that were not calibrated on, in {len(steps)} steps.</p>
+each kind of text, a standard error included, measured on up to {figures(place + ".windows")} windows of \
+{figures(place + ".seq_len")} tokens of each text that were not calibrated on, in {len(steps)} steps.</p>
 {table(columns, rows)}
 """

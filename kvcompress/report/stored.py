@@ -54,6 +54,7 @@ class _Step(TypedDict):
     worst: Finite | None
     enough: bool
     ratios: Annotated[dict[str, Finite], Within(0, 100)]
+    errors: NotRequired[Annotated[dict[str, Finite], Within(0, 100)]]
 
 
 class _Search(TypedDict):

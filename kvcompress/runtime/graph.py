@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvcompress.compat import PreTrainedModel, cache_argument
 from kvcompress.errors import OptionError
+from kvcompress.model.replay import WARM_UP, record
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.attach import attachment_of
-from kvcompress.runtime.recording import WARM_UP, record
 from kvcompress.runtime.static import StaticCache
 
 

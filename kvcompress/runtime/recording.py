@@ -5,11 +5,8 @@ The loop around it, with its logits, sampling, streaming and stopping, is transf
 
 from __future__ import annotations
 
-import gc
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,39 +17,16 @@ from kvcompress import compat
 from kvcompress.errors import Note, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.site import kernels_apply
+from kvcompress.model.replay import WARM_UP, record
 from kvcompress.runtime import calls
 from kvcompress.runtime.attached import Attached
 from kvcompress.runtime.growing import GROWTH
 from kvcompress.runtime.static import StaticCache
 
-#: Steps before one is recorded: kernels are compiled and tables made in them. They are steps like any other.
-WARM_UP = 2
 #: With fewer new tokens than this, recording takes longer than it saves.
 _FEWEST_STEPS = 8
 #: Tokens for which there is room beyond the prompt, at least.
 _LEAST_ROOM = 256
-_RECORDING = threading.Lock()  # one at a time: a capture is a state of the whole device
-
-
-def record(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Return what runs a step again, and its result, which every run writes. The step itself is not run."""
-    graph = torch.cuda.CUDAGraph()
-    capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-    with _RECORDING, _uncollected(), torch.cuda.device(device), capture:
-        result = step()
-    return graph.replay, result
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Within the block no garbage is collected: to free another graph would end a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class RecordedCache(StaticCache):

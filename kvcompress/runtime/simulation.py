@@ -23,9 +23,11 @@ from kvcompress.model.recording import capped
 from kvcompress.runtime.attended import AttendedCache
 from kvcompress.runtime.places import Places, not_simulated
 from kvcompress.runtime.tokens import TokenLine
+from kvcompress.side_by_side import side_by_side
 
-#: Queries scored at once: on a processor as many as have weights that stay in its cache; on a GPU, in texts of up to
-#: _SHORT tokens more, because there its kernels take less time than to start them.
+#: Queries scored at once: on a processor as many as have weights that stay in its cache. Each processor has pieces of
+#: its own: beside other work, threads that share such small steps wait for one another most of the time. On a GPU, in
+#: texts of up to _SHORT tokens more, because there its kernels take less time than to start them.
 _ON_A_CPU, _ON_A_GPU, _OF_SHORT_TEXTS, _SHORT = 64, 256, 512, 2048
 
 Reader = Callable[[Tensor], None]
@@ -140,8 +142,9 @@ def simulated_attention(
     told = None if layer.simulation.watch is None else layer.simulation.watch(codecs, latents, value)
     place = torch.arange(n_tokens, device=query.device)
     encoded = (place - recent).clamp_min(0) // block * block  # how many tokens are encoded when a query comes
-    outputs, at_once = [], _scored_at_once(query)
-    for start in range(0, n_tokens, at_once):
+    at_once = _scored_at_once(query)
+
+    def piece(start: int) -> tuple[Tensor, Tensor | None]:
         stop = min(start + at_once, n_tokens)
         rows = by_group[:, :, :, start:stop].flatten(2, 3)
         # Only the sinks and the keys that are recent for one of these queries can be exact: few columns.
@@ -162,9 +165,14 @@ def simulated_attention(
             scores = torch.cat([scores, aside.flatten(2).unsqueeze(-1)], -1)
         weights = scores.softmax(-1)[..., :stop]
         chunk = weights @ coded_value[:, :, :stop] + (weights[..., near] * exact) @ value_error[:, :, near]
-        outputs.append(chunk.unflatten(2, (-1, stop - start)))
-        if told is not None:
-            told(weights.index_copy(-1, near, weights[..., near] * ~exact))
+        seen = None if told is None else weights.index_copy(-1, near, weights[..., near] * ~exact)
+        return chunk.unflatten(2, (-1, stop - start)), seen
+
+    outputs, starts = [], range(0, n_tokens, at_once)
+    for output, seen in map(piece, starts) if query.is_cuda else side_by_side(piece, starts, width=1):
+        outputs.append(output)
+        if told is not None and seen is not None:  # in their order, so that what is added up is the same every time
+            told(seen)
     return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).to(query.dtype).contiguous()
 
 

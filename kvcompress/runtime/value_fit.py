@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvcompress import compat
+from kvcompress.calibration.taps import unplanned_attention
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.layer import LayerCodecs
 from kvcompress.model.model_spec import Site
@@ -28,6 +29,8 @@ from kvcompress.side_by_side import side_by_side
 
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
+#: Tokens that a GPU reads at once: whole windows, at least one.
+_AT_ONCE = 4096
 #: Decoders lean on what they were as if that had been seen in so many tokens.
 _PRIOR_TOKENS = 8192
 #: Keeps what is solved for solvable where a component is never read.
@@ -47,7 +50,8 @@ def fit_values(
     model: transformers', the one that the plan is of; it is given back with nothing attached. windows: [n_windows,
     seq_len] token ids. Sites that are read otherwise, or have nothing quantised, stay as they are.
     """
-    attach_plan(model, plan, maps)
+    with unplanned_attention():  # what is attached is tried on a few tokens
+        attach_plan(model, plan, maps)
     try:
         attachment = attachment_of(model)
         if not attachment.places.are_all_read:  # latent attention and older files work on what the cache returns
@@ -60,11 +64,13 @@ def fit_values(
                 of[site] = read[id(codecs)] = ReadValues(codecs, maps[site])
         decoder, device = compat.decoder_of(model), next(model.parameters()).device
         simulation = Simulation(plan.sinks, plan.recent, watch=partial(watched, read))
-        for done, window in enumerate(windows):
+        done = 0
+        for some in windows.split(_windows_at_once(windows.shape[1], device)):
             with simulating(attachment, simulation):
-                decoder(input_ids=window[None].to(device), use_cache=True)
+                decoder(input_ids=some.to(device), use_cache=True)
+            done += some.numel()
             if progress:
-                progress((done + 1) * windows.shape[1], windows.numel())
+                progress(done, windows.numel())
 
         def fit(site: Site) -> None:
             maps[site] = of[site].fitted(maps[site])
@@ -73,6 +79,10 @@ def fit_values(
         side_by_side(fit, list(of), width=width, device=str(device))
     finally:
         detach(model)
+
+
+def _windows_at_once(seq_len: int, device: torch.device) -> int:
+    return max(1, _AT_ONCE // seq_len) if device.type == "cuda" else 1
 
 
 def is_fitted(codecs: LayerCodecs, maps: SiteMaps) -> bool:

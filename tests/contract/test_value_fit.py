@@ -227,3 +227,20 @@ def test_few_tokens_leave_decoders_nearly_as_they_were(planned: Any) -> None:
         site = Site(0, "value")
         changes.append(float((fitted[site].decoder - maps[site].decoder).float().norm()))
     assert 0 < 1.5 * changes[0] < changes[1]
+
+
+def test_windows_read_together_are_the_same(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU reads several windows at once; what is summed up is theirs, one by one."""
+    model, plan, maps, moments = planned
+    found = []
+    for at_once in (1, 5):
+        monkeypatch.setattr(value_fit, "_windows_at_once", lambda *_, n=at_once: n)
+        own, done = dict(maps), []
+        value_fit.fit_values(model, plan, own, moments.text.long(), lambda *x, done=done: done.append(x))
+        assert done[-1] == (24 * 64, 24 * 64) and len(done) == -(-24 // at_once)
+        found.append(own)
+    fitted = [site for site in maps if not torch.equal(found[0][site].decoder, maps[site].decoder)]
+    assert fitted
+    for site in fitted:
+        one, five = (f[site].decoder.float() for f in found)
+        assert float((one - five).norm()) < 0.02 * float((one - maps[site].decoder.float()).norm())

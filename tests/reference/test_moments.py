@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvcompress.bases import BASES
+from kvcompress.calibration import fisher
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments, usable_partitions
 from kvcompress.checkpoint.reader import open_checkpoint
@@ -105,15 +106,15 @@ def dense_moments(
 
 @pytest.fixture
 def sampled_labels(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Everything that torch.multinomial returns during the test."""
+    """Everything that is drawn during the test."""
     sampled: list[Tensor] = []
-    original = torch.multinomial
+    original = fisher.drawn
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
         sampled.append(original(*args, **kwargs))
         return sampled[-1]
 
-    monkeypatch.setattr(torch, "multinomial", record)
+    monkeypatch.setattr(fisher, "drawn", record)
     return sampled
 
 
@@ -161,7 +162,7 @@ def test_labels_follow_the_model(tiny_checkpoint: Any, tiny_model: Any, sampled_
     model = tiny_model("llama-gqa")
     with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
         moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
-        collect_moments(model, checkpoint.spec, windows, moments, sinks=0, recent=0, seed=1)
+        collect_moments(model, checkpoint.spec, windows, moments, sinks=0, recent=0, seed=2)
     with torch.no_grad():
         logs = model(windows).logits.log_softmax(-1).flatten(0, 1)
     surprise = -logs.gather(1, torch.cat(sampled_labels)).squeeze(1)
@@ -174,7 +175,7 @@ def test_labels_are_drawn_slice_by_slice(
     tiny_checkpoint: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same labels, slices of logit rows change nothing."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(fisher, "drawn", lambda p, generator: p.argmax(-1, keepdim=True))
     found = []
     for rows in (1000, 7):
         monkeypatch.setattr("kvcompress.calibration.fisher._LOGIT_ROWS", rows)
@@ -189,8 +190,8 @@ def test_labels_are_drawn_slice_by_slice(
         assert_near(found[1].sites[site].fisher[0], found[0].sites[site].fisher[0])
 
 
-def fixed_labels(probability: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Stands in for torch.multinomial: labels that do not depend on the probabilities."""
+def fixed_labels(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """Stands in for drawing.drawn: labels that do not depend on the probabilities."""
     return (torch.arange(len(probability)) * 7 % probability.shape[1])[:, None]
 
 
@@ -202,7 +203,7 @@ def test_half_precision_gradients_survive(tiny_checkpoint: Any, tiny_model: Any,
     for run_dtype in (torch.float32, dtype):
         checkpoint_of = open_checkpoint(tiny_checkpoint("llama-bf16", **smooth))
         with checkpoint_of as checkpoint, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "multinomial", fixed_labels)
+            patch.setattr(fisher, "drawn", fixed_labels)
             moments = empty_moments(checkpoint.spec, {}, group=checkpoint.spec.layers[0].n_kv_heads)
             model = tiny_model("llama-bf16", dtype=run_dtype, **smooth)
             collect_moments(model, checkpoint.spec, random_ids(8, 40), moments, sinks=2, recent=0, seed=0)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvcompress.calibration import sampling
+from kvcompress.calibration.drawing import drawn
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.errors import OptionError
 from kvcompress.model import blocks
@@ -114,9 +116,28 @@ class TestSampling:
 
     def test_uses_the_cache_correctly(self, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the likeliest token in place of a sample, the windows are the model's greedy continuation."""
-        monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+        monkeypatch.setattr(sampling, "drawn", lambda p, generator: p.argmax(-1, keepdim=True))
         model = tiny_model("smollm3")
         window = sample_windows(model, build_tokenizer(), 1, 15, seed=0)
         model.generation_config.eos_token_id = None
         greedy = model.generate(torch.tensor([[BOS]]), max_new_tokens=14, do_sample=False)
         assert torch.equal(window, greedy)
+
+
+class TestDrawing:
+    def test_tokens_come_as_often_as_they_should(self) -> None:
+        """4,000 draws of each row, within four standard deviations; what has no probability never comes."""
+        probability = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0], [0.05, 0.0, 0.9, 0.0, 0.0, 0.05]])
+        generator = torch.Generator().manual_seed(0)
+        for row in probability:
+            tokens = drawn(row.expand(4000, -1), generator)
+            assert tokens.shape == (4000, 1)
+            counts = torch.bincount(tokens[:, 0], minlength=6)
+            assert not counts[row == 0].any()
+            assert ((counts - 4000 * row).abs() <= 4 * (4000 * row * (1 - row)).sqrt()).all()
+
+    def test_ends_are_within(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        probability = torch.tensor([[0.0, 0.25, 0.75]])
+        for number, token in ((0.0, 1), (0.24, 1), (0.26, 2), (1.0, 2)):
+            monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor([[number]]))
+            assert int(drawn(probability, torch.Generator())) == token

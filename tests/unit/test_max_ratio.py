@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcompress.calibration.builtin import BUNDLED
+from kvcompress.calibration.mixture import held_out_windows, window_shares
+from kvcompress.calibration.text import CODE, PROSE, SELF
+from kvcompress.evaluate import max_ratio
 from kvcompress.evaluate.max_ratio import MOST_STEPS, Search, Step, next_keep
+from kvcompress.options import CompressOptions
+from tests.tiny_models import build_tokenizer
 
 
 def walk(curve, max_ratio: float) -> list[tuple[float, float]]:
@@ -72,3 +79,23 @@ def test_the_document_says_what_was_enough() -> None:
     steps = (Step(0.125, {"a": 1.02, "b": 1.001}), Step(0.2, {"a": 1.004, "b": 1.0}), Step(0.01, {}))
     document = Search(1.005, 0.2, steps, 2, 64, 1.0).to_json()
     assert [(s["worst"], s["enough"]) for s in document["steps"]] == [(1.02, False), (1.004, True), (None, False)]
+
+
+def test_a_kind_is_bounded_with_its_error() -> None:
+    step = Step(0.2, {"steady": 1.004, "few windows": 1.001}, {"steady": 0.0005, "few windows": 0.005})
+    assert step.worst == pytest.approx(1.006)
+    assert not Search(1.005, 0.2, (step,), 8, 64, 1.0).to_json()["steps"][0]["enough"]
+
+
+def test_bundled_texts_are_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration may leave a single window of one of them, which says little."""
+    options, tokenizer = CompressOptions(tokens=40 * 64, seq_len=64), build_tokenizer()
+    monkeypatch.setattr(max_ratio, "sample_windows", lambda model, _, n, seq_len, **__: torch.zeros(n, seq_len).long())
+    bench = object.__new__(max_ratio._Bench)
+    bench.options, bench.model, bench.n_windows = options, None, 6
+    found = bench._windows(tokenizer, [])
+    assert list(found) == ["bundled texts", PROSE, CODE, SELF]
+    assert [len(found[kind].ids) for kind in (PROSE, CODE, SELF)] == [6, 6, 6]
+    shares = window_shares(tokenizer, (), options.tokens, options.seq_len)
+    alone = [held_out_windows(tokenizer, source, shares[source], 6, 64) for source in BUNDLED]
+    assert torch.equal(found["bundled texts"].ids, torch.cat(alone)) and len(torch.cat(alone)) > 6

@@ -52,3 +52,30 @@ def test_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch, case: str, n_que
         assert torch.allclose(
             ours, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max())
         )  # softmax: float32
+
+
+@pytest.mark.parametrize("recent", [0, RECENT, 60])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_the_fused_way_is_the_same(kv_heads: int, recent: int) -> None:
+    """Plain causal attention goes through torch's fused kernels, whose gradients are those of the steps."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, 50, 16).double() for h in (8, kv_heads, kv_heads))
+    gradient, found = torch.randn(1, 50, 8, 16).double(), []
+    causal = torch.ones(50, 50, dtype=torch.bool).tril()[None, None]
+    for mask in (None, causal):  # with a mask it is the steps
+        leaves = [t.clone().requires_grad_(True) for t in (query, key, key, value, value)]
+        output = attention.near_far_attention(leaves[0], leaves[1:3], leaves[3:], mask, recent)
+        assert (type(output.grad_fn).__name__ == "FusedNearFarBackward") == (mask is None)
+        found.append([output, *torch.autograd.grad(output, leaves, gradient)])
+    for ours, expected in zip(*found, strict=True):
+        ours, expected = ours.detach(), expected.detach()
+        assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max()) + 1e-12
+    far = found[0][3]  # of keys, of which the last ones are seen by none as far
+    assert not far[:, :, 50 - recent - 1 :].any() and (recent > 49 or bool(far[:, :, 0].any()))
+
+
+def test_other_widths_of_values_are_not_fused() -> None:
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    assert attention.is_fused(query, key, key)
+    assert not attention.is_fused(query, key, torch.randn(1, 2, 6, 4))
+    assert not attention.is_fused(query.half(), key.half(), key.half())  # on a CPU
