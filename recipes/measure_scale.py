@@ -1,18 +1,19 @@
-"""Time and memory of a calibration against the size of a model: whole, streamed, on several GPUs; and their chart.
+"""Time and memory of a calibration against the size of a model: whole, streamed, on several GPUs, over Ray.
 
     python recipes/measure_scale.py measure WORK --tokenizer DIR --text FILE --sizes 0.1b,1b,8b --ways whole,6GB,gpus
-    python recipes/measure_scale.py draw WORK/scale.json --out docs
+    python recipes/draw_scale.py WORK/scale.json --out docs
 
 Models have the shapes below and random weights, made in WORK; a checkpoint that lies there is a size, too, by its name.
 A way is `whole` (one device), `gpus` (all of this host), `ray` (the cluster at hand) or a size of memory, `least` for
 the smallest that the command takes. Each measurement is a process of its own that runs `kvcompress.compress` with
---maps-only; its plan is compared with those of other ways. With --calibration-only it ends with the moments. `draw`
-needs kvcompress[html]; without a file it draws what is computed alone.
+--maps-only; its plan is compared with those of other ways. With --calibration-only it ends with the moments. A process
+has its imports done while the one before it measures.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import torch
 
 from kvcompress.bench.random_model import llama_config
 from kvcompress.bench.workload import Shape
-from kvcompress.calibration.memory import least_bytes, least_of, parse_bytes, whole_bytes
+from kvcompress.calibration.memory import least_of, parse_bytes, whole_bytes
 from kvcompress.checkpoint.headers import TensorEntry
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.model.architectures import read_model_spec
@@ -50,6 +51,8 @@ SHAPES = {
         "405b": (128, 8, 128, 126, 16384, 53248, 128256),
     }.items()
 }
+#: Ways with other processes than one.
+SHARED = ("gpus", "ray")
 
 
 def tensors_of(shape: Shape) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -129,19 +132,28 @@ class Outside(threading.Thread):
 
     def __init__(self, device: str) -> None:
         super().__init__(daemon=True)
-        self._on_gpu, self.resident, self.gpu = device == "cuda", 0, 0
+        self._on_gpu, self.resident, self.gpu, self.n_samples, self.gpu_before = device == "cuda", 0, 0, 0, 0
 
     def run(self) -> None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        ask = ["nvidia-smi", "-i", visible, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        if not self._on_gpu:
+            while True:
+                self._look()
+                time.sleep(0.25)
+        with subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) as told:
+            assert told.stdout is not None
+            atexit.register(told.kill)
+            for line in told.stdout:
+                self._look()
+                self.gpu = max(self.gpu, int(line) << 20)
+                self.gpu_before = self.gpu_before or self.gpu
+                self.n_samples += 1
+
+    def _look(self) -> None:
         import psutil
 
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        ask = ["nvidia-smi", "-i", visible, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while True:
-            self.resident = max(self.resident, psutil.Process().memory_info().rss)
-            if self._on_gpu:
-                told = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-                self.gpu = max(self.gpu, int(told) << 20)
-            time.sleep(0.25)
+        self.resident = max(self.resident, psutil.Process().memory_info().rss)
 
 
 class Stages:
@@ -170,14 +182,20 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
     from kvcompress.calibration.calibrate import obtain_moments
     from kvcompress.options import CompressOptions
     from kvcompress.pipeline import compress
+    from kvcompress.runtime import value_fit_elsewhere  # noqa: F401 - and all else that a run imports
 
     device, workers = args.device, workers_of(way, args.device)
+    if args.waits:
+        if workers is not None:  # theirs, too
+            list(workers.each(str, [()] * workers.n))
+        if not sys.stdin.readline():  # the one that was to send it is no more
+            sys.exit(1)
     with open_checkpoint(model) as checkpoint:
         size = (checkpoint.spec.dtype if device == "cuda" else "float32", args.seq_len)
         least = least_of(checkpoint, *size, device)
         numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
         counted = {"whole_bytes": whole_bytes(checkpoint, *size), "least_bytes": least}
-    memory = None if way in ("whole", "gpus", "ray") else least if way == "least" else parse_bytes(way)
+    memory = None if way in ("whole", *SHARED) else least if way == "least" else parse_bytes(way)
     options = CompressOptions(
         calibration=(str(args.text),), tokens=args.tokens, seq_len=args.seq_len, recent=args.recent, maps_only=True
     )
@@ -203,7 +221,9 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
         **counted,
     }
     if device == "cuda":
-        found |= {"allocated_bytes": torch.cuda.max_memory_allocated(), "gpu_bytes": outside.gpu}
+        found |= {"allocated_bytes": torch.cuda.max_memory_allocated()}
+        found |= {"reserved_bytes": torch.cuda.max_memory_reserved()}
+        found |= {"gpu_bytes": outside.gpu, "gpu_bytes_before": outside.gpu_before, "looks": outside.n_samples}
     if workers is not None:
         workers.close()
     return found | (read(model, size[0], device) if found["streamed"] else {})
@@ -249,91 +269,56 @@ def same_plan(out: Path, whole: Path) -> dict[str, Any]:
     return {"bits_equal": True, "maps_within": away}
 
 
+def begun(args: argparse.Namespace, size: str, way: str) -> subprocess.Popen[str]:
+    """Return a process that measures a size in a way when it is sent a line."""
+    out = args.work / f"{size}-{way}" / "out"
+    shutil.rmtree(out.parent, ignore_errors=True)
+    out.parent.mkdir()
+    options = ["--text", args.text, "--tokens", args.tokens, "--seq-len", args.seq_len, "--recent", args.recent]
+    options += ["--device", args.device, "--waits", *(["--calibration-only"] if args.calibration_only else [])]
+    command = [sys.executable, __file__, "one", args.work / size, out, way, *options]
+    return subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def measure(args: argparse.Namespace) -> None:
     """Measure every size in every way, each in a process of its own, and keep what is found after each."""
     file = args.work / "scale.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     for size in args.sizes.split(","):
-        model = args.work / size
-        if not (model / "model.safetensors.index.json").is_file():
-            make(SHAPES[size], model, args.tokenizer, args.device)
-        for way in args.ways.split(","):
-            out = args.work / f"{size}-{way}" / "out"
-            shutil.rmtree(out.parent, ignore_errors=True)
-            out.parent.mkdir()
-            options = ["--text", args.text, "--tokens", args.tokens, "--seq-len", args.seq_len, "--recent", args.recent]
-            options += ["--calibration-only"] if args.calibration_only else []
-            command = [sys.executable, __file__, "one", model, out, way, "--device", args.device, *options]
-            done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{size} {way}: failed")
-                continue
-            row = {"size": size} | json.loads(done.stdout.splitlines()[-1])
-            others = [r["way"] for r in rows if (r["size"], r["tokens"]) == (size, args.tokens) and r["way"] != way]
-            planned = [w for w in others if all(d.is_dir() for d in (out, args.work / f"{size}-{w}" / "out"))]
-            row |= {"plans": {w: same_plan(out, args.work / f"{size}-{w}" / "out") for w in planned}}
-            rows = [r for r in rows if (r["size"], r["way"]) != (size, way)] + [row]
-            file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps(row), flush=True)
+        if not (args.work / size / "config.json").is_file():
+            make(SHAPES[size], args.work / size, args.tokenizer, args.device)
+    left = [(size, way) for size in args.sizes.split(",") for way in args.ways.split(",")]
+    ahead = None
+    for (size, way), following in zip(left, [*left[1:], None], strict=True):
+        process = ahead or begun(args, size, way)
+        # the processes of a shared run would be on the device already
+        ahead = begun(args, *following) if following and following[1] not in SHARED else None
+        told = process.communicate("\n")[0].splitlines()
+        if process.returncode:
+            print(f"{size} {way}: failed", flush=True)
+            continue
+        row = {"size": size} | json.loads(told[-1])
+        row |= {"plans": plans_beside(args, size, way)}
+        rows = [r for r in rows if (r["size"], r["way"]) != (size, way)] + [row]
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(row), flush=True)
 
 
-def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
-    """Return the points of the chart: memory as the command counts it, and what was measured."""
-    found = []
-    for shape in (s for name, s in SHAPES.items() if name != "tiny"):
-        checkpoint = imagined(shape)
-        billions = sum(entry.n_numbers for entry in checkpoint.tensors.values()) / 1e9
-        counted = {
-            "whole": whole_bytes(checkpoint, "bfloat16", seq_len),
-            "streamed": least_bytes(checkpoint, "bfloat16", seq_len),
-        }
-        for how, n_bytes in counted.items():
-            found.append({"billions": billions, "how": how, "kind": "counted", "gigabytes": n_bytes / 1e9})
-    for row in rows:
-        how = "streamed" if row["streamed"] else "several GPUs" if row["way"] == "gpus" else "whole"
-        point = {"billions": row["parameters"] / 1e9, "how": how, "kind": "measured"}
-        if "calibration_seconds" in row:
-            point["seconds"] = row["calibration_seconds"]
-        if "allocated_bytes" in row and how != "several GPUs":
-            point["gigabytes"] = row["allocated_bytes"] / 1e9
-        found.append(point)
+def plans_beside(args: argparse.Namespace, size: str, way: str) -> dict[str, Any]:
+    """Return how the plan of one way compares with those of others that were measured of as many tokens."""
+    out, found = args.work / f"{size}-{way}" / "out", {}
+    for other in args.work.glob(f"{size}-*/out"):
+        if other != out and all((o / "kv_plan.json").is_file() for o in (out, other)):
+            tokens = [json.loads((o / "kv_plan.json").read_text())["calibration"]["tokens"] for o in (out, other)]
+            if tokens[0] == tokens[1]:
+                found[other.parent.name.removeprefix(f"{size}-")] = same_plan(out, other)
     return found
-
-
-def panel(values: list[dict[str, Any]], field: str, title: str) -> dict[str, Any]:
-    """Return one panel of the chart: a field against billions of parameters, both logarithmic."""
-    log = {"type": "quantitative", "scale": {"type": "log"}, "axis": {"tickCount": 5, "format": "~g"}}
-    x, y = log | {"field": "billions", "title": "parameters, billions"}, log | {"field": field, "title": title}
-    color = {
-        "field": "how",
-        "type": "nominal",
-        "title": None,
-        "scale": {"domain": ["whole", "streamed", "several GPUs"]},
-    }
-    of = lambda kind: [v for v in values if v["kind"] == kind and field in v]  # noqa: E731
-    line = {"data": {"values": of("counted")}, "mark": {"type": "line", "strokeDash": [4, 3]}}
-    marks = {"data": {"values": of("measured")}, "mark": {"type": "point", "filled": True, "size": 60}}
-    return {"width": 300, "height": 240, "layer": [line, marks], "encoding": {"x": x, "y": y, "color": color}}
-
-
-def draw(args: argparse.Namespace) -> None:
-    import vl_convert
-
-    rows = json.loads(args.file.read_text(encoding="utf-8")) if args.file else []
-    values = points(rows, args.seq_len)
-    panels = [panel(values, "gigabytes", "memory on the device, GB (dashed: counted)")]
-    if sum("seconds" in value for value in values) > 1:
-        panels.append(panel(values, "seconds", "calibration, seconds"))
-    chart = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "background": "white", "hconcat": panels}
-    (args.out / "scale.svg").write_text(vl_convert.vegalite_to_svg(chart), encoding="utf-8")
-    for value in values:
-        print(json.dumps(value))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    of = {name: commands.add_parser(name) for name in ("measure", "one", "draw")}
+    of = {name: commands.add_parser(name) for name in ("measure", "one")}
     for name in ("measure", "one"):
         of[name].add_argument("--text", type=Path, required=True)
         of[name].add_argument("--tokens", type=int, default=65536)
@@ -347,15 +332,12 @@ def main() -> None:
     of["one"].add_argument("model", type=Path)
     of["one"].add_argument("out", type=Path)
     of["one"].add_argument("way")
-    of["draw"].add_argument("file", type=Path, nargs="?")
-    of["draw"].add_argument("--out", type=Path, default=Path("docs"))
+    of["one"].add_argument("--waits", action="store_true", help="Begin when a line comes.")
     for command in of.values():
         command.add_argument("--seq-len", type=int, default=2048)
     args = parser.parse_args()
     if args.command == "measure":
         measure(args)
-    elif args.command == "draw":
-        draw(args)
     else:
         print(json.dumps(measured(args.model, args.out, args, args.way)))
 

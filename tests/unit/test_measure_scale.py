@@ -38,11 +38,14 @@ def test_a_gpu_is_asked_for_more_than_what_is_allocated(recipe: dict[str, Any]) 
     assert asked == [4.6, 5.6]
 
 
-def test_the_chart(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vl_convert")
+    monkeypatch.syspath_prepend(RECIPE.parent)
+    draw = runpy.run_path(str(RECIPE.with_name("draw_scale.py")), run_name="recipe")["draw"]
     row = {"size": "8b", "way": "6GB", "streamed": True, "parameters": 8e9, "calibration_seconds": 77.0}
     rows = [row | {"allocated_bytes": 4.5e9}, row | {"parameters": 1e9, "streamed": False}]
     (tmp_path / "scale.json").write_text(json.dumps(rows))
-    recipe["draw"](Namespace(file=tmp_path / "scale.json", out=tmp_path, seq_len=2048))
-    drawn = (tmp_path / "scale.svg").read_text()
-    assert drawn.startswith("<svg") and "calibration, seconds" in drawn and "streamed" in drawn
+    draw(Namespace(files=[tmp_path / "scale.json"], out=tmp_path, seq_len=2048))
+    for name in ("light", "dark"):
+        drawn = (tmp_path / f"scale-{name}.svg").read_text()
+        assert drawn.startswith("<svg") and "calibration, seconds" in drawn and "streamed" in drawn
