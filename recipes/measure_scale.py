@@ -127,12 +127,34 @@ def write(file: Path, sizes: dict[str, tuple[int, ...]], seed: int, device: str)
                 left = left[out.write(left) :]
 
 
+class Stages:
+    """When each stage of a run told first and last, in seconds, and how much was done then."""
+
+    def __init__(self) -> None:
+        self.started, self.told = time.monotonic(), dict[str, list[tuple[float, int]]]()
+        self._tenths, self.last = dict[str, int](), "begin"
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now, self.last = (round(time.monotonic() - self.started, 2), done), stage
+        self.told.setdefault(stage, [now, now])[1] = now
+        tenth = 10 * done // max(total, 1)
+        if self._tenths.get(stage) != tenth:
+            self._tenths[stage] = tenth
+            print(f"{stage}: {done} of {total} after {now[0]} s", file=sys.stderr, flush=True)
+
+    def rate(self, stage: str) -> float:
+        """Return what was done in a second, between the first word and the last."""
+        (begin, before), (end, after) = self.told[stage]
+        return (after - before) / max(end - begin, 1e-9)
+
+
 class Outside(threading.Thread):
     """What others see of this process while it runs: its memory, and all that its first GPU holds (nvidia-smi)."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, stages: Stages) -> None:
         super().__init__(daemon=True)
-        self._on_gpu, self.resident, self.gpu, self.n_samples, self.gpu_before = device == "cuda", 0, 0, 0, 0
+        self._on_gpu, self._stages, self.resident, self.n_looks = device == "cuda", stages, 0, 0
+        self.gpu = dict[str, int]()  # the most in each stage
 
     def run(self) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -146,35 +168,14 @@ class Outside(threading.Thread):
             atexit.register(told.kill)
             for line in told.stdout:
                 self._look()
-                self.gpu = max(self.gpu, int(line) << 20)
-                self.gpu_before = self.gpu_before or self.gpu
-                self.n_samples += 1
+                stage = self._stages.last if self.n_looks else "before"
+                self.gpu[stage] = max(self.gpu.get(stage, 0), int(line) << 20)
+                self.n_looks += 1
 
     def _look(self) -> None:
         import psutil
 
         self.resident = max(self.resident, psutil.Process().memory_info().rss)
-
-
-class Stages:
-    """When each stage of a run told first and last, in seconds, and how much was done then."""
-
-    def __init__(self) -> None:
-        self.started, self.told = time.monotonic(), dict[str, list[tuple[float, int]]]()
-        self._tenths = dict[str, int]()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = round(time.monotonic() - self.started, 2), done
-        self.told.setdefault(stage, [now, now])[1] = now
-        tenth = 10 * done // max(total, 1)
-        if self._tenths.get(stage) != tenth:
-            self._tenths[stage] = tenth
-            print(f"{stage}: {done} of {total} after {now[0]} s", file=sys.stderr, flush=True)
-
-    def rate(self, stage: str) -> float:
-        """Return what was done in a second, between the first word and the last."""
-        (begin, before), (end, after) = self.told[stage]
-        return (after - before) / max(end - begin, 1e-9)
 
 
 def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
     options = CompressOptions(
         calibration=(str(args.text),), tokens=args.tokens, seq_len=args.seq_len, recent=args.recent, maps_only=True
     )
-    outside, stages = Outside(device), Stages()
+    stages = Stages()
+    outside = Outside(device, stages)
     outside.start()
     how: dict[str, Any] = {"device": device, "workers": workers, "memory": memory, "progress": stages}
     if args.calibration_only:
@@ -223,7 +225,7 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
     if device == "cuda":
         found |= {"allocated_bytes": torch.cuda.max_memory_allocated()}
         found |= {"reserved_bytes": torch.cuda.max_memory_reserved()}
-        found |= {"gpu_bytes": outside.gpu, "gpu_bytes_before": outside.gpu_before, "looks": outside.n_samples}
+        found |= {"gpu_bytes": max(outside.gpu.values()), "gpu_bytes_in": outside.gpu, "looks": outside.n_looks}
     if workers is not None:
         workers.close()
     return found | (read(model, size[0], device) if found["streamed"] else {})

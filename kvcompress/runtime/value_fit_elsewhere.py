@@ -111,19 +111,24 @@ def fit_values_streamed(
     by_layer, n_layers = {a.layer: a for a in spec.layers}, len(streamed.layers)
     with compat.attention_replaced(streamed.model, _NAME, simulated.attend):
         calls = [call for call, _ in how_called(streamed, taps, windows[:1].to(device))]
-        hidden = [how_called(streamed, taps, row[None].to(device))[0][1].cpu() for row in windows]
+        hidden = [_kept(how_called(streamed, taps, row[None].to(device))[0][1]) for row in windows]
         for index, layer in streamed.in_order(range(n_layers)):
             codecs = kernels_of(by_layer[index], plan, maps, rotaries, device) if index in by_layer else None
             site, read = Site(index, "value"), None
             if codecs is not None and site in maps and is_fitted(codecs, maps[site]):
                 read = ReadValues(codecs, maps[site])
             simulated.take(codecs, read)
-            for place, x in enumerate(hidden):
-                hidden[place] = call_layer(layer, taps, x.to(device), calls[index]).cpu()
+            for x in hidden:
+                x.copy_(call_layer(layer, taps, x.to(device), calls[index]))
             if read is not None:
                 maps[site] = read.fitted(maps[site])
             if progress:
                 progress((index + 1) * windows.numel() // n_layers, windows.numel())
+
+
+def _kept(hidden: Tensor) -> Tensor:
+    """Return hidden states in memory of this host, such as a GPU's copies reach directly."""
+    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda).copy_(hidden)
 
 
 class _Simulated:
