@@ -47,8 +47,9 @@ def side_by_side(
 
 
 def fitting_device(device: str, width: int, room: int | None = None) -> str:
-    """Return where sites of `width` numbers are fitted: a GPU that is meant by `device`, "auto" included, if it has the
-    memory that `side_by_side` may take, else the CPU. room: bytes that this process may take there; None: what is free.
+    """Return where sites of `width` numbers are fitted: a GPU that is meant by `device`, "auto" included, if it has
+    four times what threads of `side_by_side` take there, else the CPU. room: bytes that this process may take there;
+    None: what is free.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +57,7 @@ def fitting_device(device: str, width: int, room: int | None = None) -> str:
         return "cpu"
     if room is None:
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    most = min(_MEMORY, _MOST * _MATRICES * 8 * width**2)
+    most = min(_MEMORY, 4 * _FEEDING * _MATRICES * 8 * width**2)
     return device if room - torch.cuda.memory_allocated(device) > most else "cpu"
 
 

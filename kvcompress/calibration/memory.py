@@ -20,6 +20,8 @@ _LOGIT_BYTES = 256 * 4 * 3
 _QUERIES, _SCORE_BYTES = 512, 24
 #: What CUDA itself takes of a GPU for a process, beside what is allocated.
 CONTEXT_BYTES = 600_000_000
+#: What its solvers and generators take besides, from their first use on.
+SOLVING_BYTES = 500_000_000
 #: Of a GPU's memory, what one process can count on; the rest is CUDA's own and lost between blocks.
 USABLE_SHARE = 0.92
 #: Activations of a layer that is recomputed with gradients, in hidden states: queries, keys, values, the MLP's.
@@ -88,10 +90,10 @@ def free_bytes(device: str) -> int | None:
 
 
 @contextmanager
-def limited(device: str, memory: int | None) -> Iterator[None]:
+def limited(device: str, memory: int | None, *, solves: bool = False) -> Iterator[None]:
     """Within the block, this process allocates no more than `memory` on a GPU, what CUDA itself takes included.
 
-    Raises OptionError where that is too little.
+    solves: whether systems are solved there. Raises OptionError where that is too little.
     """
     if memory is None or not device.startswith("cuda"):
         yield
@@ -99,7 +101,8 @@ def limited(device: str, memory: int | None) -> Iterator[None]:
     import torch
 
     place = torch.cuda.current_device() if device == "cuda" else torch.device(device).index
-    share = (memory - CONTEXT_BYTES) / torch.cuda.get_device_properties(place).total_memory
+    torch.cuda.empty_cache()  # what was kept for another use would count twice
+    share = (memory - CONTEXT_BYTES - solves * SOLVING_BYTES) / torch.cuda.get_device_properties(place).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place)
     try:
         yield

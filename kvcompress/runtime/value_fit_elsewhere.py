@@ -85,7 +85,7 @@ def _fitting(place: Elsewhere, device: str) -> Callable[..., None]:
     def fit(*what: Any) -> None:
         if place.memory is None:
             return fit_values(loaded_model(place.checkpoint, place.dtype, device), *what)
-        with limited(device, place.memory):
+        with limited(device, place.memory, solves=True):
             fit_values_streamed(streamed_model(place.checkpoint, place.dtype, device), *what)
 
     return fit

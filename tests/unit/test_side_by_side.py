@@ -54,10 +54,10 @@ def test_an_error_comes_out_and_threads_are_as_before(three_threads: object) -> 
 
 
 @pytest.mark.parametrize(
-    ("room", "place"), [(None, "cuda"), (3 << 30, "cuda"), (2 << 30, "cpu")], ids=["free", "enough", "too little"]
+    ("room", "place"), [(None, "cuda"), (2 << 30, "cuda"), (1 << 30, "cpu")], ids=["free", "enough", "too little"]
 )
 def test_a_gpu_fits_sites_in_what_it_may_take(monkeypatch: pytest.MonkeyPatch, room: int | None, place: str) -> None:
-    """256 matrices of 1024 x 1024 numbers are 2 GiB, and the weights that stay take a quarter more."""
+    """128 matrices of 1024 x 1024 numbers are 1 GiB, and the weights that stay take a quarter more."""
     for name, found in (("mem_get_info", (70 << 30, 80 << 30)), ("memory_reserved", 0), ("memory_allocated", 1 << 29)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
     assert fitting_device("cuda", 1024, room) == place
