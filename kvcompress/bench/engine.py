@@ -4,11 +4,12 @@ each."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from kvcompress.errors import OptionError
 #: What vLLM itself can keep, by the name of its kv_cache_dtype; ours is "kvcompress".
 CACHES = ("bf16", "fp8", "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
 OURS = "kvcompress"
+#: Names an error at the end of a trace.
+_NAMED = re.compile(r"\b\w*(Error|Exception): ")
+#: Lines of a process that are shown where it ended with an error.
+_LAST_LINES = 40
 #: Begins a line of kvcompress.vllm.measure that says a measurement.
 MEASURED = "measured "
 
@@ -142,6 +147,17 @@ def _run(
     found = json.loads(files[1].read_text(encoding="utf-8")) if files[1].is_file() else {"steps": []}
     failure = None
     if process.returncode:
-        lines = [line for line in last if "Error" in line] or [line for line in last if line.strip()][-1:]
-        failure = lines[-1].strip() if lines else f"exit {process.returncode}"
+        failure = reason_of(last) or f"exit {process.returncode}"
+        say("".join(list(last)[-_LAST_LINES:]).rstrip())
     return EngineTiming(cache, keep, failure=failure, **(found | {"steps": tuple(found["steps"])}))
+
+
+def reason_of(lines: Iterable[str]) -> str | None:
+    """Return which of the last lines of a process says why it ended: that of its error; None if it said nothing.
+
+    Lines behind it may explain (CUDA's do), and vLLM's main process points to its workers' "root cause" above.
+    """
+    spoken = [line.strip() for line in lines if line.strip()]
+    named = [line for line in spoken if _NAMED.search(line) and "root cause" not in line]
+    said = named or [line for line in spoken if "Error" in line] or spoken
+    return said[-1] if said else None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvcompress.bench.engine import EngineTiming, EngineWorkload, time_engine, write_random_model
+from kvcompress.bench.engine import EngineTiming, EngineWorkload, reason_of, time_engine, write_random_model
 from kvcompress.bench.workload import SHAPES
 from kvcompress.errors import OptionError
 from kvcompress.runtime.output import read_output
@@ -38,6 +38,22 @@ def test_a_cache_that_does_not_run_says_why(tmp_path: Any, monkeypatch: Any) -> 
     rows = time_engine("tiny", [0.5], workload, caches=["bf16"], turn=256, device="cpu")
     assert [(row.cache, row.keep) for row in rows] == [("bf16", None), ("kvcompress", 0.5)]
     assert all(isinstance(row, EngineTiming) and row.failure for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (
+            ["ValueError: x is odd.", "Search for `cudaErrorUnknown' in https://docs.nvidia.com"],
+            "ValueError: x is odd.",
+        ),
+        (["torch.Error: y", "Exception: WorkerProc failed. See stack trace for root cause."], "torch.Error: y"),
+        (["starts", "Killed", ""], "Killed"),
+        ([], None),
+    ],
+)
+def test_the_line_that_names_the_error_is_the_reason(lines: list[str], reason: str | None) -> None:
+    assert reason_of(f"{line}\n" for line in lines) == reason
 
 
 def test_random_models_for_the_engine_are_whole_outputs(tmp_path: Any) -> None:
