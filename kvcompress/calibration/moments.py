@@ -78,25 +78,29 @@ class SiteMoments:
         """m: [n], float64."""
         return self.total / self.n_tokens
 
-    def covariance(self, wanted: Tensor, *, centred: bool) -> Tensor:
-        """Return C for blocks [n_blocks, width] -> [n_blocks, width, width]: about the mean, or about zero."""
-        second = self._select(self.outer, wanted) / self.n_tokens
+    def covariance(self, wanted: Tensor, *, centred: bool, device: str = "cpu") -> Tensor:
+        """Return C for blocks [n_blocks, width] -> [n_blocks, width, width]: about the mean, or about zero.
+
+        wanted: on the CPU, as the moments are; device: where it is computed.
+        """
+        second = self._select(self.outer, wanted, device) / self.n_tokens
         if centred:
-            mean = self.mean[wanted]
+            mean = self.mean[wanted].to(device)
             second = second - mean.unsqueeze(2) * mean.unsqueeze(1)
         return second
 
     def fisher_information(self, wanted: Tensor) -> Tensor:
         """Return F = E[g g^T] for blocks [n_blocks, width] -> [n_blocks, width, width]."""
-        return self._select(self.fisher, wanted) / self.n_tokens
+        return self._select(self.fisher, wanted, "cpu") / self.n_tokens
 
     def partition_with(self, wanted: Tensor) -> Tensor:
         """Return the stored blocks that contain the wanted ones. Raises CalibrationError if there are none."""
         return self.partitions[self._find(wanted)[0]]
 
-    def _select(self, stored: list[Tensor], wanted: Tensor) -> Tensor:
-        index, block, place = self._find(wanted)
-        return stored[index][block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)]
+    def _select(self, stored: list[Tensor], wanted: Tensor, device: str) -> Tensor:
+        index, *places = self._find(wanted)
+        block, place = (p.to(device) for p in places)
+        return stored[index].to(device)[block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)]
 
     def _find(self, wanted: Tensor) -> tuple[int, Tensor, Tensor]:
         """Return (stored partition, block of each wanted one [n_blocks, 1], places in it [n_blocks, width])."""

@@ -20,7 +20,7 @@ from kvcompress.model.replay import WARM_UP, record
 
 #: Relative error of the logits within which two ways to the same tokens agree.
 _TOLERANCE = {torch.float32: 1e-3}
-_OF_16_BITS = 5e-2
+_OF_16_BITS = 0.1
 
 
 class StepsDiffer(RuntimeError):

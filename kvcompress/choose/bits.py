@@ -126,8 +126,11 @@ def _samples(fit: FittedSite, moments: SiteMoments, attention: AttentionSpec, de
     generator = torch.Generator().manual_seed(0)
     if not len(moments.samples):  # encoders scale every component to variance 1
         return torch.randn(_N_GAUSSIAN_SAMPLES, 1, generator=generator).to(device).expand(-1, len(components.block))
-    x = moments.samples.double() - (moments.mean if fit.centred else 0)
-    if fit.rotated and attention.rotary_dim:
+    turns = fit.rotated and attention.rotary_dim > 0
+    x = moments.samples.to("cpu" if turns else device).double()
+    if fit.centred:
+        x = x - moments.mean.to(x.device)
+    if turns:
         # Keys are encoded at whatever position they come to stand: any phase of each frequency is as likely.
         phase = 2 * math.pi * torch.rand(len(x), 1, attention.rotary_dim // 2, generator=generator, dtype=torch.float64)
         heads = x.unflatten(1, (attention.n_kv_heads, -1)).clone()

@@ -37,7 +37,7 @@ def refitted(maps: SiteMaps, sums: SiteMoments, *, device: str = "cpu") -> SiteM
     x = sums.samples.to(device) - codec.mean
     codes = (codec.latents(codec.encode(x)) * codec.step).double()
     blocks = maps.blocks.long()
-    covariance = sums.covariance(blocks, centred=True).to(device)
+    covariance = sums.covariance(blocks, centred=True, device=device)
     decoder, mean = maps.decoder.double(), maps.mean.double()
     for b, numbers in enumerate(blocks):
         mine = (maps.block == b).nonzero()[:, 0]
