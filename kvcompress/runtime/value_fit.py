@@ -30,7 +30,7 @@ from kvcompress.side_by_side import side_by_side
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
 #: Tokens that a GPU reads at once: whole windows, at least one.
-_AT_ONCE = 4096
+_AT_ONCE = 8192
 #: Decoders lean on what they were as if that had been seen in so many tokens.
 _PRIOR_TOKENS = 8192
 #: Keeps what is solved for solvable where a component is never read.

@@ -55,6 +55,17 @@ def test_help_is_quick_and_imports_nothing_heavy(helped, command):
     assert seconds < 2.0  # half a second on a quick core, and one on that of some servers; of work: others may be busy
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, given, found):
+    """Before torch is there: OpenMP reads it once. Threads that spin take processors from those they wait for."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    code = "import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY']))\n" + PROBE
+    process = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert process.stdout.split()[-1] == found and "imported: []" in process.stderr
+
+
 def test_another_budget_needs_no_transformers(kvcompress, model, text, tmp_path):
     """Its import takes longer than all else that another budget does, where no model runs (as none above 4 GB does)."""
     given = ("--calibration", text, "--tokens", "256", "--seq-len", "64", "--recent", "8", "--maps-only", "--no-refit")
