@@ -256,7 +256,7 @@ def _window_sums(
             states = coded(ids)
             for i in range(start, start + len(ids)):
                 one = slice(i - start, i - start + 1)
-                sums[i] = _compare(model, original.states(i), states[one], ids[one])
+                sums[i] = _compare((original.model, original.states(i)), (model, states[one]), ids[one])
         if progress:
             progress(start + len(ids), n_windows)
     return sums
@@ -309,13 +309,16 @@ def evaluation_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int
     return windows, digest.hexdigest()
 
 
-def _compare(model: Any, original: Tensor, compressed: Tensor, ids: Tensor) -> Tensor:
-    """Return sums over predicted tokens of (nll original, nll compressed, KL, top-1 agreement), float64."""
+def _compare(original: tuple[Any, Tensor], compressed: tuple[Any, Tensor], ids: Tensor) -> Tensor:
+    """Return sums over predicted tokens of (nll original, nll compressed, KL, top-1 agreement), float64.
+
+    original, compressed: each a model and its final hidden states. Each has logits by its own head, which a healed
+    fold may have trained.
+    """
     sums = torch.zeros(4, dtype=torch.float64)
     for rows in _row_slices(ids.shape[1] - 1):
         labels = ids[:, rows.start + 1 : rows.stop + 1, None]
-        p = logits_of(model, original[:, rows]).float().log_softmax(-1)
-        q = logits_of(model, compressed[:, rows]).float().log_softmax(-1)
+        p, q = (logits_of(model, states[:, rows]).float().log_softmax(-1) for model, states in (original, compressed))
         sums += torch.stack(
             [
                 -p.gather(-1, labels).sum().double(),
