@@ -65,7 +65,9 @@ def headline(document: dict[str, Any]) -> str:
     ahead = [v for v in document["verdicts"]["ratio"] if v["verdict"] == "ahead"]
     if ahead:
         found = "; ".join(f"{name_of(v)} against {', '.join(name_of(o) for o in v['ours'])}{_doubt(v)}" for v in ahead)
-        return f"Not everywhere on the front: fewer bytes and a lower ratio than ours has {found}."
+        by_kl = any(v["verdict"] == "ahead" for v in document["verdicts"]["kl_nats"])
+        rest = "" if by_kl else " Nothing has both fewer bytes and a lower KL."
+        return f"Not everywhere on the front: fewer bytes and a lower ratio than ours has {found}.{rest}"
     if not document["verdicts"]["ratio"]:
         return "Nothing to compare with: only our own method was measured."
     return "Nothing here has both fewer bytes and a lower ratio than one of our points."

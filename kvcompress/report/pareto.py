@@ -12,7 +12,9 @@ _DARK = ("#e6edf3", "#30363d", ["#58a6ff", "#8b949e", "#f0883e"])
 _FAMILIES = {"ours": "kvcompress", "published": "published low-rank methods", "peer": "quantised caches"}
 _TICKS = [1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10]
 #: Whose labels stand below their points, since another's stands above.
-_BELOW = ("quanto", "xkv", "kvtc-", "fp8")
+_BELOW = ("quanto", "palu", "kvtc-", "fp8")
+#: Published methods that are named where they have the fewest bytes; others where they have the most.
+_NAMED_LEFT = ("palu", "kq-svd")
 #: Variants that differ from their parents by less than a point's size.
 _VARIANTS = ("-once", "-unscaled", "-all-layers", "-per-token-head")
 
@@ -35,10 +37,13 @@ def _specification(document: dict[str, Any], colours: tuple[str, str, list[str]]
     ink, grid, families = colours
     original = document["original"]["bytes_per_token"]
     points = [_point(cell, original) for cell in _drawn(document["cells"])]
-    for point in points:  # a published method is named once, where it has the fewest bytes
+    for point in points:  # a published method is named once, presets of a quantised cache at both ends of their line
+        sizes = [p["left"] for p in points if p["line"] == point["line"]]
         if point["family"] == _FAMILIES["published"]:
-            smallest = min(p["left"] for p in points if p["line"] == point["line"])
-            point["label"] = point["line"] if point["left"] == smallest else ""
+            named_at = min(sizes) if point["line"] in _NAMED_LEFT else max(sizes)
+            point["label"] = point["line"] if point["left"] == named_at else ""
+        elif point["family"] == _FAMILIES["peer"] and min(sizes) < point["left"] < max(sizes):
+            point["label"] = ""
     named = list({point["family"]: None for point in points})
     ranges = [families[list(_FAMILIES.values()).index(name)] for name in named]
     x = {

@@ -326,8 +326,10 @@ def test_a_difference_within_the_noise_is_said() -> None:
     rows[1]["log_ratios"][0] -= 1e-5
     [found] = verdicts(rows)
     assert found["clear"] is True
-    document = {"verdicts": {"ratio": [found]}}
+    document = {"verdicts": {"ratio": [found], "kl_nats": [found | {"verdict": "behind"}]}}
     assert "Not everywhere" in headline(document) and "peer against default at 0.5" in headline(document)
+    assert headline(document).endswith("Nothing has both fewer bytes and a lower KL.")
+    assert "KL" not in headline({"verdicts": {"ratio": [found], "kl_nats": [found]}})
 
 
 def test_the_front_is_what_nothing_beats() -> None:
