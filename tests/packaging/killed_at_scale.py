@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if workers is not None:
         list(workers.each(str, [()] * workers.n))
     if devices[0].startswith("cuda"):
+        torch.cuda.set_device(devices[0])
         torch.zeros(1, device=devices[0])
     chosen = {"seq_len": arguments.seq_len, "tokens": arguments.windows * arguments.seq_len, "recent": 4, "keep": 0.25}
     options = CompressOptions(calibration=(str(arguments.text),), maps_only=True, **chosen)
