@@ -48,7 +48,24 @@ def whole_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
 
 def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes the streamed pass takes: all but layers, two layers, a window, a layer's sums."""
-    spec, size = checkpoint.spec, DTYPE_BYTES[dtype]
+    sums = 2 * max(16 * checkpoint.spec.width(site) ** 2 for site in checkpoint.spec.sites)
+    return _staying_bytes(checkpoint, dtype) + sums + _window_bytes(checkpoint, dtype, seq_len)
+
+
+def least_of(checkpoint: Checkpoint, dtype: str, seq_len: int, device: str) -> int:
+    """Return the least memory with which a calibration is begun: on a GPU CUDA's own, and what is lost, beside it.
+
+    That is for the pass there and back, and for fits, which take solvers, but no gradients and no logits.
+    """
+    least = least_bytes(checkpoint, dtype, seq_len)
+    if not device.startswith("cuda"):
+        return least
+    fits = _staying_bytes(checkpoint, dtype) + _score_bytes(checkpoint, seq_len)
+    return max(int(least / USABLE_SHARE), int(fits / USABLE_SHARE) + SOLVING_BYTES) + CONTEXT_BYTES
+
+
+def _staying_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Return the bytes of a streamed model: all but layers, and two layers."""
     layers: dict[str, int] = {}
     outside = 0
     for name, entry in checkpoint.tensors.items():
@@ -57,23 +74,18 @@ def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
             layers[found[1]] = layers.get(found[1], 0) + entry.n_numbers
         else:
             outside += entry.n_numbers
-    weights = outside + 2 * max(layers.values(), default=0)
-    sums = 2 * max(16 * spec.width(site) ** 2 for site in spec.sites)
-    return weights * size + sums + _window_bytes(checkpoint, dtype, seq_len)
-
-
-def least_of(checkpoint: Checkpoint, dtype: str, seq_len: int, device: str) -> int:
-    """Return the least memory with which a calibration is begun: on a GPU CUDA's own, and what is lost, beside it."""
-    least = least_bytes(checkpoint, dtype, seq_len)
-    return int(least / USABLE_SHARE) + CONTEXT_BYTES if device.startswith("cuda") else least
+    return (outside + 2 * max(layers.values(), default=0)) * DTYPE_BYTES[dtype]
 
 
 def _window_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes a window takes: a layer with gradients, its attention, some rows of logits."""
     spec = checkpoint.spec
-    scores = max(a.n_heads for a in spec.layers) * min(_QUERIES, seq_len) * seq_len * _SCORE_BYTES
     hidden = seq_len * spec.hidden_size * DTYPE_BYTES[dtype] * _ACTIVATIONS
-    return hidden + scores + _LOGIT_BYTES * spec.vocab_size
+    return hidden + _score_bytes(checkpoint, seq_len) + _LOGIT_BYTES * spec.vocab_size
+
+
+def _score_bytes(checkpoint: Checkpoint, seq_len: int) -> int:
+    return max(a.n_heads for a in checkpoint.spec.layers) * min(_QUERIES, seq_len) * seq_len * _SCORE_BYTES
 
 
 def free_bytes(device: str) -> int | None:
