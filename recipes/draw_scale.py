@@ -20,6 +20,7 @@ from kvcompress.calibration.memory import least_bytes, whole_bytes
 LIGHT = ("#1f2328", "#d8dee4", ["#8c959f", "#0969da", "#bc4c00"])
 DARK = ("#e6edf3", "#30363d", ["#8b949e", "#58a6ff", "#f0883e"])
 
+TICKS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 #: What the colours are of, in their order.
 HOW = ("whole", "streamed", "several GPUs")
 
@@ -49,7 +50,7 @@ def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
 
 def panel(values: list[dict[str, Any]], field: str, title: str, colours: list[str]) -> dict[str, Any]:
     """Return one panel of the chart: a field against billions of parameters, both logarithmic."""
-    log = {"type": "quantitative", "scale": {"type": "log"}, "axis": {"tickCount": 5, "format": "~g"}}
+    log = {"type": "quantitative", "scale": {"type": "log"}, "axis": {"values": TICKS, "format": "~g"}}
     x, y = log | {"field": "billions", "title": "parameters, billions"}, log | {"field": field, "title": title}
     domain = [how for how in HOW if any(value["how"] == how for value in values)]
     color = {
@@ -59,9 +60,13 @@ def panel(values: list[dict[str, Any]], field: str, title: str, colours: list[st
         "legend": {"title": None, "orient": "top"},
     }
     of = lambda kind: [v for v in values if v["kind"] == kind and field in v]  # noqa: E731
-    line = {"data": {"values": of("counted")}, "mark": {"type": "line", "strokeDash": [4, 3]}}
-    marks = {"data": {"values": of("measured")}, "mark": {"type": "point", "filled": True, "size": 60}}
-    return {"width": 300, "height": 240, "layer": [line, marks], "encoding": {"x": x, "y": y, "color": color}}
+    drawn = [
+        {"data": {"values": of("counted")}, "mark": {"type": "line", "strokeDash": [4, 3]}},
+        {"data": {"values": of("measured")}, "mark": {"type": "point", "filled": True, "size": 60}},
+    ]
+    if field == "seconds":  # of which nothing is counted
+        drawn.append({"data": {"values": of("measured")}, "mark": {"type": "line", "strokeWidth": 1}})
+    return {"width": 300, "height": 240, "layer": drawn, "encoding": {"x": x, "y": y, "color": color}}
 
 
 def chart(values: list[dict[str, Any]], colours: tuple[str, str, list[str]]) -> dict[str, Any]:
