@@ -143,6 +143,8 @@ def make_plan(
     if max(turns.values()) == 1:
         options = replace(options, turn=1)  # so that components need not come in fours
     device, is_lean = fitting_device(device, _widest(spec)), scratch is not None
+    if options.metric == "fisher" and options.quantised:
+        moments = moments.weighed()
     moments = turned_moments(spec, moments, turns, seed=options.seed, device=device)
     maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
     how: dict[str, Any] = {"workers": workers, "is_lean": is_lean, "device": device}

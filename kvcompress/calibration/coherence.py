@@ -56,7 +56,9 @@ class Watch(SiteMoments):
         made_of = (self.shift, self.heads, self.encoder, self.decoder, self.order)
         return tuple(t.cpu().numpy() for t in made_of)
 
-    def add(self, x: Tensor, g: Tensor, *, n_samples: int = 0) -> None:
+    def add(
+        self, x: Tensor, g: Tensor, weight: Tensor | None = None, *, n_samples: int = 0, n_weighed: int = 0
+    ) -> None:
         """Add a window: x, g [n_tokens, n], as SiteMoments.add takes them."""
         x, g = x.to(self.shift), g.to(self.shift)
         z = (x - self.shift)[:, self.heads].transpose(0, 1) @ self.encoder.transpose(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvcompress.calibration.backward import backward_pass, goes_by_layer
 from kvcompress.calibration.drawing import drawn
+from kvcompress.calibration.leverage import leverages
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.taps import LayerTap, tapped, unplanned_attention
 from kvcompress.errors import CalibrationError
@@ -26,8 +27,9 @@ from kvcompress.model.rope import Rotary
 
 #: Rows of logits that are alive at once; [256, 150k] float32 is 150 MB.
 _LOGIT_ROWS = 256
-#: Tokens of each site that are kept as they are, over all windows: 4 * n bytes each.
-_N_SAMPLES = 2048
+#: Tokens of each site that are kept as they are, over all windows: 4 * n bytes each; and for each so many that are
+#: weighed by their gradients one that is not.
+_N_SAMPLES, _WEIGHED_FOR_ONE = 2048, 4
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
@@ -124,15 +126,23 @@ def add_tap(
             # d/d(x before RoPE) = scale R^T d/d(x after); unrotate divides by the scale
             rotary = Rotary.by(rotation, x.device)
             x, g = rotary.unrotate(x, positions), rotary.unrotate(g, positions) * rotary.scale**2
+        n_heads = x.shape[1]
         x, g = (t.detach().transpose(1, 2).flatten(2)[0, sinks:] for t in (x, g))
         if moments.sites[site].total.device != x.device:  # layers may be spread over several
             moments.sites[site] = moments.sites[site].to(str(x.device))
-        moments.sites[site].add(x, g.double() / scale, n_samples=n_samples)
+        g, sums = g.double() / scale, moments.sites[site]
+        weight = leverages(g, n_heads) if sums.partitions else None  # watches (coherence.py) have none
+        sums.add(x, g, weight, n_samples=n_plain(n_samples), n_weighed=n_samples)
 
 
 def n_samples_of(window: int, n_windows: int) -> int:
-    """Return how many tokens of a window are kept: evenly over all, so that any pass over them keeps the same."""
+    """Return how many weighed tokens of a window are kept: evenly over all, so that any pass keeps the same."""
     return (window + 1) * _N_SAMPLES // n_windows - window * _N_SAMPLES // n_windows
+
+
+def n_plain(n_samples: int) -> int:
+    """Return how many tokens are kept that are not weighed, beside n_samples of a window that are."""
+    return -(-n_samples // _WEIGHED_FOR_ONE)
 
 
 def head_gradient(model: Any, hidden: Tensor, *, seed: int) -> Tensor:

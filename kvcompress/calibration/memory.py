@@ -26,6 +26,8 @@ SOLVING_BYTES = 500_000_000
 USABLE_SHARE = 0.92
 #: Activations of a layer that is recomputed with gradients, in hidden states: queries, keys, values, the MLP's.
 _ACTIVATIONS = 24
+#: Of a site that is mixed as a whole, for the square of its width: three sums of float64.
+_SUMS_BYTES = 24
 
 
 def parse_bytes(text: str) -> int:
@@ -42,13 +44,13 @@ def whole_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     spec, size = checkpoint.spec, DTYPE_BYTES[dtype]
     n_numbers = sum(entry.n_numbers for entry in checkpoint.tensors.values())
     hidden = seq_len * spec.hidden_size * size * len(spec.layers)
-    sums = sum(16 * spec.width(site) ** 2 for site in spec.sites)
+    sums = sum(_SUMS_BYTES * spec.width(site) ** 2 for site in spec.sites)
     return n_numbers * size + hidden + sums + _window_bytes(checkpoint, dtype, seq_len)
 
 
 def least_bytes(checkpoint: Checkpoint, dtype: str, seq_len: int) -> int:
     """Return about how many bytes the streamed pass takes: all but layers, two layers, a window, a layer's sums."""
-    sums = 2 * max(16 * checkpoint.spec.width(site) ** 2 for site in checkpoint.spec.sites)
+    sums = 2 * max(_SUMS_BYTES * checkpoint.spec.width(site) ** 2 for site in checkpoint.spec.sites)
     return _staying_bytes(checkpoint, dtype) + sums + _window_bytes(checkpoint, dtype, seq_len)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcompress.calibration.leverage import spread_over
 from kvcompress.checkpoint.writer import atomic_file
 from kvcompress.documents import parse_json, shaped
 from kvcompress.errors import CalibrationError
@@ -20,7 +21,8 @@ from kvcompress.model.rotation import Rotation
 from kvcompress.side_by_side import side_by_side
 
 #: Of the file; part of what names it, so that files of another format are not taken for these.
-MOMENTS_FORMAT = 7
+MOMENTS_FORMAT = 8
+_WEIGHED = ("weighed_total", "weighed_samples")
 
 
 @dataclass
@@ -32,6 +34,9 @@ class SiteMoments:
     tokens themselves ([n_samples, n], float32), for what moments cannot tell: the shape of each component's
     distribution, to which its quantiser is fitted. `coherence` ([n], float64, the component that costs most to drop
     first) is how much more dropping one costs than its tokens do one by one (coherence.py); None: not measured.
+
+    `weighed_total`, `weighed_outer` and `weighed_samples` are the same of tokens that count as they were weighed
+    (leverage.py), 1 in the mean; zero and empty where they were not.
     """
 
     partitions: list[Tensor]
@@ -41,25 +46,52 @@ class SiteMoments:
     samples: Tensor
     n_tokens: int = 0
     coherence: Tensor | None = None
+    weighed_total: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    weighed_outer: list[Tensor] = field(default_factory=list)
+    weighed_samples: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    #: Tokens evenly spread, [n, width], where `samples` are others.
+    typical: Tensor | None = None
 
     @classmethod
     def empty(cls, partitions: list[Tensor], width: int, device: str | torch.device = "cpu") -> SiteMoments:
-        zeros = [
-            torch.zeros(p.shape[0], p.shape[1], p.shape[1], dtype=torch.float64, device=device) for p in partitions
-        ]
-        total = torch.zeros(width, dtype=torch.float64, device=device)
-        samples = torch.zeros(0, width, device=device)
-        return cls([p.to(device) for p in partitions], total, zeros, [torch.zeros_like(z) for z in zeros], samples)
+        def zeros() -> list[Tensor]:
+            shapes = ((p.shape[0], p.shape[1], p.shape[1]) for p in partitions)
+            return [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
-    def add(self, x: Tensor, g: Tensor, *, n_samples: int = 0) -> None:
-        """Add tokens: x, g [n_tokens, n], any dtype; `n_samples` of them, evenly spread, are kept as samples."""
+        total, samples = torch.zeros(width, dtype=torch.float64, device=device), torch.zeros(0, width, device=device)
+        return cls(
+            [p.to(device) for p in partitions],
+            total,
+            zeros(),
+            zeros(),
+            samples,
+            weighed_total=total.clone(),
+            weighed_outer=zeros(),
+            weighed_samples=samples.clone(),
+        )
+
+    def add(
+        self, x: Tensor, g: Tensor, weight: Tensor | None = None, *, n_samples: int = 0, n_weighed: int = 0
+    ) -> None:
+        """Add tokens: x, g [n_tokens, n], any dtype; `n_samples` of them, evenly spread, are kept as samples.
+
+        weight: [n_tokens], float64, how much each counts, 1 in the mean; None where they are not weighed. n_weighed: so
+        many are kept as weighed samples, evenly spread over the sum of weights: a token may come twice.
+        """
         if n_samples:
             chosen = torch.linspace(0, len(x) - 1, min(n_samples, len(x)), device=x.device).round().long()
             self.samples = torch.cat([self.samples, x[chosen].float()])
+        if n_weighed and weight is not None:
+            chosen = spread_over(weight, min(n_weighed, len(x)))
+            self.weighed_samples = torch.cat([self.weighed_samples, x[chosen].float()])
         x, g = x.double(), g.double()
         self.total += x.sum(0)
-        for partition, outer, fisher in zip(self.partitions, self.outer, self.fisher, strict=True):
-            for sums, rows in ((outer, x), (fisher, g)):
+        added = [(self.outer, x), (self.fisher, g)]
+        if weight is not None:
+            self.weighed_total += weight @ x
+            added.append((self.weighed_outer, weight.sqrt()[:, None] * x))
+        for stored, rows in added:
+            for partition, sums in zip(self.partitions, stored, strict=True):
                 block_rows = rows[:, partition].transpose(0, 1)  # [n_blocks, n_tokens, width]
                 sums.baddbmm_(block_rows.transpose(1, 2), block_rows)
         self.n_tokens += x.shape[0]
@@ -67,11 +99,33 @@ class SiteMoments:
     def join(self, *later: SiteMoments) -> None:
         """Add the sums of later windows, of the same blocks."""
         for other in later:
-            self.total += other.total
-            for sums, more in zip((*self.outer, *self.fisher), (*other.outer, *other.fisher), strict=True):
+            for sums, more in zip(self._sums, other._sums, strict=True):
                 sums += more
             self.n_tokens += other.n_tokens
         self.samples = torch.cat([self.samples, *(other.samples for other in later)])
+        self.weighed_samples = torch.cat([self.weighed_samples, *(other.weighed_samples for other in later)])
+
+    @property
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.total, *self.outer, *self.fisher, self.weighed_total, *self.weighed_outer
+
+    def weighed(self) -> SiteMoments:
+        """Return the moments with C, the mean and the samples of tokens that count as they were weighed; F stays.
+
+        Moments without such samples are returned as they are. What is returned shares its tensors.
+        """
+        if not len(self.weighed_samples):
+            return self
+        return SiteMoments(
+            self.partitions,
+            self.weighed_total,
+            self.weighed_outer,
+            self.fisher,
+            self.weighed_samples,
+            self.n_tokens,
+            self.coherence,
+            typical=self.samples,
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -121,32 +175,28 @@ class SiteMoments:
         n = self.total.numel()
         if self.total.shape != (n,) or self.samples.dim() != 2 or self.samples.shape[1] != n or self.n_tokens < 1:
             raise ValueError(f"the sums of {site} are of {n} numbers and {self.n_tokens} tokens, its samples not")
-        if not self.partitions or self.samples.dtype != torch.float32:
-            raise ValueError(f"{site} has no blocks, or its samples are no float32")
+        if not self.partitions:
+            raise ValueError(f"{site} has no blocks")
         for partition, outer, fisher in zip(self.partitions, self.outer, self.fisher, strict=True):
             if partition.dim() != 2 or not torch.equal(partition.flatten().sort()[0], torch.arange(n)):
                 raise ValueError(f"the blocks of {site} are no partition")
             shape = (*partition.shape, partition.shape[1])
             if outer.shape != shape or fisher.shape != shape:
                 raise ValueError(f"the sums of {site} have shape {list(outer.shape)}, its blocks {list(shape)}")
-        sums = (self.total, *self.outer, *self.fisher, *([] if self.coherence is None else [self.coherence]))
+        if [t.shape for t in self.weighed_outer] != [t.shape for t in self.outer]:
+            raise ValueError(f"the weighed sums of {site} are not of its blocks")
+        if self.weighed_total.shape != (n,) or self.weighed_samples.shape[1:] != (n,):
+            raise ValueError(f"the weighed sums of {site} are not of {n} numbers")
+        sums = (*self._sums, *([] if self.coherence is None else [self.coherence]))
         if self.coherence is not None and (self.coherence.shape != (n,) or bool((self.coherence < 1).any())):
             raise ValueError(f"the coherence of {site} is no {n} numbers from 1 on")
-        finite = all(bool(t.isfinite().all()) for t in (*sums, self.samples))
-        if not finite or any(t.dtype != torch.float64 for t in sums):
-            raise ValueError(f"the sums of {site} are no finite float64 numbers")
+        samples = self.samples, self.weighed_samples
+        finite = all(bool(t.isfinite().all()) for t in (*sums, *samples))
+        if any(t.dtype != torch.float32 for t in samples) or not finite or any(t.dtype != torch.float64 for t in sums):
+            raise ValueError(f"the sums of {site} are no finite float64 numbers, or its samples no float32")
 
     def to(self, device: str) -> SiteMoments:
-        move = lambda tensors: [t.to(device) for t in tensors]  # noqa: E731
-        return SiteMoments(
-            move(self.partitions),
-            self.total.to(device),
-            move(self.outer),
-            move(self.fisher),
-            self.samples.to(device),
-            self.n_tokens,
-            None if self.coherence is None else self.coherence.to(device),
-        )
+        return SiteMoments(**_mapped(vars(self), lambda t: t.to(device)))
 
 
 @dataclass
@@ -181,12 +231,15 @@ class Moments:
         for site, moments in self.sites.items():
             tensors[f"{site}.total"] = moments.total.cpu()
             tensors[f"{site}.samples"] = moments.samples.cpu()
+            for name in _WEIGHED:
+                tensors[f"{site}.{name}"] = getattr(moments, name).cpu()
             if moments.coherence is not None:
                 tensors[f"{site}.coherence"] = moments.coherence.cpu()
             for i, partition in enumerate(moments.partitions):
                 tensors[f"{site}.partition.{i}"] = partition.to("cpu", torch.int32)
                 tensors[f"{site}.outer.{i}"] = moments.outer[i].cpu()
                 tensors[f"{site}.fisher.{i}"] = moments.fisher[i].cpu()
+                tensors[f"{site}.weighed_outer.{i}"] = moments.weighed_outer[i].cpu()
         n_tokens = next(iter(self.sites.values())).n_tokens
         header = {"protocol": json.dumps(self.protocol), "windows": json.dumps(self.order), "n_tokens": str(n_tokens)}
         header["signature"] = json.dumps(self.signature)
@@ -203,7 +256,12 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Bytes of the sums and samples, which is nearly all that is saved."""
-        return sum(t.nbytes for m in self.sites.values() for t in (*m.outer, *m.fisher, m.samples))
+        sums = ((*m.outer, *m.fisher, *m.weighed_outer, m.samples, m.weighed_samples) for m in self.sites.values())
+        return sum(t.nbytes for own in sums for t in own)
+
+    def weighed(self) -> Moments:
+        """Return the moments of tokens that count as they were weighed; see SiteMoments.weighed."""
+        return replace(self, sites={site: sums.weighed() for site, sums in self.sites.items()})
 
     def arrays(self) -> tuple[Any, ...]:
         """Return everything but the protocol, tensors (on the CPU) as NumPy's, for `of_arrays`."""
@@ -278,6 +336,8 @@ def _sites(tensors: dict[str, Tensor], n_tokens: int) -> dict[Site, SiteMoments]
                 tensors[f"{site}.samples"],
                 n_tokens,
                 tensors.get(f"{site}.coherence"),
+                weighed_outer=[tensors[f"{site}.weighed_outer.{i}"] for i in range(count)],
+                **{name: tensors[f"{site}.{name}"] for name in _WEIGHED},
             )
     return sites
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.fisher import n_samples_of
+from kvcompress.calibration.fisher import n_plain, n_samples_of
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.streamed import begun_windows, share_done
 from kvcompress.checkpoint.writer import atomic_file, remove_stale
@@ -95,7 +95,8 @@ class Parts:
         def join(site: Site) -> None:
             sums = whole.sites[site]
             sums.join(*(moments.sites[site] for moments in later))
-            sums.samples = self._in_order(sums.samples, order)
+            sums.samples = self._in_order(sums.samples, order, n_plain)
+            sums.weighed_samples = self._in_order(sums.weighed_samples, order)
 
         side_by_side(join, list(whole.sites), width=max(sums.total.numel() for sums in whole.sites.values()))
         whole.order = sorted(order)
@@ -133,10 +134,11 @@ class Parts:
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _in_order(self, samples: Tensor, order: list[int]) -> Tensor:
+    def _in_order(self, samples: Tensor, order: list[int], n_of: Callable[[int], int] = int) -> Tensor:
+        """n_of: how many samples a window has, of how many weighed ones."""
         if order == sorted(order):
             return samples
-        counts = [min(n_samples_of(w, self.n_windows), self.seq_len - self.sinks) for w in order]
+        counts = [min(n_of(n_samples_of(w, self.n_windows)), self.seq_len - self.sinks) for w in order]
         rows = dict(zip(order, samples.split(counts), strict=True))
         return torch.cat([rows[w] for w in sorted(order)])
 

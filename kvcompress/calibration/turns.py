@@ -60,7 +60,10 @@ def turned_site(
     partner, sign = (t.to(device) for t in _quarter_turn(attention))
     channel = torch.arange(attention.width, device=device) % attention.head_dim
     mean_cos, mean_sin = cos.mean(0)[channel], sin.mean(0)[channel]
-    sample_cos, sample_sin = cos_sin(torch.randint(turn, (len(sums.samples),), generator=generator))
+
+    def rotated(samples: Tensor) -> Tensor:
+        sample_cos, sample_sin = cos_sin(torch.randint(turn, (len(samples),), generator=generator))
+        return (sample_cos[:, channel] * samples + sample_sin[:, channel] * sign * samples[:, partner]).float()
 
     def averaged(stored: list[Tensor]) -> list[Tensor]:
         return [
@@ -73,9 +76,8 @@ def turned_site(
         total=mean_cos * sums.total + mean_sin * sign * sums.total[partner],
         outer=averaged(sums.outer),
         fisher=averaged(sums.fisher),
-        samples=(
-            sample_cos[:, channel] * sums.samples + sample_sin[:, channel] * sign * sums.samples[:, partner]
-        ).float(),
+        samples=rotated(sums.samples),
+        typical=None if sums.typical is None else rotated(sums.typical),
     )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvcompress.calibration.moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
@@ -55,7 +54,7 @@ def coded_site(
     maps = _site_maps(fit, choice, moments)
     if refits and not fit.rotated:
         maps = refitted(maps, moments, device=device)
-    return CodedSite(plan, maps, energy, _seen(fit, maps, moments.samples, device))
+    return CodedSite(plan, maps, energy, _seen(fit, maps, moments, device))
 
 
 def _site_plan(site: Site, choice: Choice, fit: FittedSite, turn: int) -> SitePlan:
@@ -88,11 +87,12 @@ def _site_maps(fit: FittedSite, choice: Choice, moments: SiteMoments) -> SiteMap
     )
 
 
-def _seen(fit: FittedSite, own: SiteMaps, samples: Tensor, device: str) -> list[Any]:
+def _seen(fit: FittedSite, own: SiteMaps, moments: SiteMoments, device: str) -> list[Any]:
     """Return what tells how far typical text is: the calibration text's own tokens, as a site's codec encodes them.
 
     Keys that are encoded after RoPE are left out, and so is everything where there are no samples.
     """
+    samples = moments.samples if moments.typical is None else moments.typical
     if not len(samples) or own.mean is None or fit.rotated:
         return []
     some = samples[:: -(-len(samples) // _TYPICAL_SAMPLES)] - own.mean

@@ -94,9 +94,9 @@ def test_the_predicted_loss_is_that_of_the_codec(
     planned: Any, tiny_moments: Any, monkeypatch: pytest.MonkeyPatch, family: str, basis: str
 ) -> None:
     """1/2 tr(F E[e e^T]) of the calibration's own samples through the codec; gains, left out of it, make it less."""
-    with_gains = [_measured(planned(family, key_basis=basis), tiny_moments(family).sites)]
+    with_gains = [_measured(planned(family, key_basis=basis), tiny_moments(family).weighed().sites)]
     monkeypatch.setattr(codec_module, "best_gain", lambda z, half: torch.full(z.shape[:-1], 4, dtype=torch.uint8))
-    predicted, measured = _measured(planned(family, key_basis=basis), tiny_moments(family).sites)
+    predicted, measured = _measured(planned(family, key_basis=basis), tiny_moments(family).weighed().sites)
     assert gain(torch.tensor(4)) == 1
     assert measured == pytest.approx(predicted, rel=0.25)
     assert with_gains[0][1] < measured
