@@ -19,14 +19,14 @@ def leverages(g: Tensor, n_heads: int) -> Tensor:
 
     g: [n_tokens, n], the gradients of a window's tokens at a site; n_heads: its KV heads.
     """
-    by_head = g.double().unflatten(1, (n_heads, -1)).permute(1, 2, 0)  # [n_heads, head_dim, n_tokens]
+    largest = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
+    by_head = (g / largest).float().unflatten(1, (n_heads, -1)).permute(1, 2, 0)  # [n_heads, head_dim, n_tokens]
     fisher = by_head @ by_head.mT / len(g)
-    ridge = (FISHER_RIDGE * fisher.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    identity = torch.eye(fisher.shape[1], dtype=fisher.dtype, device=fisher.device)
-    root, _ = torch.linalg.cholesky_ex(
-        fisher + ridge[:, None, None] * identity
-    )  # gradients that are not finite stay so
-    weight = torch.linalg.solve_triangular(root, by_head, upper=False).square().mean((0, 1))
+    identity = torch.eye(fisher.shape[1], device=fisher.device).expand_as(fisher)
+    ridge = (FISHER_RIDGE * fisher.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(torch.finfo(torch.float32).tiny)
+    root, _ = torch.linalg.cholesky_ex(fisher + ridge[:, None, None] * identity)  # what is not finite stays so
+    inverse = torch.linalg.solve_triangular(root, identity, upper=False)  # its columns are far fewer than tokens
+    weight = (inverse @ by_head).square().mean((0, 1)).double()
     mean = weight.mean()
     return torch.where(mean == 0, 1.0, weight / mean)
 
