@@ -20,7 +20,9 @@ from kvcompress.report.stored_comparison import FORMAT_VERSION
 #: Context lengths for which the whole cache's bytes are stated.
 LENGTHS = (2048, 8192, 32768, 131072)
 #: What comparisons that are joined must agree in.
-_SHARED = ("format_version", "model_fingerprint", "protocol", "machine")
+_SHARED = ("format_version", "model_fingerprint", "protocol")
+#: By how much the uncompressed perplexities of comparisons on two kinds of device may differ, relatively.
+_ROUNDING = 1e-4
 
 
 def document_of(
@@ -52,9 +54,11 @@ def document_of(
 
 
 def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one comparison of several: of the same model on the same windows and machine, with other methods.
+    """Return one comparison of several: of the same model on the same windows, with other methods.
 
-    Raises OptionError where they are not, or where a cell is in two of them.
+    Every cell is a ratio to the uncompressed model on its own device, so devices may be of several kinds, which are all
+    named, where that model's perplexity is the same on them. Raises OptionError where they are not of the same, or
+    where a cell is in two of them.
     """
     first = documents[0]
     for other in documents[1:]:
@@ -65,14 +69,28 @@ def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
     if len({cell["key"] for cell in cells}) < len(cells):
         raise OptionError("comparisons that share a cell cannot be joined.")
     methods = [method for document in documents for method in document["request"]["methods"]]
-    perplexity = next((d["original"]["perplexity"] for d in documents if d["original"]["perplexity"] is not None), None)
+    perplexities = [d["original"]["perplexity"] for d in documents if d["original"]["perplexity"] is not None]
+    perplexity = perplexities[0] if perplexities else None
     return first | {
+        "machine": _joined_machine([d["machine"] for d in documents], perplexities),
         "request": first["request"] | {"methods": list(dict.fromkeys(methods))},
         "original": first["original"] | {"perplexity": perplexity},
         "complete": all(document["complete"] for document in documents),
         "cells": cells,
         **_judged(cells),
     }
+
+
+def _joined_machine(machines: list[dict[str, Any]], perplexities: list[float]) -> dict[str, Any]:
+    """Return the machine of joined comparisons, whose device names all of theirs. Raises OptionError; see joined."""
+    first = machines[0]
+    place = {"device": "", "cpu_count": 0}  # what changes no figure
+    if any(machine | place != first | place for machine in machines):
+        raise OptionError("comparisons with a different machine cannot be joined: compare in one run.")
+    if perplexities and max(perplexities) > min(perplexities) * (1 + _ROUNDING):
+        raise OptionError("comparisons whose uncompressed perplexities differ cannot be joined: compare in one run.")
+    names = dict.fromkeys(name for machine in machines for name in machine["device"].split(" and "))
+    return first | {"device": " and ".join(names)}
 
 
 def _judged(cells: list[dict[str, Any]]) -> dict[str, Any]:

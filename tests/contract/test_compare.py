@@ -219,6 +219,14 @@ def test_comparisons_of_other_methods_on_the_same_windows_are_joined(
         joined([parts[0], parts[0]])
     with pytest.raises(OptionError, match="different protocol"):
         joined([parts[0], parts[1] | {"protocol": {}}])
+    elsewhere = parts[1] | {"machine": parts[1]["machine"] | {"device": "a card", "cpu_count": 1}}
+    devices = [parts[0]["machine"]["device"], "a card"]
+    assert joined([parts[0], elsewhere, parts[2]])["machine"]["device"] == " and ".join(devices)
+    other = elsewhere["original"] | {"perplexity": 1.001 * elsewhere["original"]["perplexity"]}
+    with pytest.raises(OptionError, match="uncompressed perplexities differ"):
+        joined([parts[0], elsewhere | {"original": other}])
+    with pytest.raises(OptionError, match="different machine"):
+        joined([parts[0], parts[1] | {"machine": parts[1]["machine"] | {"torch": "0"}}])
 
 
 def test_layers_with_a_window_stay_the_models_own_in_every_method(request_of: Any, tmp_path: Path) -> None:
