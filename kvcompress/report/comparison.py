@@ -117,7 +117,8 @@ def comparison_table(document: dict[str, Any]) -> str:
     """Return the comparison as Markdown: headline, table, protocol."""
     document = without_local_paths(document)
     names = ("method", "bytes a token", "left", "ratio", "s.e.", "KL", "against ours")
-    lines = [f"{headline(document)}", "", f"| {' | '.join(names)} |", "|---|" + "---:|" * 5 + "---|"]
+    unfinished = [] if document["complete"] else ["", "Not finished: some cells are still missing."]
+    lines = [headline(document), *unfinished, "", f"| {' | '.join(names)} |", "|---|" + "---:|" * 5 + "---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(document)]
     perplexity = document["original"]["perplexity"]
     if perplexity is not None:
