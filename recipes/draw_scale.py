@@ -25,9 +25,21 @@ TICKS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 HOW = ("whole", "streamed", "several GPUs")
 
 
+def compared(rows: list[dict[str, Any]]) -> int | None:
+    """Return the tokens of which most sizes were measured, -1 where no two sizes have the same."""
+    sizes: dict[int | None, set[int]] = {}
+    for row in rows:
+        sizes.setdefault(row.get("tokens"), set()).add(row["parameters"])
+    most = max(sizes, key=lambda tokens: len(sizes[tokens]), default=-1)
+    return most if len(sizes.get(most, ())) > 1 else -1
+
+
 def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
-    """Return the points of the chart: memory as the command counts it, and what was measured."""
-    found = []
+    """Return the points of the chart: memory as the command counts it, and what was measured.
+
+    Seconds are those of one number of tokens, of which several sizes were measured.
+    """
+    found, tokens = [], compared(rows)
     for shape in (s for name, s in SHAPES.items() if name != "tiny"):
         checkpoint = imagined(shape)
         billions = sum(entry.n_numbers for entry in checkpoint.tensors.values()) / 1e9
@@ -40,7 +52,7 @@ def points(rows: list[dict[str, Any]], seq_len: int) -> list[dict[str, Any]]:
     for row in rows:
         how = "streamed" if row["streamed"] else "several GPUs" if row["way"] == "gpus" else "whole"
         point = {"billions": row["parameters"] / 1e9, "how": how, "kind": "measured"}
-        if "calibration_seconds" in row:
+        if "calibration_seconds" in row and row.get("tokens") == tokens:
             point["seconds"] = row["calibration_seconds"]
         if "allocated_bytes" in row and how != "several GPUs":
             point["gigabytes"] = row["allocated_bytes"] / 1e9
@@ -73,7 +85,7 @@ def chart(values: list[dict[str, Any]], colours: tuple[str, str, list[str]]) -> 
     """Return the drawing of all points in some colours."""
     ink, grid, marks = colours
     panels = [panel(values, "gigabytes", "memory on the device, GB (dashed: counted)", marks)]
-    if sum("seconds" in value for value in values) > 1:
+    if any("seconds" in value for value in values):
         panels.append(panel(values, "seconds", "calibration, seconds", marks))
     axis = {"labelColor": ink, "titleColor": ink, "gridColor": grid, "domainColor": grid, "tickColor": grid}
     return {
