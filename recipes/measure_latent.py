@@ -55,6 +55,7 @@ from kvcompress.runtime.output import read_output
 
 OURS = {"ours": ("fisher", "loss"), "activation": ("activation", "uniform"), "weights": ("weights", "uniform")}
 STARTS = (*OURS, "random", "mha2mla", "transmla")
+Kinds = dict[str, Tensor]
 _ATTENTION = "kvcompress_latent"
 #: Of each head's pairs MHA2MLA leaves this share with RoPE.
 _ROPE_SHARE = 4
@@ -229,8 +230,8 @@ def latents(start: str, model_dir: Path, args: argparse.Namespace, calibration: 
     return model, [SeparateLatents(layer) for layer in layers]
 
 
-def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTexts) -> dict[str, Any]:
-    """Return the figures of a start before and after training, on the held-out windows of `texts`."""
+def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTexts, tests: Kinds) -> dict[str, Any]:
+    """Return the figures of a start before and after training, on `tests`; the best weights are those by `texts`."""
     model, layers = latents(start, model_dir, args, spread(texts.training, args.calibration_tokens // args.seq_len))
     teacher = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(args.device).eval()
     compat.use_attention(model, _ATTENTION, latent_attention)
@@ -245,16 +246,23 @@ def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTe
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(options, Path(scratch), device=args.device)
         trainer = make_trainer(model, texts, arguments, lambda _: None)
-        began = time.monotonic()
+        before, began = _measured(trainer, tests), time.monotonic()
         trainer.train()
-        seconds, after = round(time.monotonic() - began, 1), trainer.measure()
+        seconds, after = round(time.monotonic() - began, 1), _measured(trainer, tests)
     run = {"start": start, "tokens": args.tokens, "seconds": seconds, "device": device_name(arguments)}
-    return run | {"texts": _compared(trainer.before, after)}
+    return run | {"texts": _compared(before, after)}
 
 
 def spread(windows: Tensor, n: int) -> Tensor:
     """Return n windows of all texts, which lie one after the other: evenly spaced, or all where there are fewer."""
     return windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).round().long()]
+
+
+def _measured(trainer: Any, tests: Kinds) -> dict[str, dict[str, float]]:
+    own, trainer.held_out = trainer.held_out, tests
+    figures: dict[str, dict[str, float]] = trainer.measure()
+    trainer.held_out = own
+    return figures
 
 
 def _compared(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -286,9 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.model)
     texts = heal_texts(tokenizer, tuple(args.text), tokens=args.tokens, seq_len=args.seq_len, held_out=1)
     tests = {Path(t).stem: Windows.of(tokenizer, t, args.seq_len, args.windows).ids for t in args.test}
-    texts = texts._replace(held_out=tests)
     for start in args.starts:
-        print(json.dumps(trained(start, args.model, args, texts)), flush=True)
+        print(json.dumps(trained(start, args.model, args, texts, tests)), flush=True)
 
 
 if __name__ == "__main__":
