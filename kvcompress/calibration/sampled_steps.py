@@ -47,7 +47,7 @@ class FixedSteps:
 
     def __call__(self, ids: Tensor) -> Tensor:
         self._token.copy_(ids)
-        if self._replay is None and self._token.is_cuda and self._n_steps >= WARM_UP:
+        if self._replay is None and is_recorded(self._token.device) and self._n_steps >= WARM_UP:
             self._replay, self._logits = record(self._forward, self._token.device)
         if self._replay is None:
             self._logits = self._forward()
@@ -89,13 +89,18 @@ class FixedSteps:
         return logits
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Return whether steps on a device are recorded after the first ones."""
+    return device.type == "cuda"
+
+
 def can_be_fixed(model: Any, length: int) -> bool:
     """Return whether steps of rows of a length may be taken at fixed addresses, as far as is seen without a forward.
 
     On a GPU that holds the whole model, of layers that keep each token's keys and values and nothing else.
     """
     devices = {p.device for p in model.parameters()}
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and keeps_rows_whole(model, length)
+    return len(devices) == 1 and is_recorded(*devices) and keeps_rows_whole(model, length)
 
 
 def keeps_rows_whole(model: Any, length: int) -> bool:

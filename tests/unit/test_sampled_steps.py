@@ -32,18 +32,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return replay, written
 
-    def call(self: Any, ids: Tensor) -> Tensor:  # as on a GPU
-        self._token.copy_(ids)
-        if self._replay is None and self._n_steps >= sampled_steps.WARM_UP:
-            self._replay, self._logits = stand_in(self._forward, ids.device)
-        if self._replay is None:
-            self._logits = self._forward()
-        else:
-            self._replay()
-        self._n_steps += 1
-        return self._logits
-
-    monkeypatch.setattr(sampled_steps.FixedSteps, "__call__", call)
+    monkeypatch.setattr(sampled_steps, "record", stand_in)
+    monkeypatch.setattr(sampled_steps, "is_recorded", lambda _device: True)  # as on a GPU
     monkeypatch.setattr(sampling, "can_be_fixed", sampled_steps.keeps_rows_whole)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return replays
