@@ -17,6 +17,7 @@ from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.layout import BLOCK_TOKENS
 from kvcompress.kernels.site import SiteKernels
+from kvcompress.model.replay import record
 from kvcompress.model.rope import Rotary
 
 #: Branches of the graph.
@@ -65,7 +66,7 @@ class EncodedRotatedKeys:
 
 @dataclass(slots=True)
 class _Lists:
-    """What recorded graphs read: -1 where there is nothing to do. graphs: of each phase, by its name.
+    """What recorded graphs read: -1 where there is nothing to do. graphs: what replays each phase, by its name.
 
     Where ranks choose gains together: latents of each site, their errors, float32 [sites, n_tokens, 16], and the gains,
     uint8 [sites, n_tokens].
@@ -77,7 +78,7 @@ class _Lists:
     latents: list[Tensor] = field(default_factory=list)
     errors: Tensor | None = None
     gains: Tensor | None = None
-    graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    graphs: dict[str, Callable[[], None]] = field(default_factory=dict)
 
 
 class RecordedEncoding:
@@ -158,18 +159,17 @@ class RecordedEncoding:
 
     def _run(self, phase: Callable[[_Lists, int], None], lists: _Lists) -> None:
         """Do a phase of all sites: recorded, but for its first time, which compiles what is not compiled yet, too."""
-        graph = lists.graphs.get(phase.__name__)
-        if graph is not None:
-            graph.replay()
+        replay = lists.graphs.get(phase.__name__)
+        if replay is not None:
+            replay()
             return
         for i in range(len(self._sites)):
             phase(lists, i)
         if self._streams:
             lists.graphs[phase.__name__] = self._recorded(phase, lists)
 
-    def _recorded(self, phase: Callable[[_Lists, int], None], lists: _Lists) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    def _recorded(self, phase: Callable[[_Lists, int], None], lists: _Lists) -> Callable[[], None]:
+        def all_sites() -> None:
             main = torch.cuda.current_stream(self._device)
             for stream in self._streams:
                 stream.wait_stream(main)
@@ -178,4 +178,6 @@ class RecordedEncoding:
                     phase(lists, i)
             for stream in self._streams:
                 main.wait_stream(stream)
-        return graph
+
+        replay, _ = record(all_sites, self._device)
+        return replay
