@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
 from kvcompress.calibration.calibrate import Progress, obtain_moments
-from kvcompress.calibration.memory import CONTEXT_BYTES, SOLVING_BYTES, limited
+from kvcompress.calibration.memory import allocatable, limited
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
@@ -103,7 +103,7 @@ def compress(
             model=model,
         )
         fitters = workers if workers is not None and workers.fits else None
-        room = None if memory is None else memory - CONTEXT_BYTES - SOLVING_BYTES
+        room = None if memory is None else allocatable(memory, solves=True)
         fits_on = "cpu" if fitters else fitting_device(device, _widest(checkpoint.spec), room)
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting

@@ -103,6 +103,11 @@ def free_bytes(device: str) -> int | None:
         return None
 
 
+def allocatable(memory: int, *, solves: bool = False) -> int:
+    """Return what a process that may take `memory` of a GPU has for its tensors; solves: whether systems are solved."""
+    return memory - CONTEXT_BYTES - (SOLVING_BYTES if solves else 0)
+
+
 @contextmanager
 def limited(device: str, memory: int | None, *, solves: bool = False) -> Iterator[None]:
     """Within the block, this process allocates no more than `memory` on a GPU, what CUDA itself takes included.
@@ -116,7 +121,7 @@ def limited(device: str, memory: int | None, *, solves: bool = False) -> Iterato
 
     place = torch.cuda.current_device() if device == "cuda" else torch.device(device).index
     torch.cuda.empty_cache()  # what was kept for another use would count twice
-    share = (memory - CONTEXT_BYTES - solves * SOLVING_BYTES) / torch.cuda.get_device_properties(place).total_memory
+    share = allocatable(memory, solves=solves) / torch.cuda.get_device_properties(place).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place)
     try:
         yield

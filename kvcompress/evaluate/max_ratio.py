@@ -245,14 +245,14 @@ class _Bench:
         for source, share in shares.items():
             if source == SELF and not share:
                 continue
-            ids[source] = self._unseen(tokenizer, source, share)
-            if not len(ids[source]):
-                del ids[source]
-                if options.calibration:
-                    raise CalibrationError(
-                        f"{source} has no window of {options.seq_len} tokens left that was not calibrated on, and "
-                        "--max-ratio measures on such. Lower --tokens, or give more text."
-                    )
+            unseen = self._unseen(tokenizer, source, share)
+            if len(unseen):
+                ids[source] = unseen
+            elif options.calibration:
+                raise CalibrationError(
+                    f"{source} has no window of {options.seq_len} tokens left that was not calibrated on, and "
+                    "--max-ratio measures on such. Lower --tokens, or give more text."
+                )
         if len(bundled) > 1:
             together = [ids.pop(source) for source in bundled if source in ids]
             ids = ({_BUNDLED: torch.cat(together)} if together else {}) | ids
