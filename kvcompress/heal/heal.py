@@ -86,21 +86,26 @@ def heal(
         trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
         with trainers.repeatable(options.deterministic, strictly=True):
             trainer.train(resume_from_checkpoint=checkpoint)
-        stage: dict[str, Any] = {
-            "train": options.train,
-            "kept": bool(trainer.state.best_metric is not None and trainer.state.best_metric < 1),
-            "tokens": trainer.state.global_step * options.batch * options.seq_len,
-            "parameters": trainers.parameters_trained(model),
-            "device": trainers.device_name(arguments),
-            "text_sha256": texts.sha256,
-            "options": options.to_json(),
-            "protocol": protocol,
-            "seconds": time.monotonic() - started,
-        }
+        stage = _stage(trainers, trainer, model, texts, protocol) | {"seconds": time.monotonic() - started}
         if is_main_process():
             _write(directory, plan, student, source, before, stage, texts, output, force=force)
             shutil.rmtree(scratch, ignore_errors=True)
     return HealResult(output, plan, stage)
+
+
+def _stage(trainers: Any, trainer: Any, model: Any, texts: HealTexts, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Return what healing.json says of a training, without its time and what it gave."""
+    options, best = model.options, trainer.state.best_metric
+    return {
+        "train": options.train,
+        "kept": best is not None and best < 1,
+        "tokens": trainer.state.global_step * options.batch * options.seq_len,
+        "parameters": trainers.parameters_trained(model),
+        "device": trainers.device_name(trainer.args),
+        "text_sha256": texts.sha256,
+        "options": options.to_json(),
+        "protocol": protocol,
+    }
 
 
 def _texts(student: Student, source: Path, options: HealOptions) -> HealTexts:

@@ -172,15 +172,7 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
 
     Raises OptionError if the windows of a step cannot be shared out over the devices.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise OptionError(f"healing runs on cpu or cuda, found '{device}'. Choose a card with CUDA_VISIBLE_DEVICES.")
-    if any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED")):
-        raise OptionError(
-            "healing shares windows out over devices (DDP), and accelerate is told to share out the model (FSDP or "
-            "DeepSpeed). Launch it without: torchrun --nproc-per-node N --no-python kvcompress heal ..."
-        )
+    device = _device(device)
     steps = -(-options.tokens // (options.batch * options.seq_len))
     every = max(1, steps // options.evaluations)
     arguments = TrainingArguments(
@@ -213,6 +205,26 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
         seed=options.seed,
         data_seed=options.seed,
     )
+    _share_out(arguments, options)
+    return arguments
+
+
+def _device(device: str) -> str:
+    """Return cpu or cuda. Raises OptionError for any other, and where another way than DDP is asked for."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise OptionError(f"healing runs on cpu or cuda, found '{device}'. Choose a card with CUDA_VISIBLE_DEVICES.")
+    if any(os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true") for way in ("FSDP", "DEEPSPEED")):
+        raise OptionError(
+            "healing shares windows out over devices (DDP), and accelerate is told to share out the model (FSDP or "
+            "DeepSpeed). Launch it without: torchrun --nproc-per-node N --no-python kvcompress heal ..."
+        )
+    return device
+
+
+def _share_out(arguments: TrainingArguments, options: HealOptions) -> None:
+    """Set how many windows of a step a process takes, and how many of those at once."""
     if arguments.world_size == 1:
         arguments._n_gpu = min(1, arguments.n_gpu)  # several cards by processes, never by threads
     share, rest = divmod(options.batch, arguments.world_size)
@@ -223,7 +235,6 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
     at_once = next(n for n in range(min(share, options.device_batch), 0, -1) if share % n == 0)
     arguments.per_device_train_batch_size = at_once
     arguments.gradient_accumulation_steps = share // at_once
-    return arguments
 
 
 def make_trainer(model: Distillation, texts: HealTexts, arguments: TrainingArguments, report: Report) -> HealingTrainer:

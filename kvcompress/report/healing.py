@@ -44,6 +44,9 @@ class _Protocol(TypedDict):
 
 class _Options(TypedDict):
     head_norm: bool
+    kl_loss: Finite
+    hidden_loss: Finite
+    text_loss: Finite
 
 
 class _Stage(TypedDict):
@@ -90,6 +93,14 @@ def healing_words(stage: dict[str, Any]) -> str:
     return done if stage["kept"] else f"{done} Nothing was better on every held-out text, so nothing was changed."
 
 
+def _goal(options: dict[str, Any]) -> str:
+    """Return what was trained towards: the losses that had a weight."""
+    distilled, by_text = options["kl_loss"] or options["hidden_loss"], options["text_loss"]
+    if not distilled:
+        return "Trained on the text's own loss"
+    return "Distilled from the uncompressed model" + (", with the text's own loss beside it" if by_text else "")
+
+
 def healing_rows(stage: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return (text, perplexity ratio before and after, KL before and after) of every held-out text."""
     return [
@@ -110,7 +121,7 @@ def healing_section(stages: list[dict[str, Any]]) -> str:
         rows = "\n".join(f"| {' | '.join(row)} |" for row in healing_rows(stage))
         p = stage["protocol"]
         how = (
-            f"Distilled from the uncompressed model; {p['windows']} held-out windows of {p['seq_len']:,} tokens of "
+            f"{_goal(stage['options'])}; {p['windows']} held-out windows of {p['seq_len']:,} tokens of "
             f"each text, {p['sinks']} sinks and {p['recent']} recent tokens exact, {p['dtype']}, "
             "none of them trained on."
         )

@@ -47,6 +47,19 @@ def test_the_card_says_that_something_was_trained() -> None:
 
 
 @pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ({}, "Distilled from the uncompressed model; 8 held-out"),
+        ({"text_loss": 0.5}, "Distilled from the uncompressed model, with the text's own loss beside it;"),
+        ({"kl_loss": 0.0, "hidden_loss": 1.0}, "Distilled from the uncompressed model;"),
+        ({"kl_loss": 0.0, "text_loss": 1.0}, "Trained on the text's own loss;"),
+    ],
+)
+def test_the_card_says_towards_what(losses: dict[str, float], words: str) -> None:
+    assert words in healing_section([STAGE | {"options": HealOptions(**losses).to_json()}])
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
