@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvcompress.calibration.moments import Moments, SiteMoments
+from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.model import blocks
 from kvcompress.model.model_spec import ModelSpec, Site
 from kvcompress.side_by_side import side_by_side

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import Moments, SiteMoments
+from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Site
 from kvcompress.side_by_side import side_by_side
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.choose.fitting import FittedSite
 from kvcompress.codec.quantise import fit_steps
 from kvcompress.model.model_spec import AttentionSpec, Site

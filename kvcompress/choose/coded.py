@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.choose.allocation import Choice
 from kvcompress.choose.fitting import FittedSite

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from kvcompress.bases import Basis
 from kvcompress.calibration.memory import free_bytes
-from kvcompress.calibration.moments import Moments, SiteMoments
+from kvcompress.calibration.moments import Moments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
 from kvcompress.model.model_spec import AttentionSpec, Part, Site

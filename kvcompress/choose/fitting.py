@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.bases import BASES, Basis, Components, FittedBasis
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.map_budget import default_group
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.choose.turning import group_in_turns

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import SiteCodec
 

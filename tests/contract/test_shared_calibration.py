@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from kvcompress.calibration import processes
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments
+from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.parts import Parts, Seldom
 from kvcompress.calibration.pieces import Job, Sums, Workers, collect_shared, pieces_of, ranges
 from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, Note, OptionError

@@ -17,7 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvcompress.bases import BASES
 from kvcompress.calibration import fisher
 from kvcompress.calibration.fisher import collect_moments
-from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments, usable_partitions
+from kvcompress.calibration.moments import Moments, empty_moments, usable_partitions
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError
 from kvcompress.model.model_spec import AttentionSpec, ModelSpec, Projection, Site

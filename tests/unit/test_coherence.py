@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kvcompress.calibration.coherence import Watch, measure_coherence
-from kvcompress.calibration.moments import Moments, SiteMoments, empty_moments
+from kvcompress.calibration.moments import Moments, empty_moments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.bases import BASES
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.choose.fitting import FittedSite, fit_site
 from kvcompress.model.model_spec import AttentionSpec

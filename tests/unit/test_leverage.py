@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.calibration.leverage import leverages
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 
 N_HEADS, HEAD_DIM, N_TOKENS = 2, 8, 400
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress.calibration.moments import SiteMoments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.choose.refit import refitted
 from kvcompress.codec.codec import SiteCodec
