@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from kvcompress.checkpoint.belonging import check_links, fingerprints
-from kvcompress.documents import Count, DocumentError, Finite, OneOf, Within, read_json, shaped
+from kvcompress.documents import Count, DocumentError, Finite, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
-from kvcompress.model.model_spec import DTYPE_BYTES, OwnLayer, Part, Site
+from kvcompress.model.model_spec import DTYPE_BYTES, OwnLayer
 from kvcompress.model.rotation import Rotation
 from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
-from kvcompress.options import GAIN_BITS, LEVELS, is_turn
+from kvcompress.site_plan import Name, SitePlan
 
 #: Version 4 adds rotations and layers of the model's own, 5 a window; each is written as the oldest that can say it.
 FORMAT_VERSION, READ_VERSIONS = 5, (3, 4, 5)
@@ -23,10 +22,6 @@ PLAN_FILE = "kv_plan.json"
 REPORT_FILE = "report.json"
 
 Form = Literal["coded", "folded"]
-#: Numbers that a site may have, far above any model's; what is repeated or allocated by them stays small.
-Width = Annotated[int, Within(1, 1 << 20)]
-Bits = Annotated[int, OneOf((*LEVELS, 16, 32))]
-Name = Annotated[str, Within(0, 4096)]
 
 
 class Options(TypedDict):
@@ -65,65 +60,6 @@ def n_encoded(n_tokens: int, recent: int) -> int:
 def n_dropped(n_tokens: int, n_encoded: int, window: int | None) -> int:
     """Return how many of n_tokens are no longer held: whole blocks of encoded ones that the next token does not see."""
     return 0 if window is None else min(max(0, n_tokens - (window - 1)), n_encoded) // BLOCK_TOKENS * BLOCK_TOKENS
-
-
-def runs(bits: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return (bits, first component, one past the last) of each run of components of equal bits."""
-    found: list[tuple[int, int, int]] = []
-    for i, b in enumerate(bits):
-        if found and found[-1][0] == b:
-            found[-1] = (b, found[-1][1], i + 1)
-        else:
-            found.append((b, i, i + 1))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class SitePlan:
-    """What one site keeps. An exact site has no maps and keeps everything in the model's own dtype."""
-
-    layer: Annotated[int, Within(0, 9999)]
-    part: Part
-    basis: Name
-    width: Width
-    #: (bits, components) with bits falling: the bits of every component, in the order in which they are stored.
-    bits: tuple[tuple[Bits, Annotated[int, Within(0, 1 << 20)]], ...]
-    predicted_loss: Finite
-    #: Numbers that are mixed together; a component's maps are two vectors of this width.
-    block_width: Width
-    #: Keys only: encoded after RoPE, because the basis commutes with it, or never rotated; other keys are un-rotated,
-    #: encoded and rebuilt.
-    rotated: bool
-    #: Tokens whose keys are un-rotated by one position, that of the first of them; 1 where each has its own, or none.
-    turn: Annotated[int, Within(1, 1 << 20)] = 1
-    #: Which of the plan's rotations turns the site with the position; None where none does, or an earlier output.
-    rotation: Annotated[int, Within(0, 9999)] | None = None
-
-    @property
-    def site(self) -> Site:
-        return Site(self.layer, self.part)
-
-    @property
-    def rank(self) -> int:
-        """Components that are kept."""
-        return sum(n for _, n in self.bits)
-
-    @property
-    def component_bits(self) -> tuple[int, ...]:
-        return tuple(b for b, n in self.bits for _ in range(n))
-
-    @property
-    def exact(self) -> bool:
-        return self.rank == self.width and not self.quantised
-
-    @property
-    def quantised(self) -> bool:
-        return any(b < 16 for b, _ in self.bits)
-
-    @property
-    def bits_per_token(self) -> int:
-        """Bits stored for a token: its components, and its gain where any of them is quantised."""
-        return sum(b * n for b, n in self.bits) + (GAIN_BITS if self.quantised else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +237,7 @@ def _checked(document: dict[str, Any], version: Any) -> Plan:
     if not 0 < len(plan.sites) <= 20_000 or len({s.site for s in plan.sites}) < len(plan.sites):
         raise DocumentError(f"sites must be some, each a different one, found {len(plan.sites)}")
     for i, site in enumerate(plan.sites):
-        _check_site(site, f"sites[{i}]")
+        site.check(f"sites[{i}]")
         if site.rotation is not None and site.rotation >= len(plan.rotations):
             raise DocumentError(f"sites[{i}].rotation is {site.rotation}, of {len(plan.rotations)} rotations")
     if {o.layer for o in plan.own_layers if o.numbers} & {s.layer for s in plan.sites}:
@@ -324,15 +260,3 @@ class _Derived(TypedDict):
     bytes_per_token: _Bytes
     keep: Finite
     predicted_loss: Finite
-
-
-def _check_site(site: SitePlan, place: str) -> None:
-    levels = [b for b, _ in site.bits]
-    if levels != sorted(set(levels), reverse=True):
-        raise DocumentError(f"{place}.bits must be falling, found {levels[:8]}")
-    if site.rank > site.width:
-        raise DocumentError(f"{place}.bits keep {site.rank} components of {site.width} numbers")
-    if site.width % site.block_width:
-        raise DocumentError(f"{place}.block_width {site.block_width} does not divide its {site.width} numbers")
-    if not is_turn(site.turn):
-        raise DocumentError(f"{place}.turn must be 1 or a power of two from {BLOCK_TOKENS} on, found {site.turn}")

@@ -13,7 +13,8 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
+from kvcompress.site_plan import SitePlan
 
 
 def coded_plan(

@@ -26,7 +26,7 @@ from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
-from kvcompress.plan import SitePlan
+from kvcompress.site_plan import SitePlan
 from tests.interpreter import mend
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint
 

@@ -14,9 +14,10 @@ from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.compat import Cache, DynamicLayer, PreTrainedModel, register_unmasked_attention
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import Part, Site
-from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
+from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.cache import CompressedCache, CompressedLayer
 from kvcompress.runtime.static import StaticCache
+from kvcompress.site_plan import SitePlan
 
 #: The name of attend_unmasked among transformers' attention implementations.
 _UNMASKED = "kvcompress_bench_unmasked"

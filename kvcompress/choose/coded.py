@@ -15,7 +15,7 @@ from kvcompress.choose.refit import refitted
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.distance import seen_of_samples
 from kvcompress.model.model_spec import Site
-from kvcompress.plan import SitePlan, runs
+from kvcompress.site_plan import SitePlan, runs
 
 #: Tokens of each site of which it is told how far typical text is from what was calibrated on.
 _TYPICAL_SAMPLES = 256

@@ -15,7 +15,8 @@ from kvcompress.codec.quantise import best_gain, dequantise, gain, gain_errors, 
 from kvcompress.codec.tiles import Tiles, is_tileable
 from kvcompress.model.model_spec import Part
 from kvcompress.options import GAIN_BITS, TILE_TOKENS
-from kvcompress.plan import BLOCK_TOKENS, runs
+from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.site_plan import runs
 
 #: Tokens encoded at once, which bounds the memory that encoding a long prompt takes.
 _ENCODED_TOKENS = 2048

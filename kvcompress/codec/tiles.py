@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvcompress.model.model_spec import Part
 from kvcompress.options import QUAD
-from kvcompress.plan import BLOCK_TOKENS, runs
+from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.site_plan import runs
 
 #: What a group has in its part of a row, in this order: of each class the bits of components whose quads it holds, and
 #: how much a code of theirs counts there. Those of 8 bits are high nibbles and low ones.

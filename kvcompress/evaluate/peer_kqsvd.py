@@ -24,7 +24,8 @@ from kvcompress.errors import BudgetError, OptionError
 from kvcompress.model.model_spec import DTYPE_BYTES, AttentionSpec, Part, Site
 from kvcompress.model.probe import probe
 from kvcompress.options import CompressOptions
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
+from kvcompress.site_plan import SitePlan
 
 _WATCHING = "kvcompress_kqsvd"
 #: Singular values below this share of the largest are noise.

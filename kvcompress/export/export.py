@@ -21,9 +21,10 @@ from kvcompress.export.layout import StockLayer, stock_layers
 from kvcompress.export.positions import export_positions
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, ModelSpec, Site
-from kvcompress.plan import PLAN_FILE, Plan, SitePlan
+from kvcompress.plan import PLAN_FILE, Plan
 from kvcompress.runtime.head_norm import HEAD_NORM
 from kvcompress.runtime.output import read_output
+from kvcompress.site_plan import SitePlan
 
 TARGETS = ("hf", "gguf", "vllm-decilm")
 RECORD_FILE = "kvcompress_export.json"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.heal.site import Shape, TrainableSite
 from kvcompress.model.model_spec import PARTS, Part
-from kvcompress.plan import SitePlan
+from kvcompress.site_plan import SitePlan
 
 
 class TrainableLayer(nn.Module):

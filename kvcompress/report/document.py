@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kvcompress.model.model_spec import Site
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
 from kvcompress.report.source import display_name
+from kvcompress.site_plan import SitePlan
 
 #: Context lengths at which total cache sizes are stated, sinks and window included.
 CONTEXTS = (2048, 8192, 32768, 131072)

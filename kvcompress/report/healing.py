@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from kvcompress.documents import Count, DocumentError, Finite, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
-from kvcompress.plan import Name
+from kvcompress.site_plan import Name
 
 HEALING_FILE = "healing.json"
 _FORMAT_VERSION = 1

@@ -7,7 +7,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from kvcompress.documents import Count, DocumentError, Finite, Within, read_json, shaped
 from kvcompress.errors import CheckpointError
-from kvcompress.plan import PLAN_FILE, REPORT_FILE, Calibration, Name, Options, Plan, Width, no_output
+from kvcompress.plan import PLAN_FILE, REPORT_FILE, Calibration, Options, Plan, no_output
+from kvcompress.site_plan import Name, Width
 
 _Some = Annotated[int, Within(1, 1 << 60)]
 _Levels = Annotated[dict[str, Count], Within(0, 16)]

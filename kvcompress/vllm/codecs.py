@@ -15,7 +15,8 @@ from kvcompress.errors import CheckpointError, OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.model_spec import PARTS, Part, Site
 from kvcompress.model.rope import Rotary
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
+from kvcompress.site_plan import SitePlan
 
 
 def layer_plans(plan: Plan, layer: int) -> dict[Part, SitePlan] | None:

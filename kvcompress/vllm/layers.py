@@ -16,8 +16,9 @@ from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import is_read, read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, Site
 from kvcompress.model.rope import Rotary
-from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
+from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.layers import check_fit
+from kvcompress.site_plan import SitePlan
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.fused import FusedModel
 from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, sum_over_ranks, tensor_parallel_place

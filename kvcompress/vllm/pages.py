@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.model.model_spec import DTYPE_BYTES, Part, Site
-from kvcompress.plan import BLOCK_TOKENS, Plan, SitePlan
+from kvcompress.plan import BLOCK_TOKENS, Plan
+from kvcompress.site_plan import SitePlan
 
 #: Kernels read 16 bytes at a time.
 ALIGNMENT = 16

@@ -17,8 +17,9 @@ from kvcompress.errors import OptionError
 from kvcompress.model.model_spec import PARTS
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.plan import BLOCK_TOKENS, PLAN_FILE, Plan, SitePlan
+from kvcompress.plan import BLOCK_TOKENS, PLAN_FILE, Plan
 from kvcompress.runtime.attach import attachment_of
+from kvcompress.site_plan import SitePlan
 from tests.models.small import WINDOW, small_model
 from tests.models.survey import assert_same, generated
 from tests.tiny_models import build_tokenizer

@@ -21,7 +21,8 @@ from kvcompress.codec.packing import pack_codes, unpack_codes
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.plan import FORMAT_VERSION, PLAN_FILE, REPORT_FILE, Plan, SitePlan
+from kvcompress.plan import FORMAT_VERSION, PLAN_FILE, REPORT_FILE, Plan
+from kvcompress.site_plan import SitePlan
 
 GOLDEN = Path(__file__).parent
 

@@ -31,8 +31,9 @@ from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
+from kvcompress.site_plan import SitePlan
 from tests.models.small import causal_types, small_model
 from tests.tiny_models import PAD, build_tokenizer, prose
 

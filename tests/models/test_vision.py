@@ -13,8 +13,8 @@ import transformers
 import kvcompress
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.plan import SitePlan
 from kvcompress.runtime.attach import attachment_of
+from kvcompress.site_plan import SitePlan
 from tests.models.survey import assert_same
 from tests.models.vision import MODELS
 from tests.tiny_models import build_tokenizer

@@ -11,8 +11,9 @@ import pytest
 
 from kvcompress.errors import CheckpointError
 from kvcompress.model.model_spec import Site
-from kvcompress.plan import PLAN_FILE, Plan, SitePlan
+from kvcompress.plan import PLAN_FILE, Plan
 from kvcompress.report.document import CONTEXTS, layer_rows, report_document
+from kvcompress.site_plan import SitePlan
 
 
 def site(layer: int, part: Any, rank: int, *, width: int = 16, rotated: bool = False) -> SitePlan:

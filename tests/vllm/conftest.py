@@ -18,9 +18,10 @@ from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.writer import atomic_directory
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
-from kvcompress.plan import Plan, SitePlan
+from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
 from kvcompress.runtime.load import load
+from kvcompress.site_plan import SitePlan
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
