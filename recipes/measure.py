@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.errors import BudgetError
-from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.evaluate.perplexity import Original, evaluate_attached
+from kvcompress.evaluate.windows import Windows
 from kvcompress.options import BIT_BASES, FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
 from kvcompress.pipeline import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach

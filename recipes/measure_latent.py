@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvcompress import compat
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.tokenizer import load_tokenizer
-from kvcompress.evaluate.perplexity import Windows
+from kvcompress.evaluate.windows import Windows
 from kvcompress.heal.attention import Switch
 from kvcompress.heal.distil import Distillation
 from kvcompress.heal.layers import TrainableLayer

@@ -21,8 +21,9 @@ from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
-from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.evaluate.perplexity import Original, evaluate_attached
 from kvcompress.evaluate.retrieval import evaluate_retrieval
+from kvcompress.evaluate.windows import Windows
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach

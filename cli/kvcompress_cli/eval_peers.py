@@ -33,7 +33,8 @@ def measure_peer(
     """Return the library's evaluation of a peer, with progress on stderr. residual: its exact window, or its own."""
     from kvcompress.evaluate.peer_run import evaluate_peer
     from kvcompress.evaluate.peers import find_peer
-    from kvcompress.evaluate.perplexity import Original, Windows
+    from kvcompress.evaluate.perplexity import Original
+    from kvcompress.evaluate.windows import Windows
     from kvcompress_cli.loading import opened_model
     from kvcompress_cli.progress import stage_progress
 

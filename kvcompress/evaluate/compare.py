@@ -38,7 +38,8 @@ from kvcompress.evaluate.methods import Cell, cells_of
 from kvcompress.evaluate.peer_kqsvd import Grams, collect_grams, kqsvd_plan
 from kvcompress.evaluate.peer_run import evaluate_peer
 from kvcompress.evaluate.peers import Peer
-from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.evaluate.perplexity import Original, evaluate_attached
+from kvcompress.evaluate.windows import Windows
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan, refit_values

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
-from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.sides import Side, both_sides, dtype_name
+from kvcompress.evaluate.windows import evaluation_windows
 from kvcompress.model.model_spec import DTYPE_BYTES
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.attach import attachment_of

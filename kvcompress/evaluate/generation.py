@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvcompress.compat import cache_argument
 from kvcompress.errors import OptionError
-from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.scoring import label_logprobs
 from kvcompress.evaluate.sides import Side, both_sides, check_length, dtype_name
+from kvcompress.evaluate.windows import evaluation_windows
 from kvcompress.runtime.attach import attachment_of
 
 

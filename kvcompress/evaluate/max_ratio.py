@@ -31,7 +31,8 @@ from kvcompress.checkpoint.running import is_quantised
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import check_target
 from kvcompress.errors import BudgetError, CalibrationError, OptionError
-from kvcompress.evaluate.perplexity import Evaluation, Original, Windows, evaluate_attached
+from kvcompress.evaluate.perplexity import Evaluation, Original, evaluate_attached
+from kvcompress.evaluate.windows import Windows
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import CompressionResult, compress, make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach

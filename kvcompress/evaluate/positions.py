@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.scoring import label_logprobs
 from kvcompress.evaluate.sides import Side, both_sides, check_length, dtype_name
+from kvcompress.evaluate.windows import evaluation_windows
 from kvcompress.runtime.attach import attachment_of
 
 

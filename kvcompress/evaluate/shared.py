@@ -13,7 +13,8 @@ import torch
 from kvcompress.calibration.pieces import Workers
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.tokenizer import load_tokenizer
-from kvcompress.evaluate.perplexity import Evaluation, Measured, Original, Progress, Windows, joined, measure_attached
+from kvcompress.evaluate.perplexity import Evaluation, Measured, Original, Progress, joined, measure_attached
+from kvcompress.evaluate.windows import Windows
 from kvcompress.plan import Plan
 from kvcompress.runtime.load import load
 from kvcompress.runtime.output import original_of

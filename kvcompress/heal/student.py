@@ -15,7 +15,8 @@ from kvcompress import compat
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.evaluate.perplexity import Original, Windows, evaluate_attached
+from kvcompress.evaluate.perplexity import Original, evaluate_attached
+from kvcompress.evaluate.windows import Windows
 from kvcompress.heal.attention import Switch, use_healing_attention, use_own_attention
 from kvcompress.heal.distil import Distillation
 from kvcompress.heal.head_norm import fit_head_norms

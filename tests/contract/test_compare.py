@@ -20,7 +20,8 @@ from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.methods import cells_of
 from kvcompress.evaluate.peer_run import evaluate_peer
 from kvcompress.evaluate.peers import PEERS, find_peer
-from kvcompress.evaluate.perplexity import Original, Windows, evaluate
+from kvcompress.evaluate.perplexity import Original, evaluate
+from kvcompress.evaluate.windows import Windows
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress

@@ -15,7 +15,8 @@ from kvcompress.errors import OptionError
 from kvcompress.evaluate.peer_caches import AXIS, GROUP, KiviLayer, PeerCache, hqq_layer, quanto_layer
 from kvcompress.evaluate.peer_run import decoded_states, evaluate_peer
 from kvcompress.evaluate.peers import PEERS, Peer, find_peer
-from kvcompress.evaluate.perplexity import Original, Windows
+from kvcompress.evaluate.perplexity import Original
+from kvcompress.evaluate.windows import Windows
 from kvcompress.model.architectures import read_model_spec
 from tests.tiny_models import random_ids
 

@@ -21,8 +21,8 @@ from kvcompress.calibration.text import token_windows
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.evaluate.answers import Answers
-from kvcompress.evaluate.perplexity import evaluation_windows
 from kvcompress.evaluate.task_files import load_task
+from kvcompress.evaluate.windows import evaluation_windows
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.heal.options import HealOptions, load_heal_recipe
 from kvcompress.options import CompressOptions, load_recipe

@@ -12,7 +12,7 @@ import pytest
 
 from kvcompress.calibration.text import documents, token_windows
 from kvcompress.errors import CalibrationError, Note
-from kvcompress.evaluate.perplexity import evaluation_windows
+from kvcompress.evaluate.windows import evaluation_windows
 from tests.tiny_models import EOS, build_tokenizer
 
 TEMPLATE = (

@@ -14,7 +14,7 @@ import pytest
 from kvcompress.calibration.builtin import BUNDLED
 from kvcompress.calibration.text import CODE, PROSE, check_there, documents, token_windows
 from kvcompress.errors import CalibrationError
-from kvcompress.evaluate.perplexity import evaluation_windows
+from kvcompress.evaluate.windows import evaluation_windows
 from tests.tiny_models import EOS, build_tokenizer, prose
 
 
