@@ -20,7 +20,6 @@ from kvcompress.evaluate.peer_xkv import Xkv
 from kvcompress.evaluate.peers import Peer
 from kvcompress.evaluate.perplexity import Evaluation, Original, Progress, compare_states
 from kvcompress.model.model_spec import ModelSpec
-from kvcompress.plan import n_encoded
 
 #: Windows decoded at once on a GPU, where a window alone leaves it waiting for kernels to start.
 GPU_BATCH = 8
@@ -56,9 +55,7 @@ def evaluate_peer(
         measured = cache.nbytes() // len(ids)
         return states
 
-    per_token = peer.measured_bytes_per_token(spec)
-    if isinstance(peer, Xkv):  # its bases belong to a text, so that the tokens of the text share them
-        per_token += peer.bytes_of_a_text(spec) / n_encoded(seq_len, peer.residual)
+    per_token = peer.bytes_per_token_within(spec, seq_len)
     cache = {"name": peer.name, "stored_dtype": spec.dtype, "bytes_per_token": per_token, "windows_at_once": batch}
     result = compare_states(
         model,

@@ -125,6 +125,10 @@ class Xkv:
             sizes.append(cache.nbytes())
         return (sizes[1] - sizes[0]) / 1024
 
+    def bytes_per_token_within(self, spec: ModelSpec, seq_len: int) -> float:
+        """Return the measured bytes of an old token in a text of seq_len, with its share of the text's bases."""
+        return self.measured_bytes_per_token(spec) + self.bytes_of_a_text(spec) / n_encoded(seq_len, self.residual)
+
 
 class Group:
     """Neighbouring layers that share latents: their bases, the latents of old tokens, and their cache layers."""

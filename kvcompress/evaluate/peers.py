@@ -167,6 +167,10 @@ class Peer:
         exact = n_exact * spec.cache_bytes_per_token / len(spec.layers)
         return (len(spec.layers) - n_exact) * (sizes[1] - sizes[0]) / 1024 + exact
 
+    def bytes_per_token_within(self, spec: ModelSpec, seq_len: int) -> float:
+        """Return the measured bytes of a quantised token in a text of seq_len: its own, since nothing is the text's."""
+        return self.measured_bytes_per_token(spec)
+
     def _bytes_per_number(self, dtype_bytes: int) -> float:
         if self.family.startswith("fp8"):
             return 1.0

@@ -41,6 +41,9 @@ def test_xkv_of_full_rank_is_lossless_and_loss_grows_as_ranks_fall(tiny_model: A
         errors.append(float((decoded_states(model, ids, peer, cache) - exact).norm() / exact.norm()))
         assert cache.nbytes() == 2 * peer.cache_bytes(spec, 150)
         assert peer.measured_bytes_per_token(spec) == peer.bytes_per_token(spec)
+        bases = sum(t.nbytes for group in cache.groups for t in group.bases.values()) / 2  # of one of the two texts
+        with_bases = peer.bytes_per_token(spec) + bases / 96  # tokens that are old: three blocks of 150 - 32
+        assert peer.bytes_per_token_within(spec, 150) == pytest.approx(with_bases)
     assert errors[0] < 1e-4
     assert 100 * errors[0] < errors[1] < errors[2]
 
