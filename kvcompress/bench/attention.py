@@ -17,7 +17,7 @@ from kvcompress.bench.timing import (
     matrix_flops_per_second,
     median_replay_seconds,
 )
-from kvcompress.bench.workload import RECENT, SINKS, Shape, random_layer
+from kvcompress.bench.workload import RECENT, Shape, random_layer
 from kvcompress.checkpoint.map_budget import turn_group
 from kvcompress.runtime import fast
 from kvcompress.runtime.attention import tiled_attention
@@ -134,8 +134,3 @@ def _sdpa_microseconds(
             except RuntimeError:  # this backend does not take these tensors
                 continue
     return times
-
-
-def exact_tokens() -> tuple[int, int]:
-    """Return the sinks and recent tokens that lie exactly beside the packed ones in every measurement."""
-    return SINKS, RECENT

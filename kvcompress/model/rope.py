@@ -13,11 +13,6 @@ from kvcompress.errors import CheckpointError
 from kvcompress.model.rotation import Rotation
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat([-x[..., half:], x[..., :half]], -1)
-
-
 class Rotary:
     """RoPE of a site, in float32."""
 
