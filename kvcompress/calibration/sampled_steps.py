@@ -110,7 +110,11 @@ def keeps_rows_whole(model: Any, length: int) -> bool:
 
 
 class _FixedLayer(compat.CacheLayer):
-    """A layer's keys and values of rows of a known length; those to come are zeros, which the mask hides."""
+    """A layer's keys and values of rows of a known length; those to come are zeros, which the mask hides.
+
+    Not transformers' StaticLayer: that one counts its tokens itself, by an argument in some releases and by a tensor in
+    later ones, where here one counter on the device is that of all layers, the positions and the mask.
+    """
 
     is_sliding = False
     is_compileable = False
