@@ -61,6 +61,33 @@ class Cell:
         return {"method": self.method, "options": options, "peer": self.peer and asdict(self.peer)}
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to compare. options: how our methods calibrate, their sinks and window."""
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    text: str
+    options: CompressOptions
+    seq_len: int = 2048
+    max_windows: int | None = None
+
+    def cells(self) -> list[Cell]:
+        return cells_of(self.methods, self.keeps, self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was asked for, so that it can be asked for again."""
+        chosen = {name: getattr(self.options, name) for name in ("tokens", "seq_len", "sinks", "recent", "seed")}
+        return {
+            "methods": list(self.methods),
+            "keeps": list(self.keeps),
+            "text": self.text,
+            "max_windows": self.max_windows,
+            "calibration": list(self.options.calibration),
+            **chosen,
+        }
+
+
 def cells_of(methods: Iterable[str], keeps: Iterable[float], options: CompressOptions) -> list[Cell]:
     """Return the cells of all methods: ours and published ones at every budget, peers once each.
 

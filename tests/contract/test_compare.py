@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError, OutputError
-from kvcompress.evaluate import compare as module
 from kvcompress.evaluate.compare import COMPARISON_FILE, Request, compare
 from kvcompress.evaluate.compare_document import joined
 from kvcompress.evaluate.front import pareto, verdicts
+from kvcompress.evaluate.measured_cells import CellBench
 from kvcompress.evaluate.methods import cells_of
 from kvcompress.evaluate.peer_run import evaluate_peer
 from kvcompress.evaluate.peers import PEERS, find_peer
@@ -155,7 +155,7 @@ def test_a_stopped_comparison_goes_on(
 ) -> None:
     request = request_of("fp8", "kivi")
     measured: list[str] = []
-    measure = module._Bench.measure
+    measure = CellBench.measure
 
     def stops_at_the_third(self: Any, cell: Any, progress: Any) -> dict[str, Any]:
         if len(measured) == 2:
@@ -163,7 +163,7 @@ def test_a_stopped_comparison_goes_on(
         measured.append(cell.method)
         return measure(self, cell, progress)
 
-    monkeypatch.setattr(module._Bench, "measure", stops_at_the_third)
+    monkeypatch.setattr(CellBench, "measure", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         compare(tiny_checkpoint(MODEL), tmp_path, request)
     stopped = json.loads((tmp_path / COMPARISON_FILE).read_text())
@@ -172,7 +172,7 @@ def test_a_stopped_comparison_goes_on(
     monkeypatch.undo()
     measured.clear()
     monkeypatch.setattr(
-        module._Bench, "measure", lambda self, cell, p: (measured.append(cell.method), measure(self, cell, p))[1]
+        CellBench, "measure", lambda self, cell, p: (measured.append(cell.method), measure(self, cell, p))[1]
     )
     document = compare(tiny_checkpoint(MODEL), tmp_path, request)
     assert measured == ["kivi-4bit", "kivi-2bit"]

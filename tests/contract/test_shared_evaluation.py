@@ -75,7 +75,7 @@ def test_cells_of_compare(tiny_checkpoint: Any, text_file: Path, tmp_path: Path)
     rows = [[{name: row[name] for name in measured} for row in found["cells"]] for found in (alone, shared)]
     assert rows[0] == rows[1] and shared["complete"]
     assert workers.summed == list(range(4))  # once
-    assert workers.called.count("_measure_cell") == len(rows[0])
+    assert workers.called.count("measure_cell") == len(rows[0])
     assert told[0] == (0, 2 * len(rows[0])) and told[-1] == (2 * len(rows[0]), 2 * len(rows[0]))
     again = Backwards()
     compare(source, tmp_path / "shared", request, workers=again)

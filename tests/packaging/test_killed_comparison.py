@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvcompress.evaluate import compare as module
 from kvcompress.evaluate.compare import COMPARISON_FILE, Request, compare
+from kvcompress.evaluate.measured_cells import CellBench
 from kvcompress.options import CompressOptions
 
 #: Compares in a process that dies in the middle of a window of its third cell.
@@ -44,13 +44,13 @@ def test_killed_and_resumed(tiny_checkpoint: Any, text_file: Path, tmp_path: Pat
     assert [c["method"] for c in left["cells"]] == ["fp8", "fp8-unscaled"] and not left["complete"]
 
     measured: list[str] = []
-    measure = module._Bench.measure
+    measure = CellBench.measure
 
     def noted(self: Any, cell: Any, progress: Any) -> dict[str, Any]:
         measured.append(cell.method)
         return measure(self, cell, progress)
 
-    monkeypatch.setattr(module._Bench, "measure", noted)
+    monkeypatch.setattr(CellBench, "measure", noted)
     options = CompressOptions(metric="weights", policy="uniform", recent=8, seq_len=256)
     document = compare(source, tmp_path, Request(METHODS, (0.5,), str(text_file), options, seq_len=256, max_windows=2))
     assert measured == ["kivi-4bit", "kivi-2bit"]
