@@ -79,7 +79,7 @@ def _windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tenso
     """Return up to n_windows windows from the start of a source, documents joined by the end token."""
     left, ids = n_windows * seq_len * _CHARS_PER_TOKEN, []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in documents(source):
+    for text in documents(source, tokenizer, n_chars=left):
         ids.extend(tokenizer(text[:left], add_special_tokens=False, verbose=False)["input_ids"] + separator)
         left -= len(text)
         if left <= 0 or len(ids) >= n_windows * seq_len:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,20 @@ def test_no_training_window_is_kept_out(cut: Any) -> None:
     texts = cut([9, 40], 60)
     out = {int(w[0]) for windows in texts.held_out.values() for w in windows}
     assert len(out) == 4 and not out & {int(w[0]) for w in texts.training}
+
+
+def test_chats_are_worded_by_the_models_template(tmp_path: Path) -> None:
+    class Chat(Words):
+        chat_template = "numbers"
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool) -> str:
+            return " ".join(f"7 {message['content']} 8" for message in messages)
+
+    chats = tmp_path / "chats.jsonl"
+    record = json.dumps({"messages": [{"role": "user", "content": "1 2 3"}, {"role": "assistant", "content": "4 5 6"}]})
+    chats.write_text((record + "\n") * 10, encoding="utf-8")
+    texts = heal_texts(Chat(), (str(chats),), tokens=5 * SEQ_LEN, seq_len=SEQ_LEN, held_out=2)
+    assert texts.training.tolist() == [[7, 1, 2, 3, 8, 7, 4, 5, 6, 8]] * 5
 
 
 @pytest.mark.parametrize(
