@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 #: Memory that fits at work may take together, and how many float64 matrices of a site's blocks one of them holds.
 _MEMORY, _MATRICES = 8 << 30, 16
 _MOST = 16
-#: Threads that start a GPU's kernels hold each other up: Python runs one of them at a time.
-_FEEDING = 2
+#: Threads that start a GPU's kernels hold each other up, as Python runs one at a time, and each takes memory there.
+FEEDING = 2
 
 
 def side_by_side(
@@ -35,7 +35,7 @@ def side_by_side(
     """
     if device != "cpu":
         _begin_solving(device)
-    most = _MOST if device == "cpu" else _FEEDING
+    most = _MOST if device == "cpu" else FEEDING
     n = min(most, len(items), torch.get_num_threads(), max(1, _MEMORY // (_MATRICES * 8 * width**2)))
     results = []
     with _one_processor(n > 1), ThreadPoolExecutor(max(1, n)) as pool:
@@ -57,14 +57,18 @@ def fitting_device(device: str, width: int, room: int | None = None) -> str:
         return "cpu"
     if room is None:
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    most = min(_MEMORY, 4 * _FEEDING * _MATRICES * 8 * width**2)
+    most = min(_MEMORY, 4 * FEEDING * _MATRICES * 8 * width**2)
     return device if room - torch.cuda.memory_allocated(device) > most else "cpu"
 
 
 @cache
 def _begin_solving(device: str) -> None:
-    """Have torch load what it solves with on a GPU, at its first use: two threads that do so at once break it."""
-    torch.linalg.inv(torch.ones(1, 1, device=device))
+    """Have torch load what it solves with on a GPU, at its first use: two threads that do so at once break it.
+
+    A thread that ends does so, whose handle is then one of theirs.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: torch.linalg.inv(torch.ones(1, 1, device=device))).result()
 
 
 @contextmanager

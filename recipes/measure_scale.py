@@ -149,12 +149,15 @@ class Stages:
 
 
 class Outside(threading.Thread):
-    """What others see of this process while it runs: its memory, and all that its first GPU holds (nvidia-smi)."""
+    """What others see of this process while it runs: its memory, and all that its first GPU holds (nvidia-smi).
+
+    Of that, `beside` is what torch's allocator of this process does not hold. Each stage's most is told at its end.
+    """
 
     def __init__(self, device: str, stages: Stages) -> None:
         super().__init__(daemon=True)
         self._on_gpu, self._stages, self.resident, self.n_looks = device == "cuda", stages, 0, 0
-        self.gpu = dict[str, int]()  # the most in each stage
+        self.gpu, self.beside = dict[str, int](), dict[str, int]()  # the most in each stage
 
     def run(self) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -166,11 +169,22 @@ class Outside(threading.Thread):
         with subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) as told:
             assert told.stdout is not None
             atexit.register(told.kill)
+            before = 0
             for line in told.stdout:
                 self._look()
                 stage = self._stages.last if self.n_looks else "before"
-                self.gpu[stage] = max(self.gpu.get(stage, 0), int(line) << 20)
+                held = torch.cuda.memory_reserved()
+                beside = (int(line) << 20) - max(held, before)  # torch may have given some back since nvidia-smi looked
+                before = held
+                if stage not in self.gpu and self.gpu:
+                    self._tell(next(reversed(self.gpu)))
+                for most, now in ((self.gpu, int(line) << 20), (self.beside, max(0, beside))):
+                    most[stage] = max(most.get(stage, 0), now)
                 self.n_looks += 1
+
+    def _tell(self, stage: str) -> None:
+        told = f"{self.gpu[stage] / 1e9:.2f} GB of the GPU, {self.beside[stage] / 1e9:.2f} beside the allocator"
+        print(f"{stage}: at most {told}", file=sys.stderr, flush=True)
 
     def _look(self) -> None:
         import psutil
@@ -226,6 +240,7 @@ def measured(model: Path, out: Path, args: argparse.Namespace, way: str) -> dict
         found |= {"allocated_bytes": torch.cuda.max_memory_allocated()}
         found |= {"reserved_bytes": torch.cuda.max_memory_reserved()}
         found |= {"gpu_bytes": max(outside.gpu.values()), "gpu_bytes_in": outside.gpu, "looks": outside.n_looks}
+        found |= {"beside_allocator_bytes_in": outside.beside}
     if workers is not None:
         workers.close()
     return found | (read(model, size[0], device) if found["streamed"] else {})

@@ -18,10 +18,9 @@ _LOGIT_BYTES = 256 * 4 * 3
 #: Queries whose scores are alive at once (attention.py), and what is for each on the way back, float32: its weight,
 #: its slope and how that came about.
 _QUERIES, _SCORE_BYTES = 512, 24
-#: What CUDA itself takes of a GPU for a process, beside what is allocated.
-CONTEXT_BYTES = 600_000_000
-#: What its solvers and generators take besides, from their first use on.
-SOLVING_BYTES = 500_000_000
+#: What a process takes of a GPU beside what is allocated, before that is looked at (outside.py): CUDA and what a pass
+#: there and back needs of its libraries, and what fits need besides.
+CONTEXT_BYTES, SOLVING_BYTES = 850_000_000, 550_000_000
 #: Of a GPU's memory, what one process can count on; the rest is CUDA's own and lost between blocks.
 USABLE_SHARE = 0.92
 #: Activations of a layer that is recomputed with gradients, in hidden states: queries, keys, values, the MLP's.
@@ -104,24 +103,30 @@ def free_bytes(device: str) -> int | None:
 
 
 def allocatable(memory: int, *, solves: bool = False) -> int:
-    """Return what a process that may take `memory` of a GPU has for its tensors; solves: whether systems are solved."""
+    """Return what a process that may take `memory` of a GPU can count on for its tensors; `limited` looks at the GPU.
+
+    solves: whether sites are fitted there.
+    """
     return memory - CONTEXT_BYTES - (SOLVING_BYTES if solves else 0)
 
 
 @contextmanager
 def limited(device: str, memory: int | None, *, solves: bool = False) -> Iterator[None]:
-    """Within the block, this process allocates no more than `memory` on a GPU, what CUDA itself takes included.
+    """Within the block, this process takes no more than `memory` of a GPU, what CUDA and its libraries take included.
 
-    solves: whether systems are solved there. Raises OptionError where that is too little.
+    solves: whether sites are fitted there. Raises OptionError where that is too little.
     """
     if memory is None or not device.startswith("cuda"):
         yield
         return
     import torch
 
+    from kvcompress.calibration.outside import outside_bytes
+
     place = torch.cuda.current_device() if device == "cuda" else torch.device(device).index
     torch.cuda.empty_cache()  # what was kept for another use would count twice
-    share = allocatable(memory, solves=solves) / torch.cuda.get_device_properties(place).total_memory
+    room = memory - outside_bytes(place, solves=solves)
+    share = room / torch.cuda.get_device_properties(place).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), place)
     try:
         yield

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from kvcompress.calibration.memory import free_bytes
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import Checkpoint
-from kvcompress.choose.fitting import FittedSite, fit_site, key_basis, value_basis
+from kvcompress.choose.fitting import FittedSite, fit_site, fitted_basis, key_basis, value_basis, with_true_energy
 from kvcompress.model.model_spec import AttentionSpec, Part, Site
 from kvcompress.options import GROUPED, CompressOptions
 from kvcompress.side_by_side import side_by_side
@@ -62,12 +62,20 @@ class Fits(Mapping[Site, FittedSite]):
         told = progress or (lambda *_: None)
         done = lambda n: told("fit", n, len(sites))  # noqa: E731
         if workers is None:
-            widest = max(self._spec.width(site) for site in sites)
-            return dict(zip(sites, side_by_side(self._fit, sites, width=widest, done=done), strict=True))
+            return dict(zip(sites, self._side_by_side(sites, done), strict=True))
         for index, fit in workers.each(fit_of, [self._arguments(site) for site in sites]):
             found[sites[index]] = fit
             done(len(found))
         return {site: found[site] for site in sites}
+
+    def _side_by_side(self, sites: Sequence[Site], done: Callable[[int], None]) -> list[FittedSite]:
+        """Return the fits of sites by threads; a GPU's products are left to the few that it takes handles for."""
+        width = max(self._spec.width(site) for site in sites)
+        if self._device == "cpu":
+            return side_by_side(self._fit, sites, width=width, done=done)
+        made = side_by_side(lambda site: fitted_basis(*self._arguments(site)), sites, width=width, done=done)
+        weighed = partial(with_true_energy, options=self._options, device=self._device)
+        return side_by_side(weighed, made, width=width, device=self._device)
 
     def _fit(self, site: Site) -> FittedSite:
         return fit_site(*self._arguments(site), device=self._device)

@@ -111,6 +111,13 @@ def fit_site(
 
     device: where large products are computed.
     """
+    return with_true_energy(fitted_basis(basis, moments, attention, part, options), options, device=device)
+
+
+def fitted_basis(
+    basis: Basis, moments: SiteMoments, attention: AttentionSpec, part: Part, options: CompressOptions
+) -> FittedSite:
+    """Return what `fit_site` does, with the energies that the basis itself believes in."""
     blocks = basis.blocks(attention)
     centred = not options.folded  # a fold must be linear
     covariance = moments.covariance(blocks, centred=centred)
@@ -120,8 +127,12 @@ def fit_site(
     outer, inner = _gathered(blocks, moments.partition_with(blocks))
     wide = moments.covariance(outer, centred=centred), moments.fisher_information(outer)
     rotated = part == "key" and (basis.commutes_with_rope or attention.rotary_dim == 0)
-    site = FittedSite(basis.name, fitted, blocks, fitted.energy, centred, rotated, inner, *wide)
-    if by_activation or outer.shape == blocks.shape:
+    return FittedSite(basis.name, fitted, blocks, fitted.energy, centred, rotated, inner, *wide)
+
+
+def with_true_energy(site: FittedSite, options: CompressOptions, *, device: str = "cpu") -> FittedSite:
+    """Return a fitted site with energies that are true to it as a whole. device: where large products are computed."""
+    if options.metric == "activation" or site.inner.shape[1] == 1:
         return site
     return replace(site, energy=true_energy(site, device=device))
 
