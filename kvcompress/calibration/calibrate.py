@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from kvcompress.calibration import text as calibration_text
 from kvcompress.calibration.at_hand import ModelAtHand
@@ -68,12 +70,39 @@ def obtain_moments(
     file = output.parent / f"kvcompress-moments-{key}.safetensors"
     remove_stale(file)
     if file.is_file():
+        _lock_of(file).unlink(missing_ok=True)  # of a process that was killed when it had written them
         return _loaded(file, checkpoint)
     from kvcompress.calibration.measured import measured_moments  # here: with all that runs a model
 
     limit = (memory or _all_bytes(protocol["device"], workers)) if streams else None
     how: dict[str, Any] = {"resume": resume, "workers": workers, "memory": limit, "report": report}
-    return measured_moments(model or ModelAtHand(checkpoint), file, options, protocol, **how)
+    with _alone(file):
+        return measured_moments(model or ModelAtHand(checkpoint), file, options, protocol, **how)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Within the block, no other process calibrates to `file`. Raises CalibrationError where one does.
+
+    The system lets go of the lock of a process that was killed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_lock_of(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CalibrationError(
+            f"another process calibrates to {file} now. Wait until it has ended, or choose another directory."
+        ) from error
+    try:
+        yield
+    finally:
+        _lock_of(file).unlink(missing_ok=True)  # before another can have it
+        lock.release()
+
+
+def _lock_of(file: Path) -> Path:
+    return file.with_suffix(".lock")
 
 
 def _must_stream(checkpoint: Checkpoint, protocol: dict[str, Any], memory: int | None, workers: Workers | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from kvcompress.calibration import fisher, measured
 from kvcompress.calibration.calibrate import obtain_moments
@@ -194,6 +195,23 @@ class TestReuse:
         for seed in (0, 1):
             compress(tiny_checkpoint("llama-gqa", seed=seed), tmp_path / f"out{seed}", options, device="cpu")
         assert len(calibrations) == 2
+
+    def test_two_at_once(self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions) -> None:
+        """The second is told of the first and leaves its files alone; what a killed one left is in nobody's way."""
+        compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options, device="cpu")
+        saved = next(tmp_path.glob("kvcompress-moments-*.safetensors"))
+        lock = saved.with_suffix(".lock")
+        assert not lock.exists()
+        lock.touch()
+        compress(tiny_checkpoint("llama-gqa"), tmp_path / "again", options, device="cpu")
+        assert saved.exists() and not lock.exists()
+        saved.unlink()
+        lock.touch()
+        with FileLock(lock), pytest.raises(CalibrationError, match=r"another process calibrates to .*moments-"):
+            compress(tiny_checkpoint("llama-gqa"), tmp_path / "second", options, device="cpu")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["again", lock.name, "out"]
+        compress(tiny_checkpoint("llama-gqa"), tmp_path / "second", options, device="cpu")
+        assert saved.exists() and not lock.exists()
 
     def test_text_that_the_model_samples_itself(
         self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions
