@@ -113,6 +113,16 @@ def command(document: dict[str, Any]) -> str:
     return shlex.join([*words, "--dtype", dtype])
 
 
+def impossible_lines(document: dict[str, Any]) -> list[str]:
+    """Return which cells are not possible and why: a paragraph for each reason, after an empty line."""
+    cells = [cell for cell in document["cells"] if "impossible" in cell]
+    lines = []
+    for reason in dict.fromkeys(cell["impossible"] for cell in cells):
+        names = ", ".join(name_of(cell) for cell in cells if cell["impossible"] == reason)
+        lines += ["", f"Not possible: {names}: {reason}"]
+    return lines
+
+
 def comparison_table(document: dict[str, Any]) -> str:
     """Return the comparison as Markdown: headline, table, protocol."""
     document = without_local_paths(document)
@@ -121,6 +131,7 @@ def comparison_table(document: dict[str, Any]) -> str:
     lines = [headline(document), *unfinished, "", f"| {' | '.join(names)} |", "|---|" + "---:|" * 5 + "---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(document)]
     perplexity = document["original"]["perplexity"]
+    lines += impossible_lines(document)
     if perplexity is not None:
         lines += ["", f"Uncompressed: {document['original']['bytes_per_token']:,} bytes, perplexity {perplexity:.4f}."]
     return (

@@ -117,7 +117,9 @@ def test_measured_bytes_are_those_of_the_plan(comparison: dict[str, Any]) -> Non
 
 def test_what_a_policy_cannot_do_is_said(comparison: dict[str, Any]) -> None:
     assert "leaves" in row(comparison, "mea-half at 0.25")["impossible"]
-    assert "| mea-half at 0.25 |" in comparison_table(comparison)
+    table = comparison_table(comparison)
+    assert "| mea-half at 0.25 |" in table
+    assert f"\nNot possible: mea-half at 0.25: {row(comparison, 'mea-half at 0.25')['impossible']}\n" in table
     assert comparison["complete"] and "Not finished" not in comparison_table(comparison)
 
 
