@@ -185,7 +185,11 @@ def _store_tiles(code, words, quads, first_quad, n_quads, BITS: tl.constexpr, WI
     tl.store(words + start + inside, word, mask=real)
 
 
-@triton.jit(do_not_specialize=["n16", "n8", "n4", "n2", "n1", "n_blocks", "gain_word"])
+# Strides differ from prompt to prompt in what divides them, and nothing here reads or writes more than a word at once.
+_UNSPECIALISED = ["batch_tokens", "token_stride", "batch_words", "row_words", "gain_word", "n_blocks"]
+
+
+@triton.jit(do_not_specialize=[*_UNSPECIALISED, "n16", "n8", "n4", "n2", "n1"])
 def pack_kernel(
     latents, gains, words, quads, destinations, batch_tokens, token_stride, batch_words, row_words, gain_word, n_blocks,
     n16, n8, n4, n2, n1, CLASSES: tl.constexpr, WIDTH: tl.constexpr, HAS_GAIN: tl.constexpr, TILES: tl.constexpr,

@@ -90,7 +90,7 @@ def heads_kernel(
     tl.store(to + HEAD_DIM // 2, im.to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["n_parts"])
+@triton.jit(do_not_specialize=["n_parts", "head_totals"])
 def join_kernel(outputs, totals, out, n_parts, part_numbers, head_totals, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Attention over several parts of the keys, joined by their log-sum-exp.
 

@@ -199,9 +199,11 @@ def fused_of(model: CompressedModel, config: Any) -> FusedModel | None:
         )
         for layer in layers
     }
+    scheduler = config.scheduler_config
+    most_rows = scheduler.max_num_seqs
     _compile(views)
-    most_rows = config.scheduler_config.max_num_seqs
     model.fused = FusedModel(views, most_queries * most_rows, most_rows, exact_attention(config))
+    _warm_up(model.fused, scheduler.max_num_batched_tokens)
     return model.fused
 
 
@@ -213,6 +215,14 @@ def _compile(views: Mapping[str, FusedLayer]) -> None:
     n_made = compile_layers(paged, rank=rank, n_ranks=n_ranks)
     if n_made:
         _logger.info("kvcompress: compiled kernels for %d layouts in %.1f s.", n_made, time.monotonic() - start)
+
+
+def _warm_up(fused: FusedModel, most_tokens: int) -> None:
+    """Compile what encodes tokens and rebuilds them: the first request would wait for it otherwise."""
+    start = time.monotonic()
+    n_sets = fused.warm_up(most_tokens)
+    torch.cuda.synchronize()
+    _logger.info("kvcompress: encodes %d sets of levels, ready after %.1f s.", n_sets, time.monotonic() - start)
 
 
 class PackedBackend(AttentionBackend):

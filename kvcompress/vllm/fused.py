@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.kernels.chunk import Attend, Context, RebuiltLayer, Tiles, chunk_attention
 from kvcompress.kernels.layer import LayerKernels
+from kvcompress.kernels.packing_ahead import compile_packing
 from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import (
     paged_layer,
@@ -27,8 +28,13 @@ from kvcompress.kernels.recorded_encoding import EncodedRotatedKeys, EncodedSite
 from kvcompress.model.model_spec import Part
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import exact_parts
-from kvcompress.vllm.reference import LayerCache, Row
+from kvcompress.vllm.reference import LayerCache, Row, encode_chunk
 from kvcompress.vllm.steps import Step
+
+#: Tokens of a chunk that is long to the kernels: gains of more than 4,096 are searched by another variant.
+_LONG = 4096 + BLOCK_TOKENS
+#: Blocks whose encoding is recorded before the first request: those of up to eight sequences, little memory.
+_RECORDED_AHEAD = (2, 4, 8, 16)
 
 
 def why_not_fused(codecs: LayerKernels, sinks: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -50,9 +56,11 @@ def why_rebuilt(codecs: LayerKernels, n_heads: int, n_blocks: int, device: torch
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One layer's pages as the kernels take them. decode: None where generation rebuilds pages as chunks do."""
+    """One layer's pages as the kernels take them. n_heads: of queries; decode: None where generation rebuilds pages as
+    chunks do."""
 
     cache: LayerCache
+    n_heads: int
     words: Mapping[Part, Tensor]
     exact: ExactPages
     decode: PagedLayer | RotatedLayer | None
@@ -78,7 +86,7 @@ class FusedLayer:
         )  # fmt: skip
         chunk = rebuilt_layer(cache.codecs, words["key"], words["value"], exact, scaling)
         assert chunk is not None
-        return cls(cache, words, exact, decode, chunk)
+        return cls(cache, n_heads, words, exact, decode, chunk)
 
     @property
     def encoded_sites(self) -> list[EncodedSite | EncodedRotatedKeys]:
@@ -111,6 +119,35 @@ class FusedModel:
         self.tiles = Tiles.of(first.exact)
         self._encoding = RecordedEncoding([site for layer in self.layers.values() for site in layer.encoded_sites])
         self._into = StepTokens.of(most_tokens, most_rows, device)
+
+    def warm_up(self, most_tokens: int) -> int:
+        """Do once, on page 0, which nobody reads, what the first requests do, so that they wait for no compilation;
+        return how many sets of levels there were to compile.
+
+        most_tokens: of a step. Ranks that choose gains together must all do it at once. What decodes is compiled
+        already, and begin_step by the engine's own first steps.
+        """
+        layers = list(self.layers.values())
+        packing = [(site.kernels, site.words) for layer in layers for site in layer.encoded_sites]
+        n_compiled = compile_packing(packing)
+        for layer in layers:
+            for n_tokens in sorted({BLOCK_TOKENS, min(most_tokens, _LONG) // BLOCK_TOKENS * BLOCK_TOKENS} - {0}):
+                self._read_nothing(layer, n_tokens)
+        for n_blocks in _RECORDED_AHEAD:
+            nothing = torch.full((n_blocks,), -1, dtype=torch.int32, device=self._into.rows.device)
+            self._encoding.encode(nothing, nothing, nothing.new_zeros(1, n_blocks * BLOCK_TOKENS))
+        return n_compiled
+
+    def _read_nothing(self, layer: FusedLayer, n_tokens: int) -> None:
+        """Encode a prompt's chunk of zeros into page 0, and attend to it and to what lies there."""
+        exact = layer.exact.keys
+        key = exact.new_zeros(n_tokens, *exact.shape[2:])
+        query = key.new_zeros(n_tokens, layer.n_heads, key.shape[2])
+        pages = torch.zeros(n_tokens // BLOCK_TOKENS + 2, dtype=torch.int64, device=key.device)
+        row = Row(0, n_tokens, 0, 0, pages, pages, 0)
+        encode_chunk(layer.cache, row, key, key)
+        cached = Context(2 * BLOCK_TOKENS, BLOCK_TOKENS, pages.int(), pages.int(), 0)
+        self.attend_chunk(layer, cached, query, key, key)
 
     def begin(self, step: Step, n_tokens: int) -> QueryTokens:
         """Note a step's query tokens of generation, its first n_tokens ones, and share the work out among them."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
-from kvcompress.kernels import paged_layer, site
+from kvcompress.kernels import encode, paged_layer, rebuilding, site
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.rope import Rotary
 from kvcompress.vllm import reference
@@ -143,6 +143,45 @@ def test_keys_that_no_kernel_decodes_are_rebuilt() -> None:
     out = torch.cat([fused.attend_chunk(layer, c, query[r.new], key[r.new], value[r.new]) for r, c in contexts])
     expected = expected_of(cache, step, query, key, value)
     assert (out - expected).norm() / expected.norm() < 4e-3
+
+
+def test_the_first_request_launches_nothing_that_the_warm_up_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their constants, of which each set is compiled by itself. What lies in pages stays."""
+    launched = set[tuple[str, str]]()
+
+    def noted(module: Any, name: str) -> None:
+        kernel = getattr(module, name)
+
+        class Noted:
+            def __getitem__(self, grid: Any) -> Any:
+                def launch(*args: Any, **constants: Any) -> None:
+                    launched.add((name, str(sorted(constants.items()))))
+                    kernel[grid](*args, **constants)
+
+                return launch
+
+        monkeypatch.setattr(module, name, Noted())
+
+    for name in ("centre_kernel", "gain_kernel", "pack_kernel"):
+        noted(encode, name)
+    for name in ("latents_kernel", "heads_kernel"):
+        noted(rebuilding, name)
+    cache = cache_of(codecs(rotated=False))
+    fused, layer = fused_of(cache)
+    launched.clear()  # what cache_of did
+    cache.packed.fill_(77)
+    assert fused.warm_up(64) == 1  # keys and values have the same levels, and plain rows
+    assert bool((cache.packed[1:] == 77).all()) and not bool((cache.packed[0] == 77).all())
+    warmed = set(launched)
+    launched.clear()
+    step = step_of(100, 33)
+    _, key, value = tokens(133)
+    for row, context in fused.contexts(step):
+        reference.encode_chunk(layer.cache, row, key[row.new], value[row.new])
+        fused.attend_chunk(layer, context, tokens(133)[0][row.new], key[row.new], value[row.new])
+    fused.encode_completed(step_of(1, 1))
+    assert {name for name, _ in launched} == {name for name, _ in warmed} and len(launched) > 5
+    assert launched <= warmed, sorted(launched - warmed)
 
 
 class NoHostRead(TorchDispatchMode):
