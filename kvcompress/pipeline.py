@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,13 +106,15 @@ def compress(
         fitters = workers if workers is not None and workers.fits else None
         room = None if memory is None else allocatable(memory, solves=True)
         fits_on = "cpu" if fitters else fitting_device(device, _widest(checkpoint.spec), room)
-        with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(1) as aside:
+        with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(2) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
+            card = aside.submit(import_module, "huggingface_hub.repocard")  # half a second, of the model card
             with room_where_needed(checkpoint, moments, options, scratch) as directory:
                 with limited(fits_on, memory, solves=True):
                     plan, maps, spectra = make_plan(
                         checkpoint, moments, options, report, workers=fitters, scratch=directory, device=fits_on
                     )
+                card.result()  # what is imported next may import parts of it, too
                 again = partial(model.again, moments, wanted=options.refit, memory=memory)
                 refit_values(again, plan, maps, moments, report)
                 report("write", 0, 1)
