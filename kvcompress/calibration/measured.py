@@ -137,7 +137,7 @@ def _collect_here(
     missing = parts.missing()
     if not missing:
         return parts.joined([])
-    moments = parts.first() or _no_moments(checkpoint, protocol, "cpu")
+    moments = parts.first() or _no_moments(checkpoint, protocol, protocol["device"])
     moments.sites = {site: m.to(protocol["device"]) for site, m in moments.sites.items()}
     collect(checkpoint.spec, windows, moments, **seen, which=missing, save=Seldom(parts.save), progress=progress)
     moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
