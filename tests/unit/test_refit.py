@@ -66,7 +66,7 @@ def test_unseen_tokens_are_rebuilt_better(n_blocks: int) -> None:
     before = replace(right, decoder=1.3 * right.decoder)
     after = refitted(before, moments_of(seen, n_blocks))
     assert error(after, others) < error(right, others) < 0.9 * error(before, others)
-    for same in ("encoder", "bits", "step", "block"):
+    for same in ("encoder", "bits", "block"):
         assert torch.equal(getattr(after, same), getattr(before, same))
     assert after.decoder.dtype == torch.float16 and bool(after.decoder.isfinite().all())
 
@@ -84,7 +84,26 @@ def test_few_samples_do_no_harm() -> None:
     """They tell the errors of codes only; how numbers go together is known of all tokens."""
     seen, others = tokens(6000, 1), tokens(6000, 2)
     before = maps_of(seen, 1)
+    assert refitted(before, moments_of(seen, 1, n_samples=1)) is before
+    assert bool(refitted(before, moments_of(seen, 1, n_samples=2)).decoder.isfinite().all())
     assert error(refitted(before, moments_of(seen, 1, n_samples=64)), others) < 1.02 * error(before, others)
+
+
+def test_steps_suit_what_gains_leave() -> None:
+    """Large tokens have gains, so that steps need not reach as far as components do."""
+    seen, others = tokens(6000, 1), tokens(6000, 2)
+    before = maps_of(seen, 1, (4,) * 12)
+    after = refitted(before, moments_of(seen, 1))
+    assert float((after.step / before.step).mean()) < 0.99
+    assert error(replace(before, step=after.step), others) < 0.98 * error(before, others)
+
+
+def test_samples_are_believed_as_far_as_their_halves_agree() -> None:
+    """The error of four bits hardly depends on the token: few samples that say it does tell of themselves."""
+    seen, others = tokens(6000, 1), tokens(6000, 2)
+    before = maps_of(seen, 1, (4,) * WIDTH)
+    after = refitted(before, moments_of(seen, 1, n_samples=64))
+    assert error(after, others) < 1.03 * error(replace(before, step=after.step), others)
 
 
 def test_numbers_that_never_move_are_left_as_they_are() -> None:
