@@ -240,6 +240,7 @@ def trained(start: str, model_dir: Path, args: argparse.Namespace, texts: HealTe
     options = HealOptions(
         train="all", text=tuple(args.text), tokens=args.tokens, seq_len=args.seq_len, batch=args.batch,
         device_batch=args.device_batch, learning_rate=args.learning_rate, maps_rate=args.maps_rate, evaluations=2,
+        text_loss=0.0,
     )  # fmt: skip
     names = [name for name, _ in model.named_parameters()]
     model = Distillation(model, teacher, layers, Switch(0, 0, False), options, trained=names, new_norms=[])

@@ -51,7 +51,7 @@ def test_a_recipe_says_how(kvcompress: Any, compressed: Any, text: Path, tmp_pat
         (("--train", "all"), "coded form"),
         (("--batch", 0), "batch must be a whole number"),
         (("--warmup", 2), "warmup must be a number"),
-        (("--kl-loss", 0), "nothing would be trained"),
+        (("--kl-loss", 0, "--text-loss", 0), "nothing would be trained"),
         (("--device", "cuda:7"), "CUDA_VISIBLE_DEVICES"),
         (("--text", "/nowhere.txt"), "does not exist"),
     ],

@@ -49,9 +49,9 @@ def test_the_card_says_that_something_was_trained() -> None:
 @pytest.mark.parametrize(
     ("losses", "words"),
     [
-        ({}, "Distilled from the uncompressed model; 8 held-out"),
-        ({"text_loss": 0.5}, "Distilled from the uncompressed model, with the text's own loss beside it;"),
-        ({"kl_loss": 0.0, "hidden_loss": 1.0}, "Distilled from the uncompressed model;"),
+        ({"text_loss": 0.0}, "Distilled from the uncompressed model; 8 held-out"),
+        ({}, "Distilled from the uncompressed model, with the text's own loss beside it;"),
+        ({"kl_loss": 0.0, "hidden_loss": 1.0, "text_loss": 0.0}, "Distilled from the uncompressed model;"),
         ({"kl_loss": 0.0, "text_loss": 1.0}, "Trained on the text's own loss;"),
     ],
 )
@@ -124,13 +124,17 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         ({"tokens": 1 << 60}, "tokens must be"),
         ({"maps_rate": -1.0}, "maps_rate must be"),
         ({"warmup": 1.0}, "below 1"),
-        ({"kl_loss": 0.0}, "nothing would be trained"),
+        ({"kl_loss": 0.0, "text_loss": 0.0}, "nothing would be trained"),
         ({"precision": "fp8"}, "precision 'fp8'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         HealOptions(**changes)
+
+
+def test_the_recipe_of_maps_names_the_defaults() -> None:
+    assert load_heal_recipe(Path(__file__).parents[2] / "recipes" / "heal" / "maps.toml") == HealOptions()
 
 
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
