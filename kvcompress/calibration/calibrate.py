@@ -27,7 +27,7 @@ from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.map_budget import moments_group
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.running import is_quantised
-from kvcompress.checkpoint.writer import remove_stale
+from kvcompress.checkpoint.writer import explained_os_errors, remove_stale, way_to
 from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.options import CompressOptions
 
@@ -86,19 +86,20 @@ def _alone(file: Path) -> Iterator[None]:
 
     The system lets go of the lock of a process that was killed.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_of(file))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise CalibrationError(
-            f"another process calibrates to {file} now. Wait until it has ended, or choose another directory."
-        ) from error
-    try:
-        yield
-    finally:
-        _lock_of(file).unlink(missing_ok=True)  # before another can have it
-        lock.release()
+    with way_to(file):
+        lock = FileLock(_lock_of(file))
+        with explained_os_errors(file):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise CalibrationError(
+                    f"another process calibrates to {file} now. Wait until it has ended, or choose another directory."
+                ) from error
+        try:
+            yield
+        finally:
+            _lock_of(file).unlink(missing_ok=True)  # before another can have it
+            lock.release()
 
 
 def _lock_of(file: Path) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvcompress.calibration.fisher import n_plain, n_samples_of
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.streamed import begun_windows, share_done
-from kvcompress.checkpoint.writer import atomic_file, remove_stale
+from kvcompress.checkpoint.writer import atomic_file, make_directory, remove_stale
 from kvcompress.errors import CalibrationError
 from kvcompress.model.model_spec import Site
 from kvcompress.side_by_side import side_by_side
@@ -51,7 +51,7 @@ class Parts:
         told = json.dumps(protocol, sort_keys=True)
         if not resume or not file.is_file() or file.read_text(encoding="utf-8") != told:
             shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         for left in directory.glob("*.safetensors"):
             remove_stale(left)
         if not file.is_file():

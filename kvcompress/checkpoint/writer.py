@@ -74,26 +74,38 @@ def explained_os_errors(target: Path) -> Iterator[None]:
         raise
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it, where they are not there. Raises OutputError."""
+    with explained_os_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def way_to(target: Path) -> Iterator[None]:
+    """Make the directories above `target` for the block; those that it leaves empty go again: nothing was written."""
+    made = [p for p in target.absolute().parents if not p.exists()]
+    try:
+        make_directory(target.parent)
+        yield
+    finally:
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
+
+
 @contextmanager
 def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a scratch directory beside `target` that becomes `target` when the block ends without an error."""
     check_target(target, force=force)
-    with explained_os_errors(target):
-        made = [p for p in target.absolute().parents if not p.exists()]
-        try:
-            with _scratch_directory(target) as scratch:
-                yield scratch
-                if target.exists():
-                    retired = scratch.with_name(f"{scratch.name}-old")
-                    target.rename(retired)
-                    scratch.rename(target)
-                    shutil.rmtree(retired)
-                else:
-                    scratch.rename(target)
-        finally:
-            for directory in made:  # those that are still empty: nothing was written
-                with suppress(OSError):
-                    directory.rmdir()
+    with explained_os_errors(target), way_to(target), _scratch_directory(target) as scratch:
+        yield scratch
+        if target.exists():
+            retired = scratch.with_name(f"{scratch.name}-old")
+            target.rename(retired)
+            scratch.rename(target)
+            shutil.rmtree(retired)
+        else:
+            scratch.rename(target)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from kvcompress.calibration.calibrate import Progress
 from kvcompress.calibration.pieces import Workers
 from kvcompress.calibration.text import check_there
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.checkpoint.writer import atomic_file
+from kvcompress.checkpoint.writer import atomic_file, make_directory
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.compare_document import document_of
 from kvcompress.evaluate.measured_cells import CellBench
@@ -64,7 +64,7 @@ def compare(
             return found | {"complete": len(rows) == len(cells)}
 
         document = document_now()
-        output.mkdir(parents=True, exist_ok=True)  # not before: a text that is missing leaves nothing behind
+        make_directory(output)  # not before: a text that is missing leaves nothing behind
         left = [(index, cell) for index, cell in enumerate(cells) if keys[index] not in done]
         for index, row in bench.measured(left, workers, len(cells)):
             done[keys[index]] = {"key": keys[index], **row}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvcompress.checkpoint.tokenizer import load_tokenizer
-from kvcompress.checkpoint.writer import atomic_directory, check_target
+from kvcompress.checkpoint.writer import atomic_directory, check_target, make_directory
 from kvcompress.errors import OptionError, OutputError
 from kvcompress.heal.options import HealOptions
 from kvcompress.heal.student import Student
@@ -138,7 +138,7 @@ def _begin(
         )
     if checkpoint is None and is_main_process():
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        make_directory(scratch)
         file.write_text(json.dumps(note), encoding="utf-8")
     found: str | None = checkpoint
     return found

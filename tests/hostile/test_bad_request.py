@@ -14,6 +14,7 @@ import pytest
 
 import kvcompress.pipeline as pipeline
 from kvcompress.errors import BudgetError, CalibrationError, OptionError, OutputError, UnsupportedModelError
+from kvcompress.evaluate.compare import Request, compare
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from tests.hostile.conftest import listing
@@ -22,10 +23,19 @@ from tests.hostile.conftest import listing
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 128 KB; skips where mounting is not allowed."""
-    disk = tmp_path / "disk"
+    yield from mounted_at(tmp_path / "disk", "size=128k")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that is only read, also by root; skips where mounting is not allowed."""
+    yield from mounted_at(tmp_path / "disk", "ro")
+
+
+def mounted_at(disk: Path, options: str) -> Iterator[Path]:
     disk.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if mounted.returncode:
@@ -150,6 +160,24 @@ class TestOutput:
         assert "\n" not in str(error.value)
         assert list(small_disk.iterdir()) == []
         assert listing(model) == before
+
+    @pytest.mark.parametrize("place", ["out", "new/place/out"])
+    def test_a_read_only_file_system(self, source: Any, text_file: Path, read_only: Path, place: str) -> None:
+        """Calibration writes first, beside the output."""
+        options = CompressOptions(calibration=(str(text_file),), tokens=128, seq_len=32)
+        with pytest.raises(OutputError, match=r"no permission to write .*Read-only"):
+            compress(source("llama-gqa"), read_only / place, options, device="cpu")
+
+    def test_directories_made_for_a_calibration_that_failed(self, source: Any, refused: Any, tmp_path: Path) -> None:
+        (tmp_path / "short.txt").write_text("The river turned.")
+        target = tmp_path / "new" / "place" / "out"
+        refused(CalibrationError, source("llama-gqa"), target, calibration=(str(tmp_path / "short.txt"),))
+
+    def test_a_comparison_that_cannot_be_written(self, source: Any, text_file: Path, read_only: Path) -> None:
+        options = CompressOptions(calibration=(str(text_file),), tokens=128, seq_len=256)
+        request = Request(("fp8",), (0.5,), str(text_file), options, seq_len=256, max_windows=1)
+        with pytest.raises(OutputError, match="no permission to write"):
+            compare(source("llama-gqa"), read_only / "comparison", request)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-sharded"])
