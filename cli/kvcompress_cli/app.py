@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from inspect import cleandoc
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -43,17 +44,17 @@ def _add(command: Callable[..., None], example: str) -> None:
     app.command(example.split()[0], help=wrapped, epilog=f"Example: kvcompress {example}")(command)
 
 
+_add(demo, "demo --keep 0.125")
 _add(inspect, "inspect ./SmolLM2-135M")
 _add(compress, "compress ./SmolLM2-135M ./small --keep 0.25 --calibration notes.txt")
-_add(heal, "heal ./small --text notes.txt --tokens 4000000 -o ./healed")
 _add(report, "report ./small --html report.html")
 _add(evaluate, "eval ./small --text book.txt --max-windows 20")
-_add(compare, "compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")
 _add(generate, 'generate ./small --prompt "Once upon a time" --max-new-tokens 100')
-_add(push, "push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")
+_add(compare, "compare ./SmolLM2-135M --keep 0.25,0.125 --text book.txt")
+_add(heal, "heal ./small --text notes.txt --tokens 4000000 -o ./healed")
 _add(export, "export ./small --to gguf -o small.gguf --verify")
+_add(push, "push ./small someone/SmolLM2-135M-kv25 --base HuggingFaceTB/SmolLM2-135M")
 _add(bench, "bench --shape llama-3-8b --keep 0.125,0.25")
-_add(demo, "demo --keep 0.125")
 
 
 @app.callback(invoke_without_command=True)
@@ -85,6 +86,13 @@ def show_notes() -> None:
     warnings.showwarning = show
 
 
+def show_any_text() -> None:
+    """Let what is printed hold any character, as a model's text does, also where the locale is ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the app as its own process, where the libraries' warnings and progress bars may be turned off.
 
@@ -92,10 +100,12 @@ def main() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every attempt to reach a hub that is not there
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars of its own
     # Threads of torch spin while they wait for each other, which beside other work is for processors that they hold up.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    show_any_text()
     show_notes()
     app()

@@ -37,6 +37,7 @@ def compare(
             metavar="M,M,...",
             help="default, palu, mea-half, kvtc, kvtc-deflate, kq-svd, xkv, a recipe.toml; peers: kivi, hqq, "
             "quanto, fp8, turboquant, per-token-head, fp4, or one such as hqq-2bit.",
+            show_default="all that are named here",
         ),
     ] = _METHODS,
     out: Annotated[

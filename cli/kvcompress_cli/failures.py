@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +10,23 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import KVCompressError, OptionError
 
 # typer carries its own copy of click since 0.26 and names only this subclass in public.
 _UsageError = typer.BadParameter.__mro__[1]
 
 
+#: Of the operating system: no room, or no right. That is no bug, whatever was read or written.
+_NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 class OneLineFailures(TyperGroup):
     """The group of commands, which reports what goes wrong in any of them."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **kwargs: Any) -> Any:
         with one_line_failures():
-            return super().make_context(*args, **kwargs)
+            _check_encoding(args)
+            return super().make_context(info_name, args, *more, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with one_line_failures():
@@ -41,9 +47,23 @@ def one_line_failures() -> Iterator[None]:
         message = error.format_message().rstrip(". \n")  # type: ignore[attr-defined]
         _print_line(f"{message}.{hint}")
         raise typer.Exit(2) from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM_OR_RIGHT:
+            raise
+        _print_line(f"{error.strerror}: {error.filename or 'what is printed'}.")
+        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _print_line("interrupted.")
         raise typer.Exit(130) from error
+
+
+def _check_encoding(args: list[str]) -> None:
+    """Raise OptionError for bytes that are no UTF-8: JSON, safetensors and tokenizers take no others."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError as error:
+            raise OptionError(f"'{arg}' is not UTF-8. Rename the file, or give the text in UTF-8.") from error
 
 
 def _print_line(message: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,7 +16,7 @@ import kvcompress as library
 from kvcompress import pipeline
 from kvcompress_cli.app import app
 
-COMMANDS = ("inspect", "compress", "heal", "report", "eval", "compare", "generate", "push", "export", "bench", "demo")
+COMMANDS = ("demo", "inspect", "compress", "report", "eval", "generate", "compare", "heal", "export", "push", "bench")
 #: Runs the app as the installed script does, then says on stderr which heavy libraries were imported.
 PROBE = """
 import atexit, sys
@@ -38,8 +41,9 @@ print(json.dumps(found))
 """
 
 
-def run_process(*args):
-    return subprocess.run([sys.executable, "-c", PROBE, *map(str, args)], capture_output=True, text=True, check=False)
+def run_process(*args, stdout=subprocess.PIPE):
+    command = [sys.executable, "-c", PROBE, *map(str, args)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,9 @@ def test_version(kvcompress):
 def test_no_command_shows_the_help(kvcompress):
     outcome = kvcompress()
     assert outcome.code == 0
-    assert all(command in outcome.stdout for command in COMMANDS)
+    assert re.findall(r"^│ (\w+) ", outcome.stdout, re.MULTILINE) == list(
+        COMMANDS
+    )  # in the order in which they are used
 
 
 @pytest.mark.parametrize(
@@ -135,6 +141,28 @@ def test_ctrl_c_is_one_line_and_exit_130(kvcompress, monkeypatch, tmp_path):
 
     monkeypatch.setattr(pipeline, "compress", interrupted)
     assert kvcompress("compress", "model", tmp_path / "out") == (130, "", "error: interrupted.\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_where_no_output_fits_it_is_one_line_and_exit_2(compressed, more):
+    with open("/dev/full", "w") as full:
+        process = run_process("report", compressed(), *more, stdout=full)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[:-1] == ["error: No space left on device: what is printed."]
+
+
+def test_arguments_that_are_not_utf8_are_one_line_and_exit_2(fails):
+    for args in (["report", "\udcff"], ["generate", "out", "--prompt", "a\udcff"], ["\udcff"]):
+        assert fails(*args).endswith("is not UTF-8. Rename the file, or give the text in UTF-8.\n")
+
+
+def test_any_text_is_shown_where_there_is_ascii_alone():
+    """A model's text, by rich; what typer prints is UTF-8 all the same."""
+    code = "from kvcompress_cli import app, terminal; app.show_any_text(); terminal.stdout().print('文')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+    assert shown == b"\\u6587\n"
 
 
 def test_a_bug_is_no_user_error(kvcompress, monkeypatch, tmp_path):
