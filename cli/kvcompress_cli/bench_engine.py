@@ -15,13 +15,16 @@ def bench_engine(
     json: bool,
 ) -> None:  # fmt: skip
     """Time vLLM's own caches and ours: each batch at each context, the most sequences at the longest, and its
-    prompt."""
+    prompt. Raises OptionError where vLLM is not installed, or where no cache runs in it."""
     import sys
 
     import torch
 
     from kvcompress.bench.engine import EngineWorkload, time_engine
+    from kvcompress.errors import OptionError
+    from kvcompress.vllm.plugin import installed_version
 
+    installed_version()
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     longest = max(contexts)
     sequences = [(batch, context) for context in contexts for batch in batches]
@@ -34,6 +37,8 @@ def bench_engine(
         terminal.print_json({"shape": shape, "engine": "vllm", "caches": [row.to_json() for row in rows]})
     else:
         print_engine(rows)
+    if all(row.failure is not None for row in rows):
+        raise OptionError(f"none of the caches ran in vLLM: {rows[0].failure}")
 
 
 def print_engine(rows: list[EngineTiming]) -> None:

@@ -17,9 +17,10 @@ def load_beside(
 ) -> Loaded:
     """Return the output in transformers, beside which the engine runs it.
 
-    Raises OptionError for another engine, for maps alone, or without one of a text and tasks.
+    Raises OptionError for another engine, for maps alone, without one of a text and tasks, or without vLLM.
     """
     from kvcompress.errors import OptionError
+    from kvcompress.vllm.plugin import installed_version
     from kvcompress_cli.loading import load_compressed
 
     if engine != "vllm":
@@ -28,6 +29,7 @@ def load_beside(
         raise OptionError("--engine needs --text, a text to continue and to decode, or --tasks. Name one of them.")
     if not (output / "config.json").is_file():
         raise OptionError(f"{output} holds maps alone; --engine runs a whole checkpoint. Compress without --maps-only.")
+    installed_version()
     return load_compressed(output, base=base, device=device, dtype=dtype, with_original=False)
 
 

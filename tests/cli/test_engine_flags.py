@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from kvcompress.bench.engine import EngineTiming, EngineWorkload, reason_of, tim
 from kvcompress.bench.workload import SHAPES
 from kvcompress.errors import OptionError
 from kvcompress.runtime.output import read_output
+from kvcompress.vllm import plugin
 from kvcompress.vllm.pages import PoolBlock
 
 
@@ -30,6 +33,26 @@ from kvcompress.vllm.pages import PoolBlock
 )
 def test_what_the_engine_cannot_do_is_said_in_one_line(arguments: tuple[str, ...], fails: Any, tmp_path: Any) -> None:
     assert fails(*(tmp_path / a if a.isupper() else a for a in arguments))
+
+
+def test_without_vllm_nothing_is_begun(fails: Any, model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plugin, "version", absent)
+    for command in (["bench", "--shape", "tiny"], ["eval", model, "--text", "x"]):
+        assert "pip install 'kvcompress[vllm]'" in fails(*command, "--engine", "vllm")
+
+
+def absent(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+def test_where_no_cache_runs_the_command_fails(kvcompress: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plugin, "version", lambda _name: "0.32.0")
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    arguments = ("--shape", "tiny", "--keep", "0.5", "--context", "64", "--batch", "1", "--device", "cpu", "--json")
+    outcome = kvcompress("bench", "--engine", "vllm", *arguments)
+    assert outcome.code == 2
+    assert outcome.stderr.splitlines()[-1] == "error: none of the caches ran in vLLM: exit 1"
+    assert [row["failure"] for row in json.loads(outcome.stdout)["caches"]] == ["exit 1", "exit 1"]
 
 
 def test_a_cache_that_does_not_run_says_why(tmp_path: Any, monkeypatch: Any) -> None:
