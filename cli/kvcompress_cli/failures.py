@@ -50,7 +50,8 @@ def one_line_failures() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM_OR_RIGHT:
             raise
-        _print_line(f"{error.strerror}: {error.filename or 'what is printed'}.")
+        where = f": {error.filename}" if error.filename else ""  # nothing of what is printed
+        _print_line(f"{error.strerror}{where}.")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _print_line("interrupted.")

@@ -19,6 +19,7 @@ import torch
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_directory, check_target, make_directory
 from kvcompress.errors import OptionError, OutputError
+from kvcompress.heal.checkpoints import explained_disk, last_checkpoint
 from kvcompress.heal.options import HealOptions
 from kvcompress.heal.student import Student
 from kvcompress.heal.texts import HealTexts, heal_texts
@@ -82,10 +83,11 @@ def heal(
         texts = texts or _texts(student, source, options)
         before, protocol = student.figures(texts.held_out) if is_main_process() else ({}, {})
         model = student.distillation(options, texts.training)
-        checkpoint = _begin(scratch, plan, options, texts, trainers, resume=resume)
-        trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
-        with trainers.repeatable(options.deterministic, strictly=True):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        with explained_disk(scratch):
+            checkpoint = _begin(scratch, plan, options, texts, resume=resume)
+            trainer = trainers.make_trainer(model, texts, arguments, progress or (lambda _: None))
+            with trainers.repeatable(options.deterministic, strictly=True):
+                trainer.train(resume_from_checkpoint=checkpoint)
         stage = _stage(trainers, trainer, model, texts, protocol) | {"seconds": time.monotonic() - started}
         if is_main_process():
             _write(directory, plan, student, source, before, stage, texts, output, force=force)
@@ -121,15 +123,13 @@ def _texts(student: Student, source: Path, options: HealOptions) -> HealTexts:
     )
 
 
-def _begin(
-    scratch: Path, plan: Plan, options: HealOptions, texts: HealTexts, trainers: Any, *, resume: bool
-) -> str | None:
+def _begin(scratch: Path, plan: Plan, options: HealOptions, texts: HealTexts, *, resume: bool) -> str | None:
     """Return where the training goes on from, or None; note beside its checkpoints what is trained.
 
     Raises OptionError if what is to be continued was another training.
     """
     note = {"options": options.to_json(), "text_sha256": texts.sha256, "sites": [str(s) for s in plan.sites]}
-    file, checkpoint = scratch / _NOTE_FILE, trainers.last_checkpoint(scratch) if resume else None
+    file, checkpoint = scratch / _NOTE_FILE, last_checkpoint(scratch) if resume else None
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if checkpoint is not None and noted != note:
         raise OptionError(
@@ -140,8 +140,7 @@ def _begin(
         shutil.rmtree(scratch, ignore_errors=True)
         make_directory(scratch)
         file.write_text(json.dumps(note), encoding="utf-8")
-    found: str | None = checkpoint
-    return found
+    return checkpoint
 
 
 @contextmanager

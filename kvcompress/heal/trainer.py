@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from kvcompress.errors import OptionError
 from kvcompress.heal.distil import FIGURES, Distillation
@@ -282,12 +281,6 @@ def repeatable(wanted: bool, *, strictly: bool = False) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
-
-
-def last_checkpoint(scratch: Path) -> str | None:
-    """Return where a killed training can go on from, or None."""
-    found: str | None = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
-    return found
 
 
 def device_name(arguments: TrainingArguments) -> str:

@@ -195,6 +195,9 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     assert not (tmp_path / "resumed").exists()
     with pytest.raises(OptionError, match="a training with other options"):
         run(directory, tmp_path / "resumed", replace(options, maps_rate=1e-3), texts, resume=True)
+    killed_in = tmp_path / ".resumed.training" / "checkpoint-99999"  # while this one was written
+    killed_in.mkdir()
+    (killed_in / "trainer_state.json").write_text('{"best_metric": nu')
     steps: list[int] = []
     run(directory, tmp_path / "resumed", options, texts, resume=True, progress=lambda p: steps.append(p.tokens))
     assert min(steps) > options.tokens / 3
