@@ -77,12 +77,14 @@ def obtain_moments(
     limit = (memory or _all_bytes(protocol["device"], workers)) if streams else None
     how: dict[str, Any] = {"resume": resume, "workers": workers, "memory": limit, "report": report}
     with _alone(file):
+        if file.is_file():  # of the process that this one has waited for
+            return _loaded(file, checkpoint)
         return measured_moments(model or ModelAtHand(checkpoint), file, options, protocol, **how)
 
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Within the block, no other process calibrates to `file`. Raises CalibrationError where one does.
+    """Within the block, no other process calibrates to `file`; one that does is waited for, and a Note says so.
 
     The system lets go of the lock of a process that was killed.
     """
@@ -91,10 +93,10 @@ def _alone(file: Path) -> Iterator[None]:
         with explained_os_errors(file):
             try:
                 lock.acquire(timeout=0)
-            except Timeout as error:
-                raise CalibrationError(
-                    f"another process calibrates to {file} now. Wait until it has ended, or choose another directory."
-                ) from error
+            except Timeout:
+                told = f"another process calibrates to {file}: waiting for its moments."
+                warnings.warn(told, Note, stacklevel=4)
+                lock.acquire(poll_interval=0.2)
         try:
             yield
         finally:

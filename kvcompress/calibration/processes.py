@@ -255,7 +255,8 @@ def _begin(device: str, n_workers: int) -> None:
     import torch
 
     _Mine.device = device
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_workers))
+    own = (os.cpu_count() or 1) // n_workers
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), own)))  # which OMP_NUM_THREADS may bound
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

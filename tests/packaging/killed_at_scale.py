@@ -190,7 +190,7 @@ def lane(arguments: argparse.Namespace, index: int, reference: Future[Path]) -> 
     print(f"lane {index}: {told}", flush=True)
     found = []
     for number in range(index, arguments.moments, arguments.lanes):
-        took, good, told = moment(begin, work / f"{number:02d}" / "out", unbroken, rng.uniform(0, length))
+        took, good, told = moment(begin, work / f"{number:02d}" / "out", timed, rng.uniform(0, length))
         print(f"{number + 1:2d}: {told}", flush=True)
         found.append((took is None, good and equal))
         length = min(length, took or length)  # the machine may have become faster

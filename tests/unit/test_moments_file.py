@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
-from kvcompress.errors import CalibrationError, UnsupportedModelError
+from kvcompress.errors import CalibrationError, Note, UnsupportedModelError
 from kvcompress.model.probe import probe
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
@@ -197,21 +198,31 @@ class TestReuse:
         assert len(calibrations) == 2
 
     def test_two_at_once(self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions) -> None:
-        """The second is told of the first and leaves its files alone; what a killed one left is in nobody's way."""
+        """The second waits, says so, and takes the moments of the first; what a killed one left is in nobody's way."""
         compress(tiny_checkpoint("llama-gqa"), tmp_path / "out", options, device="cpu")
         saved = next(tmp_path.glob("kvcompress-moments-*.safetensors"))
-        lock = saved.with_suffix(".lock")
+        lock, aside = saved.with_suffix(".lock"), tmp_path / "aside"
         assert not lock.exists()
         lock.touch()
         compress(tiny_checkpoint("llama-gqa"), tmp_path / "again", options, device="cpu")
         assert saved.exists() and not lock.exists()
-        saved.unlink()
-        lock.touch()
-        with FileLock(lock), pytest.raises(CalibrationError, match=r"another process calibrates to .*moments-"):
+        saved.rename(aside)
+        first = FileLock(lock, thread_local=False)
+        first.acquire()
+        told: list[str] = []
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            told.append(str(message))
+            aside.rename(saved)
+            first.release()
+
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("always", Note)
+            patch.setattr(warnings, "showwarning", show)
+            patch.setattr(measured, "measured_moments", None)  # nothing is calibrated
             compress(tiny_checkpoint("llama-gqa"), tmp_path / "second", options, device="cpu")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["again", lock.name, "out"]
-        compress(tiny_checkpoint("llama-gqa"), tmp_path / "second", options, device="cpu")
-        assert saved.exists() and not lock.exists()
+        assert told == [f"another process calibrates to {saved}: waiting for its moments."]
+        assert {p.name for p in tmp_path.iterdir()} == {"again", "out", "second", saved.name}
 
     def test_text_that_the_model_samples_itself(
         self, tiny_checkpoint: Any, tmp_path: Path, options: CompressOptions
