@@ -188,7 +188,12 @@ class Peer:
         width = spec.layers[0].width
         per_group = GROUP[self.family] * (8 // self.bits if self.family == "hqq" else 1)
         block = GROUP["kivi"] if self.family == "kivi" else max(1, self.residual)
-        if (width if self.family == "kivi" else block * width) % per_group:
+        if self.family == "kivi" and width % per_group:
+            raise OptionError(
+                f"cache {self.name} packs groups of {per_group} channels, and a token of this model has {width} in a "
+                "layer. Leave it out."
+            )
+        if block * width % per_group:
             raise OptionError(
                 f"cache {self.name} packs groups of {per_group} numbers, and {block} tokens of {width} numbers do not "
                 "divide into them. Choose a --recent of 128."

@@ -242,6 +242,8 @@ def test_what_does_not_fit_is_refused(tiny_model: Any) -> None:
         find_peer("fp8", residual=64)
     with pytest.raises(OptionError, match="do not divide"):
         find_peer("hqq-4bit", residual=3).check(spec, 128)
+    with pytest.raises(OptionError, match="groups of 32 channels, and a token of this model has 16 in a layer"):
+        find_peer("kivi-2bit").check(spec, 512)
     with pytest.raises(OptionError, match="hardly leave"):
         find_peer("hqq-4bit").check(spec, 128)
     sliding = read_model_spec(tiny_model("mistral-sliding").config.to_dict())
