@@ -28,16 +28,18 @@ from kvcompress.choose.coded import CodedSite, coded_site
 from kvcompress.choose.fits import Fits, room_where_needed
 from kvcompress.choose.fitting import FittedSite, key_basis, value_basis
 from kvcompress.choose.turning import turns_of
-from kvcompress.codec.distance import distance_of
+from kvcompress.codec.distance import Distance, distance_of
 from kvcompress.errors import BudgetError, Note, OptionError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
 from kvcompress.fold.grouping import choose_groups, group_sizes
 from kvcompress.model.model_spec import ModelSpec, Site
+from kvcompress.model.rotation import Rotation
 from kvcompress.options import BLOCK_TOKENS, GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
 from kvcompress.side_by_side import fitting_device, side_by_side
+from kvcompress.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from kvcompress.calibration.pieces import Workers
@@ -161,7 +163,7 @@ def make_plan(
 
     made = map(coded, chosen) if is_lean else side_by_side(coded, list(chosen), width=_widest(spec), device=device)
     sites, spectra, seen = [], {}, []
-    rotations = tuple(dict.fromkeys(spec.rotations.values()))
+    rotations = _rotations(spec)
     for one in made:
         site = Site(one.plan.layer, one.plan.part)
         turning = spec.rotations.get(site)
@@ -173,13 +175,26 @@ def make_plan(
     if not any(site.rank for site in sites):
         raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
     typical = distance_of(seen)
-    plan = Plan(
+    return _plan_of(checkpoint, moments, options, tuple(sites), maps, typical), maps, spectra
+
+
+def _plan_of(
+    checkpoint: Checkpoint,
+    moments: Moments,
+    options: CompressOptions,
+    sites: tuple[SitePlan, ...],
+    maps: Mapping[Site, SiteMaps],
+    typical: Distance | None,
+) -> Plan:
+    """Return the whole plan: its sites, and what must be known of the model, the choices and the calibration."""
+    spec = checkpoint.spec
+    return Plan(
         form="folded" if options.folded else "coded",
         source=source_name(checkpoint.source),
         source_fingerprint=checkpoint.fingerprint(),
         architecture=spec.architecture,
         dtype=spec.dtype,
-        sites=tuple(sites),
+        sites=sites,
         sinks=options.sinks,
         recent=options.recent,
         options=options.to_json() | {"maps_only": bool(options.maps_only)},
@@ -187,12 +202,16 @@ def make_plan(
         loss_in_nats=moments.has_fisher,
         maps_bytes=sum(m.nbytes for m in maps.values()),
         weight_bytes=checkpoint.weight_bytes,
-        rotations=rotations,
+        rotations=_rotations(spec),
         signature=moments.signature,
         own_layers=spec.own_layers,
         window=spec.window,
     )
-    return plan, maps, spectra
+
+
+def _rotations(spec: ModelSpec) -> tuple[Rotation, ...]:
+    """Return each rotation of a model once, in the order in which plans number them."""
+    return tuple(dict.fromkeys(spec.rotations.values()))
 
 
 def refit_values(
