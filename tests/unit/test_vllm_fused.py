@@ -145,7 +145,10 @@ def test_keys_that_no_kernel_decodes_are_rebuilt() -> None:
     assert (out - expected).norm() / expected.norm() < 4e-3
 
 
-def test_the_first_request_launches_nothing_that_the_warm_up_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_first_request_launches_nothing_that_the_warm_up_did_not(
+    rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By their constants, of which each set is compiled by itself. What lies in pages stays."""
     launched = set[tuple[str, str]]()
 
@@ -166,7 +169,7 @@ def test_the_first_request_launches_nothing_that_the_warm_up_did_not(monkeypatch
         noted(encode, name)
     for name in ("latents_kernel", "heads_kernel"):
         noted(rebuilding, name)
-    cache = cache_of(codecs(rotated=False))
+    cache = cache_of(codecs(rotated=rotated))
     fused, layer = fused_of(cache)
     launched.clear()  # what cache_of did
     cache.packed.fill_(77)
