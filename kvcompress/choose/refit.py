@@ -22,7 +22,7 @@ from torch import Tensor
 from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import SiteCodec
-from kvcompress.codec.quantise import best_gain, dequantise, gain, quantise
+from kvcompress.codec.quantise import best_gain, gain
 
 #: How much decoders lean on what they were, as a share of the power of each code.
 _LEAN = 0.01
@@ -33,6 +33,8 @@ _RUNS = 16
 #: Steps that are tried, as multiples of what they were; and how often, since other steps mean other gains.
 _MULTIPLES = torch.logspace(-0.5, 0.5, 11, base=2.0).tolist()
 _ROUNDS = 2
+#: Components whose steps a processor tries at once: as many as stay in its cache.
+_AT_ONCE = 64
 
 
 def refitted(maps: SiteMaps, sums: SiteMoments, *, device: str = "cpu") -> SiteMaps:
@@ -67,16 +69,29 @@ def _with_steps(maps: SiteMaps, x: Tensor) -> SiteMaps:
     first = int((maps.bits > 8).sum())  # those before it are numbers
     half = 2.0 ** (maps.bits[first:].to(x.device).float() - 1)
     z = SiteCodec(maps, x.device).project(x)[:, first:]
-    multiples = torch.tensor(_MULTIPLES, device=x.device)
     wider = torch.ones_like(half)
     for _ in range(_ROUNDS):
-        gains = gain(best_gain(z / wider, half)).unsqueeze(-1)
-        errors = []
-        for multiple in _MULTIPLES:
-            step = gains * (multiple * wider)
-            errors.append((dequantise(quantise(z / step, half), half) * step - z).square().mean(0))
-        wider = wider * multiples[torch.stack(errors).argmin(0)]
+        gains = gain(best_gain(z, half)).unsqueeze(-1)
+        best = _best_multiples(z / gains, gains[:, 0].square(), half)
+        z, wider = z / best, wider * best
     return replace(maps, step=torch.cat([maps.step[:first], maps.step[first:] * wider.to(maps.step.device)]))
+
+
+def _best_multiples(z: Tensor, weight: Tensor, half: Tensor) -> Tensor:
+    """Return the multiple of each component's step that errs least, [R]; z: [n_samples, R] behind gains, in steps.
+
+    weight: [n_samples], the square of each token's gain.
+    """
+    at_once, best = len(half) if z.is_cuda else _AT_ONCE, []
+    for some, own in zip(z.split(max(1, at_once), 1), half.split(max(1, at_once)), strict=True):
+        exact, errors = some.contiguous(), []
+        error = torch.empty_like(exact)
+        for multiple in _MULTIPLES:
+            torch.div(exact, multiple, out=error)
+            torch.minimum(torch.maximum(error.floor_(), -own, out=error), own - 1, out=error)
+            errors.append(weight @ error.add_(0.5).mul_(multiple).sub_(exact).square_())
+        best.append(torch.stack(errors).argmin(0))
+    return torch.tensor(_MULTIPLES, device=z.device)[torch.cat(best)]
 
 
 def _fitted(codes: Tensor, x: Tensor, encoder: Tensor, covariance: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
