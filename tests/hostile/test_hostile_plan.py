@@ -66,49 +66,59 @@ def site(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda d: d["sites"][2].update({name: value})
 
 
-NUMBERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a count of 10^9": site("bits", [[8, 10**9]]),
-    "a count of 2^63": site("bits", [[8, 2**63]]),
-    "a count below zero": site("bits", [[8, -1]]),
-    "a count that is no number": site("bits", [[8, None]]),
-    "more components than numbers": site("bits", [[8, 17]]),
-    "bits that no level has": site("bits", [[7, 4]]),
-    "bits that rise": site("bits", [[2, 4], [8, 4]]),
-    "a list as a part": site("part", []),
-    "a part that is none": site("part", "query"),
-    "an object as a layer": site("layer", {}),
-    "a layer far away": site("layer", 10**12),
-    "a width of 2^40": site("width", 2**40),
-    "a width of zero": site("width", 0),
-    "blocks that do not divide": site("block_width", 5),
-    "blocks of another width": site("block_width", 16),
-    "a loss that is no number": site("predicted_loss", "much"),
-    "a turn of 2^50": site("turn", 2**50),
-    "rotated, in words": site("rotated", "yes"),
-    "a basis of a megabyte": site("basis", "x" * 10**6),
-    "a window of 2^62": lambda d: d.update(recent=2**62),
-    "sinks below zero": lambda d: d.update(sinks=-1),
-    "sinks as a truth": lambda d: d.update(sinks=True),
-    "options as a list": lambda d: d.update(options=[]),
-    "an option of another kind": lambda d: d["options"].update(keep="half"),
-    "texts that are no list": lambda d: d["calibration"].update(sources=7),
-    "a site twice": lambda d: d["sites"].append(d["sites"][0]),
-    "a site less": lambda d: d["sites"].pop(),
-    "bytes that are not the sites'": lambda d: d["bytes_per_token"].update(compressed=1),
-    "a share that is not the sites'": lambda d: d.update(keep=0.01),
-    "a dtype as a list": lambda d: d.update(dtype=[]),
-    "a form that is none": lambda d: d.update(form="solid"),
-    "a file elsewhere": lambda d: d["files"].update({"../x.safetensors": "0"}),
-    "a file of a name too long": lambda d: d["files"].update({"x" * 300: "0"}),
-    "a file of no name": lambda d: d["files"].update({"": "0"}),
-    "a file that is missing": lambda d: d["files"].update({"x.safetensors": "0"}),
+#: Damage -> how it is done, and words of the refusal: another check must not stand for the one that is meant.
+NUMBERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a count of 10^9": (site("bits", [[8, 10**9]]), "sites[2].bits[0][1] must be a number from 0"),
+    "a count of 2^63": (site("bits", [[8, 2**63]]), "beyond any size"),
+    "a count below zero": (site("bits", [[8, -1]]), "sites[2].bits[0][1] must be a number from 0"),
+    "a count that is no number": (site("bits", [[8, None]]), "sites[2].bits[0][1] must be a whole number"),
+    "more components than numbers": (site("bits", [[8, 17]]), "keep 17 components of 16"),
+    "bits that no level has": (site("bits", [[7, 4]]), "sites[2].bits[0][0] must be one of"),
+    "bits that rise": (site("bits", [[2, 4], [8, 4]]), "sites[2].bits must be falling"),
+    "a list as a part": (site("part", []), "sites[2].part must be one of"),
+    "a part that is none": (site("part", "query"), "sites[2].part must be one of"),
+    "an object as a layer": (site("layer", {}), "sites[2].layer must be a whole number"),
+    "a layer far away": (site("layer", 10**12), "sites[2].layer must be a number from 0"),
+    "a width of 2^40": (site("width", 2**40), "sites[2].width must be a number from 1"),
+    "a width of zero": (site("width", 0), "sites[2].width must be a number from 1"),
+    "blocks that do not divide": (site("block_width", 5), "block_width 5 does not divide"),
+    "blocks of another width": (
+        site("block_width", 16),
+        "the maps of layers.1.key keep 8 of 16 numbers in blocks of 8",
+    ),
+    "a loss that is no number": (site("predicted_loss", "much"), "sites[2].predicted_loss must be a number"),
+    "a turn of 2^50": (site("turn", 2**50), "sites[2].turn must be a number from 1"),
+    "a turn of three tokens": (site("turn", 3), "turn must be 1 or a power of two"),
+    "rotated, in words": (site("rotated", "yes"), "sites[2].rotated must be true or false"),
+    "a basis of a megabyte": (site("basis", "x" * 10**6), "sites[2].basis must be a length"),
+    "a window of 2^62": (lambda d: d.update(recent=2**62), "beyond any size"),
+    "sinks below zero": (lambda d: d.update(sinks=-1), "sinks must be a number from 0"),
+    "sinks as a truth": (lambda d: d.update(sinks=True), "sinks must be a whole number"),
+    "options as a list": (lambda d: d.update(options=[]), "options must be an object"),
+    "an option of another kind": (lambda d: d["options"].update(keep="half"), "options.keep must be a number"),
+    "texts that are no list": (lambda d: d["calibration"].update(sources=7), "calibration.sources must be a list"),
+    "a site twice": (lambda d: d["sites"].append(d["sites"][0]), "each a different one"),
+    "no site": (lambda d: d.update(sites=[]), "sites must be some"),
+    "a site less": (lambda d: d["sites"].pop(), "bytes_per_token is not what the sites come to"),
+    "bytes that are not the sites'": (
+        lambda d: d["bytes_per_token"].update(compressed=1),
+        "bytes_per_token is not what the sites come to",
+    ),
+    "a share that is not the sites'": (lambda d: d.update(keep=0.01), "keep is 0.01, the sites come to"),
+    "a dtype as a list": (lambda d: d.update(dtype=[]), "dtype must be a text"),
+    "a form that is none": (lambda d: d.update(form="solid"), "form must be one of coded, folded"),
+    "a file elsewhere": (lambda d: d["files"].update({"../x.safetensors": "0"}), "outside of it"),
+    "a file of a name too long": (lambda d: d["files"].update({"x" * 300: "0"}), "names a file 'xxx"),
+    "a file of no name": (lambda d: d["files"].update({"": "0"}), "with which it was written"),
+    "a file that is missing": (lambda d: d["files"].update({"x.safetensors": "0"}), "has no x.safetensors"),
 }
 
 
 @pytest.mark.parametrize("damage", NUMBERS)
 def test_numbers_of_the_plan(output: Path, damage: str) -> None:
-    edit(output, NUMBERS[damage])
-    refusal(output)
+    change, words = NUMBERS[damage]
+    edit(output, change)
+    assert words in refusal(output)
 
 
 def test_a_plan_of_a_gigabyte(output: Path) -> None:
@@ -124,9 +134,16 @@ def test_maps_larger_than_the_plan_allows(output: Path) -> None:
     assert "1,000,000,000,000 bytes" in refusal(output)
 
 
+@pytest.mark.parametrize("options", [{}, {"ranks_only": False}, {"keep": 1.0}], ids=["ranks", "bits", "exact"])
+def test_what_the_plan_allows_is_what_maps_have(pristine: Any, options: dict[str, Any]) -> None:
+    directory = pristine(**options)
+    n_bytes = sum(t.nbytes for t in load_file(directory / MAPS).values())
+    assert Plan.load(directory).most_maps_bytes == n_bytes
+
+
 def test_nothing_is_expanded_on_the_way(output: Path) -> None:
     """The whole of load, in a process that may have 4 GB of addresses."""
-    edit(output, NUMBERS["a count of 10^9"])
+    edit(output, NUMBERS["a count of 10^9"][0])
     code = (
         "import resource, sys, kvcompress, kvcompress.errors, kvcompress.runtime.load\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 10**9\n"
