@@ -15,6 +15,7 @@ from kvcompress.calibration import fisher, measured
 from kvcompress.calibration.calibrate import obtain_moments
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
+from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.calibration.weights_only import weight_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, Note, UnsupportedModelError
@@ -27,14 +28,19 @@ from tests.tiny_models import random_ids
 def assert_equal(ours: Moments, expected: Moments) -> None:
     """Bit for bit."""
     assert list(ours.sites) == list(expected.sites)
-    assert (ours.protocol, ours.n_windows) == (expected.protocol, expected.n_windows)
+    assert (ours.protocol, ours.order) == (expected.protocol, expected.order)
     for site, sums in ours.sites.items():
         other = expected.sites[site]
         assert sums.n_tokens == other.n_tokens
-        assert torch.equal(sums.total, other.total)
-        mine, theirs = ([*s.partitions, *s.outer, *s.fisher] for s in (sums, other))
+        mine, theirs = tensors_of(sums), tensors_of(other)
         for a, b in zip(mine, theirs, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def tensors_of(sums: SiteMoments) -> list[torch.Tensor]:
+    blocks = [*sums.partitions, *sums.outer, *sums.fisher, *sums.weighed_outer]
+    coherence = [] if sums.coherence is None else [sums.coherence]
+    return [*blocks, sums.total, sums.samples, sums.weighed_total, sums.weighed_samples, *coherence]
 
 
 def test_round_trip(tiny_moments: Any, tmp_path: Path) -> None:
