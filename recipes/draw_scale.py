@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measure_scale import SHAPES, imagined
+from scale_models import SHAPES, imagined
 
 from kvcompress.calibration.memory import least_bytes, whole_bytes
 

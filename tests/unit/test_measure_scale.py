@@ -13,7 +13,7 @@ import pytest
 from kvcompress.calibration.memory import least_bytes, least_of, whole_bytes
 from kvcompress.checkpoint.reader import open_checkpoint
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "measure_scale.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "scale_models.py"
 
 
 @pytest.fixture(scope="module")
