@@ -67,6 +67,7 @@ class SiteMaps:
 
 
 def save_maps(maps: Mapping[Site, SiteMaps], file: Path) -> None:
+    """Write the maps of every site as safetensors, tensors named SITE.FIELD (docs/format.md)."""
     from safetensors.torch import save_file
 
     tensors = {f"{site}.{name}": t for site, m in maps.items() for name, t in m._tensors().items()}

@@ -114,4 +114,5 @@ def _taken(components: Components, order: Tensor) -> Components:
 
 
 def make_policy(options: CompressOptions) -> Policy:
+    """Return the policy of the options. Raises OptionError for layers that `middle` cannot read."""
     return POLICIES["middle"](options.layers) if options.policy == "middle" else POLICIES[options.policy]()  # type: ignore[call-arg]

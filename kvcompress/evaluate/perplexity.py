@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompress.codec.distance import Distance, Seen, distance_of, watched
 from kvcompress.compat import decoder_of
 from kvcompress.errors import OptionError
+from kvcompress.evaluate.sides import dtype_name
 from kvcompress.evaluate.states import decoded_states
 from kvcompress.evaluate.windows import Windows
 from kvcompress.model.head import logits_of
@@ -179,7 +180,7 @@ def measure_attached(
     with watched(sites, skipped=sinks) as watches:
         sums = _window_sums(model, original, coded, batch=batch, progress=progress)
     protocol = {"sinks": sinks, "recent": recent}
-    return Measured(sums, tuple(watch.seen for watch in watches), _dtype_of(model), protocol)
+    return Measured(sums, tuple(watch.seen for watch in watches), dtype_name(model), protocol)
 
 
 def joined(parts: Sequence[Measured], windows: Windows, plan: Plan) -> Evaluation:
@@ -207,7 +208,7 @@ def compare_states(
     most `batch` windows; `model` turns them into logits. keep and protocol are passed on.
     """
     sums = _window_sums(model, original, coded, batch=batch, progress=progress)
-    return _evaluation(sums, original.windows, _dtype_of(model), keep=keep, protocol=protocol)
+    return _evaluation(sums, original.windows, dtype_name(model), keep=keep, protocol=protocol)
 
 
 def _window_sums(
@@ -251,10 +252,6 @@ def _evaluation(sums: Tensor, windows: Windows, dtype: str, *, keep: float, prot
         protocol=windows.protocol(dtype) | protocol,
         log_ratios=tuple(log_ratios.tolist()),
     )
-
-
-def _dtype_of(model: Any) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _compare(original: tuple[Any, Tensor], compressed: tuple[Any, Tensor], ids: Tensor) -> Tensor:

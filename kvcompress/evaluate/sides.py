@@ -109,6 +109,7 @@ def both_sides(
 
 
 def dtype_name(model: Any) -> str:
+    """Return the dtype that a model runs in, as options name it (float32)."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 

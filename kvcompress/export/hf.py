@@ -123,6 +123,7 @@ def decilm_config(fields: dict[str, Any], layers: list[StockLayer]) -> dict[str,
 
 
 def has_biases(layers: list[StockLayer]) -> bool:
+    """Return whether projections of keys have a bias: in all layers, or in none."""
     return layers[0].attention.projection("key").bias is not None
 
 

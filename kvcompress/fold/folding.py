@@ -52,6 +52,7 @@ def encode_rows(weight: Tensor, maps: SiteMaps) -> Tensor:
 
 
 def tensor_bytes(file: Path) -> int:
+    """Return the bytes of the tensors in a safetensors file, its header left out."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:

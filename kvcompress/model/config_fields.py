@@ -14,6 +14,7 @@ _MOST_LAYERS, _MOST = 10_000, 1 << 24
 
 
 def positive_int(config: dict[str, Any], field: str, default: int | None = None) -> int:
+    """Return a count of config.json, or the default where it has none. Raises CheckpointError for what is no count."""
     value = config.get(field)
     if value is None:
         value = default

@@ -9,6 +9,7 @@ from kvcompress.model.model_spec import AttentionSpec, ModelSpec, OwnLayer, Proj
 
 
 def build_model_spec(config: dict[str, Any], layers: list[AttentionSpec]) -> ModelSpec:
+    """Return the model of some layers: those with a sliding window stay its own, unless all have one."""
     sliding = [a for a in layers if a.sliding_window]
     if len(sliding) == len(layers):  # nothing but windows: then they are what there is to compress
         sliding = []

@@ -142,6 +142,7 @@ def plain_attention(
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Return scores as a soft cap leaves them: softcap * tanh(scores / softcap), of the same shape (Gemma 2)."""
     return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 

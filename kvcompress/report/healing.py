@@ -82,6 +82,7 @@ def read_healing(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_healing(directory: Path, stages: list[dict[str, Any]]) -> None:
+    """Write healing.json: what was trained on an output, the first training first."""
     document = {"format_version": _FORMAT_VERSION, "stages": stages}
     (directory / HEALING_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

@@ -63,6 +63,7 @@ def trimmed(layer: Any) -> None:
 
 
 def not_simulated() -> OptionError:
+    """Return the error of a model whose attention over a whole text cannot be simulated."""
     return OptionError(
         "the model works on what its cache returns before it attends (latent attention, or an older model file): "
         "queries of a text cannot be simulated at once. kvcompress.evaluate steps through it with the real cache."
