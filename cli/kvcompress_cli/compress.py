@@ -218,7 +218,9 @@ def choose_options(
     overrides = chosen | {"calibration": calibration, "metric": "weights" if no_calibration else metric}
     options = load_recipe(recipe, **overrides) if recipe else with_overrides(CompressOptions(), **overrides)
     if calibration and options.metric == "weights":
-        raise OptionError("metric weights reads no text, so --calibration would do nothing. Choose --metric fisher.")
+        raise OptionError(
+            "--no-calibration, or metric weights, reads no text: --calibration would do nothing. Leave out one of them."
+        )
     return options
 
 
