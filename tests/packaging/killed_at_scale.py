@@ -4,29 +4,32 @@
     python tests/packaging/killed_at_scale.py MODEL TEXT WORK --way shared --devices cuda:0,cuda:1 --lanes 4
 
 Ways: streamed (layers from disk), shared (a process for each device), both (two processes that stream), ray (a cluster
-that runs, RAY_ADDRESS or auto). Every run is a new process, as GPUs need it; it is ready when it and its workers have
-their imports and their devices, and the clock of a moment begins then. Lanes work through moments side by side, each
-after a run of its own that is left alone and tells how long one takes. Streaming wants a model that is larger than what
-its least memory is; on a GPU that is one above 1 GB. Prints a line for each moment, and ends with 1 if a plan differs,
-or if anything is left behind.
+that runs, RAY_ADDRESS or auto). Every run is a fork of a process that has all imports and no GPU; it is ready when it
+and its workers have their devices, and the clock of a moment begins then. Lanes work through moments side by side, each
+after a run of its own that is left alone and tells how long one takes; on a GPU, on which processes take turns, two or
+three are the most. Streaming wants a model that is larger than what its least memory is; on a GPU that is one above
+1.5 GB. Prints a line for each moment, and ends with 1 if a plan differs, or if anything is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking whether there is a GPU uses it, which no fork may then
 
 import numpy
 import torch
@@ -46,6 +49,8 @@ from kvcompress.pipeline import compress
 # Sums are saved at most every second; with a clock that runs fast that is every few windows. Workers import this, too.
 parts._SAVING_SHARE = 100.0
 Make = Callable[[list[str]], Any]  # of devices
+#: Whose processes are forks of one that has imported what a run takes, and done nothing else.
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def on_ray(devices: list[str]) -> RayWorkers:
@@ -65,8 +70,10 @@ WAYS: dict[str, tuple[Make, Make, bool]] = {
 }
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Compress to the end, in this process and whatever workers it takes, once all are ready and a line comes."""
+def run(arguments: argparse.Namespace, told: Connection) -> None:
+    """Compress to the end, in this process and whatever workers it takes, once all are ready and a word comes."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
     first, then, streams = WAYS[arguments.way]
     devices = arguments.devices.split(",")
     workers = {"first": first, "then": then, "alone": alone}[arguments.by](devices)
@@ -79,14 +86,14 @@ def run(arguments: argparse.Namespace) -> None:
     options = CompressOptions(calibration=(str(arguments.text),), maps_only=True, **chosen)
     memory = between(arguments, devices[0]) if streams and arguments.by != "alone" else None
     how: dict[str, Any] = {"device": devices[0], "workers": workers, "memory": memory, "resume": arguments.resume}
-    print("ready", flush=True)
-    if not sys.stdin.readline():  # the one that was to send it is no more
-        sys.exit(1)
+    told.send("ready")
+    told.recv()  # raises where the one that was to send it is no more
     try:
         compress(arguments.model, arguments.out, options, **how)
     finally:
         if workers is not None:
             workers.close()
+    os._exit(0)  # multiprocessing would join the workers before they are told to end, and they end with this process
 
 
 def between(arguments: argparse.Namespace, device: str) -> int:
@@ -102,32 +109,33 @@ class Run:
     """A new process that compresses, once it is told to."""
 
     def __init__(self, arguments: argparse.Namespace, lane: int, out: Path, by: str, *, resume: bool = False) -> None:
-        given, devices = vars(arguments), arguments.devices.split(",")
+        devices = arguments.devices.split(",")
         devices = devices[lane % len(devices) :] + devices[: lane % len(devices)]
-        command = [sys.executable, __file__, arguments.model, arguments.text, arguments.work, "--by", by, "--out", out]
-        command += [part for name in ("way", "windows", "seq_len") for part in (f"--{name}", given[name])]
-        command += ["--devices", ",".join(devices), *(["--resume"] if resume else [])]
+        given = {"by": by, "out": out, "resume": resume, "devices": ",".join(devices)}
         self.out = out
-        self._process = subprocess.Popen(map(str, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._told, theirs = FORKS.Pipe()
+        self._process = FORKS.Process(target=run, args=(argparse.Namespace(**vars(arguments) | given), theirs))
+        self._process.start()
+        theirs.close()
 
     def go(self) -> None:
         """Begin, when it is ready."""
-        assert self._process.stdin and self._process.stdout
-        if not any(line == "ready\n" for line in self._process.stdout):
-            raise RuntimeError(f"a run for {self.out} ended with {self._process.wait()} before it was ready")
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        try:
+            self._told.recv()
+        except EOFError as error:
+            raise RuntimeError(f"a run for {self.out} ended with {self.ended()} before it was ready") from error
+        self._told.send("go")
 
     def ended(self) -> int:
-        return self._process.wait()
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
     def killed(self, after: float = 0.0) -> int:
         """Kill it after so many seconds, where it has not ended by then."""
-        try:
-            return self._process.wait(after)
-        except subprocess.TimeoutExpired:
-            self._process.send_signal(signal.SIGKILL)
-            return self.ended()
+        self._process.join(after)
+        self._process.kill()
+        return self.ended()
 
     def whole(self) -> float:
         """Run to the end and return the seconds that took."""
@@ -209,13 +217,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--seq_len", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    for hidden in ("--by", "--out"):  # of a run
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.by:
-        run(arguments)
-        return
     shutil.rmtree(arguments.work / arguments.way, ignore_errors=True)
     unbroken = arguments.work / arguments.way / "unbroken" / "out"
     unbroken.parent.mkdir(parents=True)
@@ -234,6 +236,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    FORKS.set_forkserver_preload(["numpy", *(name for name in sys.modules if name.startswith("kvcompress"))])
     main()
