@@ -102,12 +102,17 @@ def free_bytes(device: str) -> int | None:
         return None
 
 
+def counted_outside(*, solves: bool = False) -> int:
+    """Return what a process is counted to take of a GPU beside its tensors; solves: whether sites are fitted there."""
+    return CONTEXT_BYTES + (SOLVING_BYTES if solves else 0)
+
+
 def allocatable(memory: int, *, solves: bool = False) -> int:
     """Return what a process that may take `memory` of a GPU can count on for its tensors; `limited` looks at the GPU.
 
     solves: whether sites are fitted there.
     """
-    return memory - CONTEXT_BYTES - (SOLVING_BYTES if solves else 0)
+    return memory - counted_outside(solves=solves)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from threading import Barrier
 
 import torch
 
-from kvcompress.calibration.memory import CONTEXT_BYTES, SOLVING_BYTES
+from kvcompress.calibration.memory import counted_outside
 from kvcompress.side_by_side import FEEDING
 
 #: Kernels that are loaded later than at the first look.
@@ -31,7 +31,7 @@ def outside_bytes(place: int, *, solves: bool) -> int:
         _begin_feeding(f"cuda:{place}")
     free, total = torch.cuda.mem_get_info(place)
     found = total - free - torch.cuda.memory_reserved(place) + _LATER
-    counted = CONTEXT_BYTES + (SOLVING_BYTES if solves else 0)
+    counted = counted_outside(solves=solves)
     return found if found <= counted + _OTHERS else counted
 
 
