@@ -56,20 +56,25 @@ def check_space(target: Path, n_bytes: int, advice: str = "Free some space, or w
         )
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether an error tells of a full disk: the system's own, or safetensors', with its text inside."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(text in str(error) for text in ("No space left", "StorageFull"))
+
+
 @contextmanager
 def explained_os_errors(target: Path) -> Iterator[None]:
     """Turn a full disk or a missing right into one clear OutputError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise OutputError(f"no space left while writing {target}. Nothing was left behind.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"no permission to write {target} ({error.strerror}).") from error
         raise OutputError(f"cannot write {target}: {error.strerror or error}.") from error
     except Exception as error:
-        # safetensors reports a full disk as its own error type, with the operating system's text inside.
-        if "No space left" in str(error) or "StorageFull" in str(error):
+        if is_full(error):
             raise OutputError(f"no space left while writing {target}. Nothing was left behind.") from error
         raise
 

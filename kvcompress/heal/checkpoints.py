@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvcompress.checkpoint.writer import is_full
 from kvcompress.errors import OutputError
 
-#: What torch and safetensors say of a full disk, in errors of their own.
-_FULL = ("No space left", "StorageFull", "iostream error", "file write failed")
+#: What torch says where it cannot write on.
+_CUT_SHORT = ("iostream error", "file write failed")
 
 
 def last_checkpoint(scratch: Path) -> str | None:
@@ -39,9 +39,7 @@ def explained_disk(scratch: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
-            f in str(error) for f in _FULL
-        ):
+        if not is_full(error) and not any(text in str(error) for text in _CUT_SHORT):
             raise
         raise OutputError(
             f"no space left for the training's checkpoints in {scratch}. Free some space and go on with --resume, or "
