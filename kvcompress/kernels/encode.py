@@ -20,8 +20,8 @@ from kvcompress.model.rope import Rotary
 
 _WIDTH = 64
 _CENTRED_TOKENS = 16
-#: Of a program that searches gains: few where there are few, so that all multiprocessors have some.
-_GAIN_TOKENS, _FEW_TOKENS = 8, 4096
+#: Tokens of a program that searches gains: few where there are at most so many, so that all multiprocessors have some.
+_GAIN_TOKENS, FEW_TOKENS = 8, 4096
 
 
 def centred(x: Tensor, mean: Tensor | None, rotary: Rotary | None, positions: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ def gain_errors(latents: Tensor, site: PackedSite) -> Tensor:
 
 def _try_gains(kernel: Any, latents: Tensor, site: PackedSite, out: Tensor) -> None:
     n_tokens, n_components = latents.shape[0] * latents.shape[1], site.n_components
-    tokens = 2 if n_tokens <= _FEW_TOKENS else _GAIN_TOKENS
+    tokens = 2 if n_tokens <= FEW_TOKENS else _GAIN_TOKENS
     if n_tokens:
         kernel[(n_tokens // tokens,)](
             latents, _halves(tuple(sorted(site.counts.items())), latents.device), out, n_components,

@@ -31,8 +31,6 @@ from kvcompress.vllm.pages import exact_parts
 from kvcompress.vllm.reference import LayerCache, Row, encode_chunk
 from kvcompress.vllm.steps import Step
 
-#: Tokens of a chunk that is long to the kernels: gains of more than 4,096 are searched by another variant.
-_LONG = 4096 + BLOCK_TOKENS
 #: Blocks whose encoding is recorded before the first request: those of up to eight sequences, little memory.
 _RECORDED_AHEAD = (2, 4, 8, 16)
 
@@ -127,11 +125,13 @@ class FusedModel:
         most_tokens: of a step. Ranks that choose gains together must all do it at once. What decodes is compiled
         already, and begin_step by the engine's own first steps.
         """
-        layers = list(self.layers.values())
+        from kvcompress.kernels.encode import FEW_TOKENS  # here: with Triton
+
+        layers, long = list(self.layers.values()), min(most_tokens, FEW_TOKENS + BLOCK_TOKENS)
         packing = [(site.kernels, site.words) for layer in layers for site in layer.encoded_sites]
         n_compiled = compile_packing(packing)
         for layer in layers:
-            for n_tokens in sorted({BLOCK_TOKENS, min(most_tokens, _LONG) // BLOCK_TOKENS * BLOCK_TOKENS} - {0}):
+            for n_tokens in sorted({BLOCK_TOKENS, long // BLOCK_TOKENS * BLOCK_TOKENS} - {0}):
                 self._read_nothing(layer, n_tokens)
         for n_blocks in _RECORDED_AHEAD:
             nothing = torch.full((n_blocks,), -1, dtype=torch.int32, device=self._into.rows.device)
