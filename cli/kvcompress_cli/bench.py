@@ -41,11 +41,15 @@ def bench(
     ] = False,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="vllm", help="Time whole caches in vLLM instead, with random weights of the shape."),
+        typer.Option(metavar="vllm", help="Time whole caches in vLLM instead, of OUT or with random weights."),
     ] = None,
     caches: Annotated[
         str, typer.Option(help="With --engine: vLLM's own caches to time, by kv_cache_dtype, with commas between.")
     ] = "bf16",
+    limit: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --engine: seconds that each cache may take, its start too.", show_default=False),
+    ] = None,
     device: flags.Device = "auto",
     json: flags.Json = False,
 ) -> None:
@@ -55,7 +59,7 @@ def bench(
     With --decode a model of the shape decodes, too, at the largest batch that fits the device with each cache.
     """
     if engine is not None:
-        _bench_engine(engine, output, shape, keep, context, batch, turn, caches, device, json)
+        _bench_engine(engine, output, shape, keep, context, batch, turn, caches, limit, device, json)
         return
     from kvcompress.bench.run import run_bench
 
@@ -77,18 +81,16 @@ def bench(
 
 def _bench_engine(
     engine: str, output: Path | None, shape: str, keep: str, context: str, batch: str, turn: int, caches: str,
-    device: str, json: bool,
+    limit: float | None, device: str, json: bool,
 ) -> None:  # fmt: skip
     from kvcompress.errors import OptionError
     from kvcompress_cli.bench_engine import bench_engine
 
     if engine != "vllm":
         raise OptionError(f"--engine {engine} is unknown. Known: vllm.")
-    if output is not None:
-        raise OptionError("--engine times random weights of a --shape. Leave out OUT.")
     bench_engine(
-        shape=shape, keeps=_numbers(keep, float, "--keep"), contexts=_numbers(context, int, "--context"),
-        batches=_numbers(batch, int, "--batch"), turn=turn, caches=caches, device=device, json=json,
+        output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), contexts=_numbers(context, int, "--context"),
+        batches=_numbers(batch, int, "--batch"), turn=turn, caches=caches, limit=limit, device=device, json=json,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompress_cli import terminal
@@ -11,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def bench_engine(
-    *, shape: str, keeps: list[float], contexts: list[int], batches: list[int], turn: int, caches: str, device: str,
-    json: bool,
+    *, output: Path | None, shape: str, keeps: list[float], contexts: list[int], batches: list[int], turn: int,
+    caches: str, limit: float | None, device: str, json: bool,
 ) -> None:  # fmt: skip
     """Time vLLM's own caches and ours: each batch at each context, the most sequences at the longest, and its
     prompt. Raises OptionError where vLLM is not installed, or where no cache runs in it."""
@@ -20,7 +21,7 @@ def bench_engine(
 
     import torch
 
-    from kvcompress.bench.engine import EngineWorkload, time_engine
+    from kvcompress.bench.engine import EngineOptions, EngineWorkload, time_checkpoint, time_engine
     from kvcompress.errors import OptionError
     from kvcompress.vllm.plugin import installed_version
 
@@ -29,34 +30,45 @@ def bench_engine(
     longest = max(contexts)
     sequences = [(batch, context) for context in contexts for batch in batches]
     workload = EngineWorkload((*sequences, (None, longest)), prompt=longest, continuation=min(2048, longest // 2))
-    rows = time_engine(
-        shape, keeps, workload, caches=[c for c in caches.split(",") if c], turn=turn, device=where,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
+    options = EngineOptions(where, limit=limit, say=lambda line: print(line, file=sys.stderr, flush=True))
+    own = [cache for cache in caches.split(",") if cache]
+    if output is None:
+        rows = time_engine(shape, keeps, workload, caches=own, turn=turn, options=options)
+    else:
+        rows = time_checkpoint(output, workload, caches=own, options=options)
     if json:
-        terminal.print_json({"shape": shape, "engine": "vllm", "caches": [row.to_json() for row in rows]})
+        model = {"shape": shape} if output is None else {"checkpoint": str(output)}
+        terminal.print_json({**model, "engine": "vllm", "caches": [row.to_json() for row in rows]})
     else:
         print_engine(rows)
-    if all(row.failure is not None for row in rows):
+    if not any(row.steps for row in rows):
         raise OptionError(f"none of the caches ran in vLLM: {rows[0].failure}")
 
 
 def print_engine(rows: list[EngineTiming]) -> None:
-    """Print a line for each cache and workload; a cache that did not run says why."""
+    """Print a line for each cache and workload, times to a first token, and why a cache did not run to its end."""
+    from rich.markup import escape
+
+    from kvcompress.bench.engine import name_of
+
     table = terminal.table("cache", ">tokens that fit", ">batch", ">context", ">ms a step", ">tokens/s")
-    for row in rows:
-        name = row.cache if row.keep is None else f"{row.cache} {row.keep:g}"
-        if row.failure is not None:
-            table.add_row(name, f"did not run: {row.failure}", "", "", "", "")
-        for step in row.steps:
-            table.add_row(name, f"{row.tokens_that_fit:,}", *_cells(step))
-    terminal.stdout().print(table)
     grid = terminal.facts()
     for row in rows:
-        if row.first_token_seconds is not None and row.continued_seconds is not None:
-            seconds = f"{row.first_token_seconds:.3f} s; {row.continued_seconds:.3f} s of what follows it in the cache"
-            grid.add_row(f"{row.cache}, first token of the longest prompt", seconds)
+        name, fit = name_of(row.cache, row.keep), f"{row.tokens_that_fit:,}" if row.tokens_that_fit else "-"
+        for step in row.steps:
+            table.add_row(name, fit, *_cells(step))
+        if not row.steps:
+            table.add_row(name, fit, *"----")
+        if row.first_token_seconds is not None:
+            after = row.continued_seconds
+            more = "" if after is None else f"; {after:.3f} s of what follows it in the cache"
+            grid.add_row(f"{name}, first token of the longest prompt", f"{row.first_token_seconds:.3f} s{more}")
+    for row in rows:
+        if row.failure is not None:
+            ran = "ended early" if row.steps else "did not run"
+            grid.add_row(f"{name_of(row.cache, row.keep)} {ran}", escape(row.failure))
     grid.add_row("device", next((row.device for row in rows if row.device), "-"))
+    terminal.stdout().print(table)
     terminal.stdout().print(grid)
 
 

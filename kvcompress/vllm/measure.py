@@ -32,13 +32,13 @@ class Workload:
 
 
 class Engine:
-    """vLLM with random weights in this process, fed with random tokens."""
+    """vLLM in this process, fed with random tokens."""
 
     def __init__(self, model: str, arguments: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        self.llm = LLM(model=model, load_format="dummy", skip_tokenizer_init=True, **arguments)
+        self.llm = LLM(model=model, skip_tokenizer_init=True, **arguments)
         self.engine = self.llm.llm_engine
         self._number = 0
         self._generator = torch.Generator().manual_seed(0)
@@ -134,23 +134,29 @@ class _Skipped:
 
 
 def measure(settings: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Measure tokens that fit, steps, and times to a first token; each time that one more is known, all go to `keep`.
+    """Measure tokens that fit, steps, and times to a first token; each time that more is known, all go to `keep`.
 
     settings: model (a directory), arguments (of LLM), workloads (pairs of batch or null, and context), prompt and
     continuation (tokens, 0: not timed).
     """
+    start = time.perf_counter()
     engine = Engine(settings["model"], settings["arguments"])
     found: dict[str, Any] = {"tokens_that_fit": engine.tokens_that_fit, "device": _device(), "steps": []}
+    found["start_seconds"] = time.perf_counter() - start
+    _say({name: found[name] for name in ("tokens_that_fit", "start_seconds")})
+    keep(found)
     prompt, continuation = settings["prompt"], settings["continuation"]
     if prompt:
-        engine.first_token_seconds(engine.prompt(prompt))  # compiles, and warms up
+        found["warm_up_seconds"] = engine.first_token_seconds(engine.prompt(prompt))
+        _say({"warm_up_seconds": found["warm_up_seconds"]})
         ids = engine.prompt(prompt)
         found["first_token_seconds"] = engine.first_token_seconds(ids)
+        _say({"first_token_seconds": found["first_token_seconds"]})
         if continuation:
             engine.first_token_seconds(ids + engine.prompt(continuation))
             found["continued_seconds"] = engine.first_token_seconds(ids + engine.prompt(continuation))
-    _say({name: value for name, value in found.items() if name != "steps"})
-    keep(found)
+            _say({"continued_seconds": found["continued_seconds"]})
+        keep(found)
     for workload in (Workload(*w) for w in settings["workloads"]):
         batch = workload.batch or max(1, engine.tokens_that_fit // workload.context)
         seconds, running = engine.step_seconds(batch, workload.context)

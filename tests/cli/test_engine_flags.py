@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
 
-from kvcompress.bench.engine import EngineTiming, EngineWorkload, reason_of, time_engine, write_random_model
+from kvcompress.bench.engine import EngineOptions, EngineWorkload, time_checkpoint, time_engine, write_random_model
+from kvcompress.bench.process import reason_of
 from kvcompress.bench.workload import SHAPES
 from kvcompress.errors import OptionError
 from kvcompress.runtime.output import read_output
@@ -21,6 +23,7 @@ from kvcompress.vllm.pages import PoolBlock
     [
         ("bench", "--engine", "other"),
         ("bench", "OUT", "--engine", "vllm"),
+        ("bench", "--engine", "vllm", "--limit", "0"),
         ("bench", "--engine", "vllm", "--caches", "int3"),
         ("bench", "--engine", "vllm", "--shape", "none"),
         ("bench", "--engine", "vllm", "--caches", "fp8", "--device", "cpu"),
@@ -55,12 +58,62 @@ def test_where_no_cache_runs_the_command_fails(kvcompress: Any, monkeypatch: Any
     assert [row["failure"] for row in json.loads(outcome.stdout)["caches"]] == ["exit 1", "exit 1"]
 
 
+def stands_for_python(monkeypatch: Any, tmp_path: Any, script: str) -> None:
+    """Let a shell script run what times one cache. Its arguments: -u -m MODULE SETTINGS RESULT."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+
+
+WORKLOAD = EngineWorkload(((1, 64),), prompt=64, continuation=8)
+STEP = '{"batch": 1, "most": false, "context": 64, "milliseconds": 2.5, "tokens_per_second": 400}'
+
+
 def test_a_cache_that_does_not_run_says_why(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    workload = EngineWorkload(((1, 64),), prompt=64, continuation=8)
-    rows = time_engine("tiny", [0.5], workload, caches=["bf16"], turn=256, device="cpu")
+    stands_for_python(monkeypatch, tmp_path, "echo 'ValueError: [rank0] is odd'; exit 3")
+    rows = time_engine("tiny", [0.5], WORKLOAD, caches=["bf16"], turn=256, options=EngineOptions("cpu"))
     assert [(row.cache, row.keep) for row in rows] == [("bf16", None), ("kvcompress", 0.5)]
-    assert all(isinstance(row, EngineTiming) and row.failure for row in rows)
+    assert [row.failure for row in rows] == ["ValueError: [rank0] is odd"] * 2
+
+
+def test_a_cache_that_hangs_is_ended_at_its_limit_and_the_others_run(
+    tmp_path: Any, monkeypatch: Any, kvcompress: Any
+) -> None:
+    """What it had measured is kept; what it had started, and holds its output open, ends as well."""
+    hangs = f"""echo '{{"tokens_that_fit": 70, "steps": [{STEP}]}}' > $5
+    [ -e second ] && exit 0
+    touch second; echo "compiles [rank0]"; sh -c 'while true; do touch alive; sleep 0.05; done' & sleep 60"""
+    stands_for_python(monkeypatch, tmp_path, hangs)
+    monkeypatch.setattr(plugin, "version", lambda _name: "0.32.0")
+    arguments = ("--shape", "tiny", "--keep", "0.5", "--context", "64", "--batch", "1", "--device", "cpu")
+    outcome = kvcompress("bench", "--engine", "vllm", *arguments, "--limit", "1")
+    assert outcome.code == 0
+    lines = outcome.stdout.splitlines()
+    assert sum("400" in line and "70" in line for line in lines) == 2
+    assert any(
+        "bf16 ended early" in line and "not through after 1 s; it had said: compiles [rank0]" in line for line in lines
+    )
+    assert not any("kvcompress 0.5 ended early" in line for line in lines)
+    (tmp_path / "alive").unlink()
+    time.sleep(0.3)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_checkpoint_is_timed_with_its_own_weights(tmp_path: Any, monkeypatch: Any) -> None:
+    """Ours as its plan has it; vLLM's caches with the plan left out, whatever the environment names."""
+    write_random_model(tmp_path / "out", SHAPES["tiny"], 0.25, 512, turn=256, device="cpu")
+    stands_for_python(monkeypatch, tmp_path, f"cat $4 >> all; echo >> all; echo '{{\"steps\": [{STEP}]}}' > $5")
+    rows = time_checkpoint(tmp_path / "out", WORKLOAD, caches=["fp8", "bf16"], options=EngineOptions())
+    assert [(row.cache, row.failure) for row in rows] == [("bf16", None), ("kvcompress", None), ("fp8", None)]
+    asked = [json.loads(line) for line in (tmp_path / "all").read_text().splitlines()]
+    assert {one["model"] for one in asked} == {str(tmp_path / "out")}
+    assert [one["arguments"].get("kv_cache_dtype") for one in asked] == ["auto", None, "fp8"]
+    off = {"kvcompress": "off"}
+    assert [one["arguments"].get("additional_config") for one in asked] == [off, None, off]
+    assert not any("load_format" in one["arguments"] for one in asked)
+    (tmp_path / "out/config.json").unlink()
+    with pytest.raises(OptionError, match="maps alone"):
+        time_checkpoint(tmp_path / "out", WORKLOAD, caches=[], options=EngineOptions())
 
 
 @pytest.mark.parametrize(
@@ -93,4 +146,4 @@ def test_random_models_for_the_engine_are_whole_outputs(tmp_path: Any) -> None:
 def test_a_workload_is_as_long_as_its_longest_sequence() -> None:
     assert EngineWorkload(((8, 1024), (None, 2048)), prompt=2048, continuation=100).length == 2149
     with pytest.raises(OptionError, match="none of vLLM's"):
-        time_engine("tiny", [], EngineWorkload(((1, 64),)), caches=["odd"], turn=1)
+        time_engine("tiny", [], WORKLOAD, caches=["odd"], turn=1, options=EngineOptions())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kvcompress.bench.engine import EngineWorkload, time_engine
+from kvcompress.bench.engine import EngineOptions, EngineWorkload, time_checkpoint, time_engine
 from kvcompress.evaluate.engine import evaluate_engine
 from kvcompress.evaluate.engine_tasks import EngineAnswerer
 from kvcompress.evaluate.scoring import Pair
@@ -65,12 +65,21 @@ def _written_logprob(model: Any, pair: Pair) -> float:
 def test_caches_are_timed() -> None:
     workload = EngineWorkload(((2, 400), (None, 400)), prompt=300, continuation=100)
     rows = time_engine(
-        "tiny", [0.25], workload, caches=["bf16"], turn=256, device="cpu",
-        arguments=SMALL | {"num_gpu_blocks_override": 60},
+        "tiny", [0.25], workload, caches=["bf16"], turn=256,
+        options=EngineOptions("cpu", arguments=SMALL | {"num_gpu_blocks_override": 60}),
     )  # fmt: skip
     bf16, ours = rows
     assert bf16.failure is None and ours.failure is None
+    assert bf16.start_seconds and ours.warm_up_seconds
     assert [step["most"] for step in ours.steps] == [False, True]
     assert all(step["milliseconds"] > 0 for step in ours.steps)
     assert ours.steps[0]["batch"] == 2
     assert ours.first_token_seconds is not None and ours.continued_seconds is not None
+
+
+def test_a_checkpoint_is_timed(compressed: Callable[..., Path]) -> None:
+    """With its own weights, as it is, and by vLLM's own cache with its plan left out."""
+    options = EngineOptions("cpu", arguments=SMALL)
+    rows = time_checkpoint(compressed(keep=0.25), EngineWorkload(((1, 400),)), caches=["bf16"], options=options)
+    assert [(row.cache, row.failure, len(row.steps)) for row in rows] == [("bf16", None, 1), ("kvcompress", None, 1)]
+    assert rows[1].tokens_that_fit > rows[0].tokens_that_fit
