@@ -86,8 +86,9 @@ def time_engine(
 ) -> list[EngineTiming]:  # fmt: skip
     """Return a timing for each of vLLM's caches and for ours at each keep, in the order in which they ran.
 
-    Weights are random. vLLM's exact cache comes first and ours next, so that a run that is cut short has compared
-    them. Raises OptionError for an unknown shape or cache, and for what vLLM lacks on a CPU.
+    Weights are random. vLLM's exact cache comes first and ours at the first keep next, so that a run that is cut short
+    has compared them; vLLM's others follow, and then ours at the other keeps. Raises OptionError for an unknown shape
+    or cache, and for what vLLM lacks on a CPU.
     """
     if shape not in SHAPES:
         raise OptionError(f"shape '{shape}' is unknown. Choose from {', '.join(SHAPES)}.")
@@ -127,7 +128,8 @@ def _in_order(caches: Sequence[str], keeps: Sequence[float], options: EngineOpti
         # On a CPU vLLM takes the option and keeps an exact cache all the same.
         raise OptionError("vLLM has low-bit caches on GPUs alone. Leave out all but bf16 from --caches.")
     exact, others = ([(c, None) for c in caches if (c == "bf16") == first] for first in (True, False))
-    return [*exact, *((OURS, keep) for keep in keeps), *others]
+    ours = [(OURS, keep) for keep in keeps]
+    return [*exact, *ours[:1], *others, *ours[1:]]
 
 
 def write_random_model(
