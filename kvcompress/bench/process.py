@@ -12,6 +12,8 @@ from threading import Event, Timer
 
 #: Names an error at the end of a trace.
 _NAMED = re.compile(r"\b\w*(Error|Exception): ")
+#: What torch sets before the lines of a trace.
+_RANK = re.compile(r"^\[rank\d+\]: ")
 
 
 @contextmanager
@@ -61,4 +63,4 @@ def reason_of(lines: Iterable[str]) -> str | None:
     spoken = [line.strip() for line in lines if line.strip()]
     named = [line for line in spoken if _NAMED.search(line) and "root cause" not in line]
     said = named or [line for line in spoken if "Error" in line] or spoken
-    return said[-1] if said else None
+    return _RANK.sub("", said[-1]) if said else None

@@ -52,6 +52,10 @@ class Engine:
     def vocabulary(self) -> int:
         return int(self.engine.vllm_config.model_config.get_vocab_size())
 
+    def most_sequences(self, context: int) -> int:
+        """Return how many sequences of so many tokens fit, and may run at once."""
+        return max(1, min(self.tokens_that_fit // context, self.engine.vllm_config.scheduler_config.max_num_seqs))
+
     def prompt(self, n_tokens: int) -> list[int]:
         return torch.randint(3, self.vocabulary, (n_tokens,), generator=self._generator).tolist()
 
@@ -75,10 +79,16 @@ class Engine:
         """Return the time of a step that gives each of `batch` sequences a token, and how many ran at once.
 
         Their prompts are not really read: the model is skipped until all have been, and their pages hold anything.
+        Raises ValueError for sequences that would end before they are timed.
         """
         # The first sequences give tokens while the others' prompts are read; none may end before the timed steps do.
         budget = self.engine.vllm_config.scheduler_config.max_num_batched_tokens
         n_new = WARM_UP + TIMED + batch + -(-batch * context // budget)
+        if n_new >= context:
+            raise ValueError(
+                f"{batch} sequences of {context} tokens are too short to be timed: each writes {n_new} meanwhile. "
+                "Ask for longer contexts."
+            )
         names = [self.add(self.prompt(context - n_new), n_new) for _ in range(batch)]
         begun: set[str] = set()
         with self._model_skipped():
@@ -158,7 +168,7 @@ def measure(settings: dict[str, Any], keep: Callable[[dict[str, Any]], None]) ->
             _say({"continued_seconds": found["continued_seconds"]})
         keep(found)
     for workload in (Workload(*w) for w in settings["workloads"]):
-        batch = workload.batch or max(1, engine.tokens_that_fit // workload.context)
+        batch = workload.batch or engine.most_sequences(workload.context)
         seconds, running = engine.step_seconds(batch, workload.context)
         found["steps"].append(
             {

@@ -70,12 +70,12 @@ STEP = '{"batch": 1, "most": false, "context": 64, "milliseconds": 2.5, "tokens_
 
 
 def test_a_cache_that_does_not_run_says_why(tmp_path: Any, monkeypatch: Any) -> None:
-    stands_for_python(monkeypatch, tmp_path, "echo 'ValueError: [rank0] is odd'; exit 3")
+    stands_for_python(monkeypatch, tmp_path, "echo '[rank0]: ValueError: [x] is odd'; exit 3")
     rows = time_engine("tiny", [0.5, 0.25], WORKLOAD, caches=["fp8", "bf16"], turn=256, options=EngineOptions())
     assert [(row.cache, row.keep) for row in rows] == [
         ("bf16", None), ("kvcompress", 0.5), ("fp8", None), ("kvcompress", 0.25)
     ]  # fmt: skip
-    assert [row.failure for row in rows] == ["ValueError: [rank0] is odd"] * 4
+    assert [row.failure for row in rows] == ["ValueError: [x] is odd"] * 4
 
 
 def test_a_cache_that_hangs_is_ended_at_its_limit_and_the_others_run(
