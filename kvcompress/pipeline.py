@@ -107,15 +107,14 @@ def compress(
         )
         fitters = workers if workers is not None and workers.fits else None
         room = None if memory is None else allocatable(memory, solves=True)
-        fits_on = "cpu" if fitters else fitting_device(device, _widest(checkpoint.spec), room)
+        fits_on = fitting_device(device, _widest(checkpoint.spec), room)
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(2) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
             card = aside.submit(import_module, "huggingface_hub.repocard")  # half a second, of the model card
             with room_where_needed(checkpoint, moments, options, scratch) as directory:
                 with limited(fits_on, memory, solves=True):
-                    plan, maps, spectra = make_plan(
-                        checkpoint, moments, options, report, workers=fitters, scratch=directory, device=fits_on
-                    )
+                    where: dict[str, Any] = {"workers": fitters, "device": fits_on, "memory": memory}
+                    plan, maps, spectra = make_plan(checkpoint, moments, options, report, scratch=directory, **where)
                 card.result()  # what is imported next may import parts of it, too
                 again = partial(model.again, moments, wanted=options.refit, memory=memory)
                 refit_values(again, plan, maps, moments, report)
@@ -135,12 +134,13 @@ def make_plan(
     workers: Workers | None = None,
     scratch: Path | None = None,
     device: str = "cpu",
+    memory: int | None = None,
 ) -> tuple[Plan, MutableMapping[Site, SiteMaps], dict[Site, list[float]]]:
     """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone.
 
     workers: who fits sites; threads of this process by default. scratch: a directory for fits and maps that are too
     large to be held together: then one site's are in memory at a time, and each is fitted twice. device: where large
-    products are computed, if it has the room.
+    products are computed, if it has the room. memory: bytes that each of the workers may take of its own.
     """
     spec = checkpoint.spec.turned(moments.rotations)
     checkpoint = replace(checkpoint, spec=spec)
@@ -152,7 +152,7 @@ def make_plan(
         moments = moments.weighed()
     moments = turned_moments(spec, moments, turns, seed=options.seed, device=device)
     maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
-    how: dict[str, Any] = {"workers": workers, "is_lean": is_lean, "device": device}
+    how: dict[str, Any] = {"workers": workers, "is_lean": is_lean, "device": device, "memory": memory}
     fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, **how)
     refits = options.metric == "fisher"
 
@@ -247,6 +247,7 @@ def _fitted_and_chosen(
     workers: Workers | None,
     is_lean: bool,
     device: str,
+    memory: int | None,
 ) -> tuple[Mapping[Site, FittedSite], Iterable[tuple[Site, Choice]]]:
     """Return every site's basis, fitted to its moments, and what each keeps; is_lean: both one site at a time."""
     spec = checkpoint.spec
@@ -254,7 +255,7 @@ def _fitted_and_chosen(
         groups, choices = choose_groups(spec, moments, options, progress)
         return groups, choices.items()
     fits = Fits(checkpoint, moments, options, device=device)
-    fitted = fits if is_lean else fits.held(progress, workers)
+    fitted = fits if is_lean else fits.held(progress, workers, memory=memory)
     if options.quantised:
         return fitted, choose_bits(spec, moments, options, fitted, device=device)
     return fitted, choose_ranks(spec, options, fitted)

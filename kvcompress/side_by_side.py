@@ -53,7 +53,7 @@ def fitting_device(device: str, width: int, room: int | None = None) -> str:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not device.startswith("cuda"):
+    if not device.startswith("cuda") or not torch.cuda.is_available():  # tasks of a cluster may have what is not here
         return "cpu"
     if room is None:
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

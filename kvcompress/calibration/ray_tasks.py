@@ -154,6 +154,7 @@ def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tupl
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())))
     given, visible = ray.get_gpu_ids()[0], os.environ.get("CUDA_VISIBLE_DEVICES")
     place = visible.split(",").index(str(given)) if visible else int(given)
+    torch.cuda.set_device(place)  # else what names none, such as pinned memory, takes some of the first one
     return function(*args, f"cuda:{place}")
 
 

@@ -159,7 +159,18 @@ def test_a_whole_compression(tiny_checkpoint: Any, text_file: Path, alone: Path,
     """Windows, coherence and fits, all by workers."""
     workers = Backwards()
     assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers), alone)
-    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fit_of", "_fitted"}
+    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fits_of", "_fitted"}
+
+
+def test_who_leads_computes_where_one_process_would(
+    tiny_checkpoint: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not sent to workers is not left to a processor for that."""
+    asked: list[str] = []
+    monkeypatch.setattr("kvcompress.pipeline.fitting_device", lambda device, *_: asked.append(device) or "cpu")
+    options = CompressOptions(calibration=(str(text_file),), tokens=64, seq_len=32, recent=4, maps_only=True)
+    compress(tiny_checkpoint(FAMILY), tmp_path / "out", options, device="cuda", workers=Backwards())
+    assert asked[0] == "cuda"
 
 
 def run(source: Path, text: Path, out: Path, workers: Workers | None, progress: Any = None) -> Path:

@@ -60,5 +60,12 @@ def test_a_gpu_fits_sites_in_what_it_may_take(monkeypatch: pytest.MonkeyPatch, r
     """128 matrices of 1024 x 1024 numbers are 1 GiB, and the weights that stay take a quarter more."""
     for name, found in (("mem_get_info", (70 << 30, 80 << 30)), ("memory_reserved", 0), ("memory_allocated", 1 << 29)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert fitting_device("cuda", 1024, room) == place
     assert fitting_device("cpu", 1024, room) == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_where_no_gpu_is_sites_are_fitted_without_one() -> None:
+    """A process may lead tasks of a cluster, which have the GPUs that are meant."""
+    assert fitting_device("cuda", 8, 8 << 30) == "cpu"
