@@ -96,7 +96,10 @@ def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
 
 @contextmanager
 def open_headers(source: str | Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint for looking at its headers only: of a hub id no weights are fetched."""
+    """Open a checkpoint for looking at its headers only: of a hub id no weights are fetched.
+
+    Raises CheckpointError where they cannot be had, and what open_checkpoint raises.
+    """
     if Path(source).exists() or not _is_hub_id(str(source)):
         with open_checkpoint(source) as checkpoint:
             yield checkpoint
@@ -104,7 +107,7 @@ def open_headers(source: str | Path) -> Iterator[Checkpoint]:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
     try:
-        config = read_config(Path(hf_hub_download(str(source), "config.json")).parent)
+        path = Path(hf_hub_download(str(source), "config.json")).parent
         metadata = get_safetensors_metadata(str(source))
     except Exception as error:
         raise _not_fetched(str(source), error) from error
@@ -113,7 +116,9 @@ def open_headers(source: str | Path) -> Iterator[Checkpoint]:
         for file, header in metadata.files_metadata.items()
         for name, info in header.tensors.items()
     }
-    yield _checked(Path(), str(source), config, tensors)
+    config = read_config(path)
+    check_widths(config, tensors)
+    yield _checked(path, str(source), config, tensors)
 
 
 def open_folded(directory: Path) -> Checkpoint:

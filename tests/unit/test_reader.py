@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Gemma2Config
 
-from kvcompress.checkpoint.reader import open_checkpoint
+from kvcompress.checkpoint.reader import open_checkpoint, open_headers
 from kvcompress.errors import CheckpointError
 from kvcompress.model.model_spec import Site
 
@@ -136,3 +138,56 @@ def test_a_hub_repository_is_fetched_without_second_copies(monkeypatch: pytest.M
     with pytest.raises(CheckpointError), open_checkpoint("org/model"):
         pass
     assert fetched == ["config.json", "model-1.safetensors", "tokenizer.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama-gqa"])
+def test_headers_of_the_hub_are_read_with_the_config_beside_them(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Also of a family that is read by running it, wherever the command is called; no weights are there."""
+    source = small_gemma(tmp_path / "source") if family == "gemma2" else tiny_checkpoint(family)
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    shutil.copy(source / "config.json", cached)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tiny_checkpoint("qwen3") / "config.json", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _id, name: str(cached / name))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _id: hub_metadata(source))
+    with open_headers("org/name") as far, open_checkpoint(source) as near:
+        assert far.source == "org/name"
+        assert (far.spec, far.tensors) == (near.spec, near.tensors)
+
+
+def test_a_config_of_the_hub_that_asks_for_too_much_is_refused(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint("llama-gqa")
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "gemma2", "num_hidden_layers": 9000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _id, name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _id: hub_metadata(source))
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 9,000"), open_headers("org/name"):
+        pass
+
+
+def small_gemma(directory: Path) -> Path:
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(**fields, num_key_value_heads=2, head_dim=8, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def hub_metadata(source: Path) -> SafetensorsRepoMetadata:
+    """Return what the hub tells of the weights of a directory."""
+    headers = {}
+    for name, tensor in all_tensors(source).items():
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
+        headers[name] = TensorInfo(dtype=dtype, shape=list(tensor.shape), data_offsets=(0, tensor.nbytes))
+    file = SafetensorsFileMetadata(metadata={}, tensors=headers)
+    return SafetensorsRepoMetadata(
+        metadata=None,
+        sharded=False,
+        weight_map=dict.fromkeys(headers, "model.safetensors"),
+        files_metadata={"model.safetensors": file},
+    )
