@@ -48,7 +48,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 def check_space(target: Path, n_bytes: int, advice: str = "Free some space, or write --maps-only.") -> None:
     """Raise OutputError if the file system that will hold `target` has less than n_bytes free."""
-    parent = next(p for p in target.absolute().parents if p.exists())
+    parent = next(p for p in target.resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise OutputError(
@@ -100,14 +100,22 @@ def way_to(target: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a scratch directory beside `target` that becomes `target` when the block ends without an error."""
+    """Yield a scratch directory beside `target` that becomes `target` when the block ends without an error.
+
+    A link stays: what it leads to, which may be on another disk, is the target.
+    """
     check_target(target, force=force)
+    target = target.resolve() if target.is_symlink() else target
     with explained_os_errors(target), way_to(target), _scratch_directory(target) as scratch:
         yield scratch
         if target.exists():
             retired = scratch.with_name(f"{scratch.name}-old")
             target.rename(retired)
-            scratch.rename(target)
+            try:
+                scratch.rename(target)
+            except OSError:
+                retired.rename(target)
+                raise
             shutil.rmtree(retired)
         else:
             scratch.rename(target)

@@ -66,6 +66,34 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out", "out/new"}
 
 
+def test_a_link_leads_to_where_the_output_lies(tmp_path: Path) -> None:
+    """OUT may be a link to another disk: scratch and output lie there, and the link stays."""
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):  # also where there is an output to be replaced
+        with atomic_directory(tmp_path / "out", force=True) as scratch:
+            assert scratch.parent == tmp_path / "disk"
+            (scratch / "new").write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path) == {"disk", "disk/real", "disk/real/new", "out"}
+
+
+def test_what_cannot_be_put_in_place_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out") and not self.name.endswith("-old"):
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OutputError, match="broken"), atomic_directory(tmp_path / "out", force=True) as scratch:
+        (scratch / "new").write_text("new")
+    assert names(tmp_path) == {"out", "out/old"}
+
+
 def test_targets_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
