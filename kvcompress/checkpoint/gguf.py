@@ -5,25 +5,28 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+from kvcompress.checkpoint.loading import explained_loading
 from kvcompress.errors import CheckpointError
 
 
 @contextmanager
 def converted_gguf(file: Path) -> Iterator[Path]:
-    """Yield a temporary bf16 checkpoint directory made from a GGUF file; it is removed on exit."""
+    """Yield a temporary bf16 checkpoint directory made from a GGUF file; it is removed on exit.
+
+    Raises CheckpointError for a file that transformers cannot read.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if find_spec("gguf") is None:
+        raise CheckpointError(f"reading {file.name} needs the package gguf: pip install 'kvcompress[gguf]'.")
     with tempfile.TemporaryDirectory(prefix="kvcompress-gguf-") as scratch:
-        try:
+        with explained_loading(file):
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except ImportError as error:
-            raise CheckpointError(f"reading {file.name} needs the package gguf: pip install gguf.") from error
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot read {file.name}: {str(error).splitlines()[0]}") from error
         # A model read from GGUF counts as quantised and refuses to be saved, so its weights move to a plain one.
         fields = model.config.to_dict()
         for name in ("quantization_config", "_name_or_path", "architectures", "transformers_version"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.documents import Within, parse_json, read_text, shaped
+from kvcompress.errors import CheckpointError, UnsupportedModelError
+
+#: Tokenizers of 262,144 words have 33 MB.
+_MOST_BYTES = 128 << 20
 
 #: Types of a token in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -22,6 +25,25 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (_WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
     (_WORDS + r"\p{N}" + _REST,): "qwen2",
 }
+
+
+_Id = Annotated[int, Within(0, 1 << 22)]
+
+
+class _Added(TypedDict):
+    content: str
+    id: _Id
+    special: bool
+
+
+class _Bpe(TypedDict):
+    vocab: dict[str, _Id]
+    merges: list[Any]
+
+
+class _Document(TypedDict):
+    model: dict[str, Any]
+    added_tokens: NotRequired[list[_Added]]
 
 
 @dataclass(frozen=True)
@@ -39,20 +61,28 @@ class GgufVocabulary:
 def read_vocabulary(directory: Path, vocab_size: int) -> GgufVocabulary:
     """Return the vocabulary of a checkpoint directory, padded to `vocab_size` with unused tokens.
 
-    Raises UnsupportedModelError for a tokenizer that llama.cpp would split differently, as far as is known here.
+    Raises UnsupportedModelError for a tokenizer that llama.cpp would split differently, as far as is known here, and
+    CheckpointError for a file that is damaged.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise UnsupportedModelError(
             f"{directory} has no tokenizer.json, which a GGUF file is made from. Save its tokenizer with transformers."
         )
-    document = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return _vocabulary(shaped(parse_json(read_text(file, most=_MOST_BYTES)), _Document), vocab_size)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # of a stranger's fields
+        raise CheckpointError(f"{file} is damaged ({error}). Download or save it again.") from error
+
+
+def _vocabulary(document: dict[str, Any], vocab_size: int) -> GgufVocabulary:
     model = document["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise UnsupportedModelError(
             f"the tokenizer is a {model.get('type')} model; only BPE is written to GGUF. "
             "Use --to hf and llama.cpp's own converter, where its heads stay as they are (r = 1)."
         )
+    model = shaped(model, _Bpe, "model")
     vocabulary = {**model["vocab"], **{t["content"]: t["id"] for t in document.get("added_tokens", [])}}
     added = {t["id"]: CONTROL if t["special"] else USER_DEFINED for t in document.get("added_tokens", [])}
     by_id = {i: token for token, i in vocabulary.items()}

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import kvcompress
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import CheckpointError, UnsupportedModelError
 from kvcompress.export.export import export
 from kvcompress.export.gguf_file import added_tokens
 from kvcompress.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, read_vocabulary
@@ -179,6 +179,26 @@ class TestVocabulary:
         steps = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]
         write_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
         assert read_vocabulary(tmp_path, 3).pre == "smollm"
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"model": None},
+            {"model": {"merges": []}},
+            {"model": {"vocab": {}, "merges": []}},
+            {"model": {"vocab": {"a": 1 << 40}, "merges": []}},
+            {"model": {"vocab": {"a": "b"}, "merges": []}},
+            {"model": {"vocab": {"a": 0}, "merges": [3], "byte_fallback": True}},
+            {"added_tokens": [{"id": 0}]},
+            {"pre_tokenizer": {"type": "Split"}},
+        ],
+    )
+    def test_a_damaged_file_is_said_to_be(self, tmp_path: Path, damage: dict[str, Any]) -> None:
+        write_tokenizer(tmp_path)
+        file = tmp_path / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+            read_vocabulary(tmp_path, 3)
 
     def test_byte_fallback_is_sentencepiece(self, tmp_path: Path) -> None:
         vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "▁": 3, "a": 4, "b": 5, "ab": 6, "▁ab": 7}
