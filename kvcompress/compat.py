@@ -51,6 +51,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 PAGED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 #: Tokens that `generate` stops at where nothing says another number.
 _DEFAULT_LENGTH = 20
+#: Tokens of a text where nothing limits them.
+_NO_LIMIT = 1 << 20
 #: Where a configuration keeps the name of its attention; its setter would reach the configurations inside, too.
 _IMPLEMENTATION = "_attn_implementation_internal"
 #: Attributes of a cache layer that hold states of linear attention.
@@ -227,6 +229,11 @@ def _with_state(compressed: Any, own: Any) -> Any:
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's text decoder."""
     return model.config.get_text_config(decoder=True)
+
+
+def context_length(model: Any) -> int:
+    """Return how many tokens a model was made to read; 2^20 where its configuration states no number (ALiBi)."""
+    return int(getattr(text_config(model), "max_position_embeddings", None) or _NO_LIMIT)
 
 
 def decoder_of(model: Any) -> Any:

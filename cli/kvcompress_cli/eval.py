@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvcompress_cli import flags, sharing, terminal
-from kvcompress_cli.eval_options import EvalOptions, mode_of
+from kvcompress_cli.eval_options import EvalOptions, check_engine, mode_of
 from kvcompress_cli.eval_peers import NAMES, show_peer
 
 if TYPE_CHECKING:
@@ -157,29 +157,42 @@ def evaluate(
         answers=answers,
         cache=cache,
     )
+    kinds = {"retrieval": retrieval, "by_position": by_position, "generation": generation}
+    how: dict[str, Any] = {"base": base, "device": device, "dtype": dtype}
     if engine is not None:
-        _in_engine(output, options, engine=engine, base=base, device=device, dtype=dtype, json=json)
+        check_engine(options, **kinds, gpus=gpus is not None, ray=ray is not None)
+        _in_engine(output, options, engine=engine, **how, json=json)
         return
-    mode = mode_of(options, retrieval=retrieval, by_position=by_position, generation=generation)
+    mode = mode_of(options, **kinds)
     if mode == "--cache":
-        if base is not None:
-            from kvcompress.errors import OptionError
-
-            raise OptionError("--cache measures MODEL itself. Leave out --base.")
+        _refuse_beside_cache(base=base, gpus=gpus, ray=ray)
         window = {"seq_len": seq_len or 2048, "max_windows": max_windows, "residual": recent}
         show_peer(str(output), str(cache), str(text), **window, device=device, dtype=dtype, json=json)
         return
     if gpus is not None or ray is not None:
         from kvcompress_cli import eval_perplexity
 
-        how: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "gpus": gpus, "ray": ray}
-        eval_perplexity.show_shared(output, mode, options, **how, json=json)
+        eval_perplexity.show_shared(output, mode, options, **how, gpus=gpus, ray=ray, json=json)
         return
+    _measure(output, mode, options, **how, json=json)
+
+
+def _refuse_beside_cache(**given: str | None) -> None:
+    """Raise OptionError for what would do nothing with --cache."""
+    from kvcompress.errors import OptionError
+
+    for name, value in given.items():
+        if value is not None:
+            raise OptionError(f"--cache measures MODEL itself, in this process. Leave out --{name}.")
+
+
+def _measure(output: Path, mode: str, options: EvalOptions, *, json: bool, **how: Any) -> None:
+    """Evaluate, print the figures and keep them in `output`."""
     run, show = _runner(mode, options)
     from kvcompress_cli.loading import load_compressed
     from kvcompress_cli.recording import record
 
-    loaded = load_compressed(output, base=base, device=device, dtype=dtype, with_original=True)
+    loaded = load_compressed(output, **how, with_original=True)
     result = run(loaded)
     if json:
         terminal.print_json(result.to_json())

@@ -54,6 +54,7 @@ def run_retrieval(loaded: Any, options: EvalOptions, grid: dict[str, list[Any]])
 
 
 def run_positions(loaded: Any, options: EvalOptions) -> Positions:
+    from kvcompress.compat import context_length
     from kvcompress.evaluate.positions import evaluate_positions
     from kvcompress_cli.progress import stage_progress
 
@@ -62,7 +63,7 @@ def run_positions(loaded: Any, options: EvalOptions) -> Positions:
             loaded.model,
             loaded.tokenizer,
             str(options.text),
-            seq_len=options.seq_len or min(8192, loaded.model.config.max_position_embeddings),
+            seq_len=options.seq_len or min(8192, context_length(loaded.model)),
             max_windows=options.max_windows,
             original=loaded.original,
             sinks=options.sinks,

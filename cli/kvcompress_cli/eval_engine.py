@@ -17,7 +17,7 @@ def load_beside(
 ) -> Loaded:
     """Return the output in transformers, beside which the engine runs it.
 
-    Raises OptionError for another engine, for maps alone, without one of a text and tasks, or without vLLM.
+    Raises OptionError for another engine, for maps alone, or without vLLM.
     """
     from kvcompress.errors import OptionError
     from kvcompress.vllm.plugin import installed_version
@@ -25,8 +25,6 @@ def load_beside(
 
     if engine != "vllm":
         raise OptionError(f"--engine {engine} is unknown. Known: vllm.")
-    if (options.text is None) == (options.tasks is None):
-        raise OptionError("--engine needs --text, a text to continue and to decode, or --tasks. Name one of them.")
     if not (output / "config.json").is_file():
         raise OptionError(f"{output} holds maps alone; --engine runs a whole checkpoint. Compress without --maps-only.")
     installed_version()

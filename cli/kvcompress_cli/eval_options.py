@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 
@@ -46,6 +46,26 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "batch_size": ("--tasks", "--retrieval", "--generation"),
     "answers": ("--tasks", "--retrieval"),
 }
+
+
+#: What an engine takes, asked for a text or for tasks; its window is the plan's.
+_IN_ENGINE: dict[str, tuple[str, ...]] = {
+    "--text": ("text", "prompts", "prompt_tokens", "new_tokens", "max_windows", "seq_len"),
+    "--tasks": ("tasks", "limit", "fewshot", "batch_size", "answers"),
+}
+
+
+def check_engine(options: EvalOptions, **flags: bool) -> None:
+    """Raise OptionError for what would do nothing with --engine. flags: whether those beside the options were given."""
+    from kvcompress.errors import OptionError
+
+    if (options.text is None) == (options.tasks is None):
+        raise OptionError("--engine needs --text, a text to continue and to decode, or --tasks. Name one of them.")
+    mode = "--text" if options.tasks is None else "--tasks"
+    given = [field.name for field in fields(options) if getattr(options, field.name) is not None]
+    idle = [name for name in given if name not in _IN_ENGINE[mode]] + [name for name, on in flags.items() if on]
+    if idle:
+        raise OptionError(f"--{idle[0].replace('_', '-')} does nothing with --engine and {mode}. Leave it out.")
 
 
 def mode_of(options: EvalOptions, *, retrieval: bool, by_position: bool, generation: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from array import array
@@ -24,15 +25,19 @@ class Answers:
     """Answers by (side, request), appended to a JSONL file as they come; without a file they are only remembered.
 
     To be used in a `with` block. The first line of the file is a header; every other one is [side, request, answer].
-    A last line that a killed run left unfinished is dropped. Raises OptionError for a file of another kind,
-    OutputError if it cannot be written.
+    A last line that a killed run left unfinished is dropped. Raises OptionError for a file of another kind or one that
+    another run is writing to, OutputError if it cannot be written.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self._known: dict[tuple[str, str], Any] = {}
         self._file: TextIO | None = None
         if file is not None:
-            self._open(file)
+            try:
+                self._open(file)
+            except BaseException:
+                self.__exit__()
+                raise
 
     def get(self, side: Side, request: str) -> Any | None:
         return self._known.get((side.fingerprint, request))
@@ -89,17 +94,19 @@ class Answers:
 
     def _open(self, file: Path) -> None:
         try:
-            text = read_text(file, most=_MOST_BYTES) if file.exists() else ""
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = file.open("a", encoding="utf-8")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lines of two runs would lie in each other
+            text = read_text(file, most=_MOST_BYTES)
             whole = text[: text.rfind("\n") + 1]
             if text and not whole:
                 raise ValueError
             self._read(whole)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if whole != text:
-                file.write_text(whole, encoding="utf-8")
-            self._file = file.open("a", encoding="utf-8")
+            self._file.truncate(len(whole.encode()))
             if not whole:
                 self._file.write(json.dumps(_HEADER) + "\n")
+        except BlockingIOError as error:
+            raise OptionError(f"another run is writing answers to {file}. Wait for it, or name a new file.") from error
         except OSError as error:
             raise OutputError(f"cannot write the answers to {file}: {error.strerror}.") from error
         except (ValueError, TypeError) as error:  # JSON and UTF-8 errors are ValueErrors

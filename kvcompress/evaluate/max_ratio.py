@@ -178,7 +178,9 @@ def compress_within(
 
 def _check(options: CompressOptions, max_ratio: float) -> None:
     if not 1 < max_ratio < 100:
-        raise OptionError(f"--max-ratio must be above 1 (1.005: perplexity may rise by 0.5%), found {max_ratio:g}.")
+        raise OptionError(
+            f"--max-ratio must be above 1 and below 100 (1.005: perplexity may rise by 0.5%), found {max_ratio:g}."
+        )
     if options.folded:
         raise OptionError("--max-ratio measures the coded form. Leave out --folded, or choose its --keep.")
 

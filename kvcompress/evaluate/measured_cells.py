@@ -23,7 +23,7 @@ from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.tokenizer import load_tokenizer
-from kvcompress.compat import cache_argument
+from kvcompress.compat import cache_argument, decoder_of
 from kvcompress.errors import BudgetError, OptionError, UnsupportedModelError
 from kvcompress.evaluate.compare_document import LENGTHS, figures_of
 from kvcompress.evaluate.deflate import deflated_nbytes
@@ -213,7 +213,7 @@ class CellBench:
         try:
             for n in (shorter, n_tokens):
                 cache = attachment_of(self.stored_model).new_cache()
-                ids, decoder = self.windows.ids[:1, :n].to(self.device), self.stored_model.get_decoder()
+                ids, decoder = self.windows.ids[:1, :n].to(self.device), decoder_of(self.stored_model)
                 with torch.no_grad():
                     decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, cache))
                 sizes[n] = deflated_nbytes(cache) if deflated else cache.nbytes()

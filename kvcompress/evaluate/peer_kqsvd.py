@@ -69,7 +69,7 @@ def collect_grams(model: Any, ids: Tensor, *, sinks: int) -> dict[int, Grams]:
     device = next(model.parameters()).device
     with compat.attention_replaced(model, _WATCHING, attend), torch.no_grad():
         for window in ids:
-            model.get_decoder()(input_ids=window[None].to(device), use_cache=False)
+            compat.decoder_of(model)(input_ids=window[None].to(device), use_cache=False)
     for name, attention in layers.items():
         grams[attention.layer].reading["value"] = _output_gram(model.get_submodule(name), attention)
     return grams

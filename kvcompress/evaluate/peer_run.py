@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.compat import cache_argument
+from kvcompress.compat import cache_argument, decoder_of
 from kvcompress.evaluate.peer_caches import PeerCache, without_emptying
 from kvcompress.evaluate.peer_xkv import Xkv
 from kvcompress.evaluate.peers import Peer
@@ -73,7 +73,7 @@ def evaluate_peer(
 def decoded_states(model: Any, ids: Tensor, peer: Peer | Xkv, cache: PeerCache) -> Tensor:
     """Return the final hidden states [n, n_tokens, d_model] that decoding ids [n, n_tokens] with the cache gives."""
     states = []
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     on_gpu = ids.device.type == "cuda" and peer.family == "hqq"
     with torch.no_grad(), without_emptying() if on_gpu else nullcontext():
         for chunk in peer.chunks(ids.shape[1]):

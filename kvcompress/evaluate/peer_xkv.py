@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.compat import DynamicLayer, cache_argument, own_cache
+from kvcompress.compat import DynamicLayer, cache_argument, decoder_of, own_cache
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.peer_caches import PeerCache, by_token
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, AttentionSpec, ModelSpec, Part
@@ -75,7 +75,7 @@ class Xkv:
     def cache_for(self, model: Any, spec: ModelSpec, ids: Tensor) -> XkvCache:
         """Return an empty cache with the bases of the texts ids [batch, n_tokens], from a run with an exact cache."""
         cache = self._new_cache(proven(model, spec), places_of(model, spec).filled)
-        exact, decoder = own_cache(model), model.get_decoder()
+        exact, decoder = own_cache(model), decoder_of(model)
         with torch.no_grad():
             decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, exact))
         for group in cache.groups:

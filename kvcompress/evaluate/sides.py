@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress.compat import Cache, DynamicCache, decoder_of
+from kvcompress.compat import Cache, DynamicCache, context_length, decoder_of
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.states import decoded_states
 from kvcompress.runtime.attach import Attachment, attachment_of
@@ -44,7 +44,7 @@ class Side:
     @property
     def max_tokens(self) -> int:
         """The longest input that the model was made for, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return context_length(self.model)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """ids: [batch, n_tokens], padded on the right if at all -> final hidden states [batch, n_tokens, d_model].

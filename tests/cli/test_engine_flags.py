@@ -38,6 +38,31 @@ def test_what_the_engine_cannot_do_is_said_in_one_line(arguments: tuple[str, ...
     assert fails(*(tmp_path / a if a.isupper() else a for a in arguments))
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags", "idle"),
+    [
+        (("--text", "x"), ("--recent", "0"), "--recent"),
+        (("--text", "x"), ("--sinks", "0"), "--sinks"),
+        (("--text", "x"), ("--batch-size", "2"), "--batch-size"),
+        (("--text", "x"), ("--cache", "fp8"), "--cache"),
+        (("--text", "x"), ("--retrieval",), "--retrieval"),
+        (("--text", "x"), ("--gpus", "all"), "--gpus"),
+        (("--tasks", "x"), ("--recent", "0"), "--recent"),
+        (("--tasks", "x"), ("--by-position",), "--by-position"),
+    ],
+)
+def test_what_does_nothing_in_an_engine_is_refused(
+    mode: tuple[str, ...], flags: tuple[str, ...], idle: str, fails: Any
+) -> None:
+    told = fails("eval", "OUT", "--engine", "vllm", *mode, *flags)
+    assert f"{idle} does nothing with --engine and {mode[0]}" in told
+
+
+@pytest.mark.parametrize("flags", [("--gpus", "all"), ("--ray", "auto"), ("--base", "x")])
+def test_what_does_nothing_beside_a_cache_of_others_is_refused(flags: tuple[str, ...], fails: Any) -> None:
+    assert f"Leave out {flags[0]}" in fails("eval", "MODEL", "--cache", "fp8", "--text", "x", *flags)
+
+
 def test_without_vllm_nothing_is_begun(fails: Any, model: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(plugin, "version", absent)
     for command in (["bench", "--shape", "tiny"], ["eval", model, "--text", "x"]):

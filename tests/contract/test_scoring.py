@@ -170,6 +170,20 @@ def test_answers_survive_a_kill(attached: Any, tmp_path: Path, monkeypatch: pyte
         assert third.scores(sides[0], PAIRS)[:4] == expected
 
 
+def test_a_file_of_answers_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    """Lines of two runs would lie in each other; what failed to open holds nothing."""
+    file = tmp_path / "answers.jsonl"
+    with Answers(file):
+        with pytest.raises(OptionError, match="another run is writing answers"):
+            Answers(file)
+        before = file.read_bytes()
+    assert file.read_text().startswith('{"format"') and file.read_bytes().startswith(before)
+    file.write_text("no json\n")
+    for _ in range(2):
+        with pytest.raises(OptionError, match="is no file of answers"):
+            Answers(file)
+
+
 def test_the_same_request_is_asked_once(attached: Any) -> None:
     seen: list[tuple[int, int]] = []
     side = both_sides(attached())[0]

@@ -12,7 +12,7 @@ import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvcompress import compat
@@ -71,6 +71,12 @@ def test_the_names_of_this_release(tiny_model: Any) -> None:
     assert isinstance(compat.cache_of(output), compat.DynamicCache)
     assert compat.cache_of(output).get_seq_length() == 3
     assert compat.cache_of(model(torch.tensor([[5]]), use_cache=False)) is None
+
+
+def test_how_many_tokens_a_model_was_made_to_read(tiny_model: Any) -> None:
+    assert compat.context_length(tiny_model("llama-gqa")) == 512
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=1))
+    assert compat.context_length(alibi) == 1 << 20
 
 
 def test_numbers_of_queries() -> None:
