@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.bench.timing import median_seconds
 from kvcompress.bench.workload import RECENT, Shape, random_layer
+from kvcompress.plan import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,10 @@ def time_prefill(
     """Time a decoder layer without the head (projections, causal attention, MLP), and packing its keys and values."""
     x = torch.randn(context, shape.d_model, device=device, dtype=dtype)
     weights = _weights(shape, device, dtype)
-    layer = random_layer(shape, keys, values, n_tokens=32, batch=1, device=device, dtype=dtype, turn=turn)
-    kv = torch.randn(2, 1, shape.n_kv_heads, context // 32 * 32, shape.head_dim, device=device, dtype=dtype)
-    positions = torch.arange(kv.shape[3], device=device)[None]
+    layer = random_layer(shape, keys, values, n_tokens=BLOCK_TOKENS, batch=1, device=device, dtype=dtype, turn=turn)
+    n_tokens = context // BLOCK_TOKENS * BLOCK_TOKENS
+    kv = torch.randn(2, 1, shape.n_kv_heads, n_tokens, shape.head_dim, device=device, dtype=dtype)
+    positions = torch.arange(n_tokens, device=device)[None]
 
     def encode() -> None:
         layer.codecs.pack_keys(kv[0], positions)

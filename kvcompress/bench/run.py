@@ -16,7 +16,7 @@ from kvcompress.bench.prefill import PrefillTiming, sequences_that_fit, time_pre
 from kvcompress.bench.timing import copy_bytes_per_second, matrix_flops_per_second
 from kvcompress.bench.workload import SHAPES, Shape, components_at_a_time, shape_of_output, typical_counts
 from kvcompress.errors import OptionError
-from kvcompress.options import GAIN_BITS, TILE_TOKENS
+from kvcompress.options import GAIN_BITS, TILE_TOKENS, is_turn
 from kvcompress.plan import BLOCK_TOKENS
 
 
@@ -67,6 +67,8 @@ def run_bench(
     """
     if min(contexts) < BLOCK_TOKENS:
         raise OptionError(f"--context {min(contexts)}: nothing is packed below {BLOCK_TOKENS} tokens. Ask for more.")
+    if not is_turn(turn):
+        raise OptionError(f"--turn {turn}: a turn is 1 token, or a power of two from {BLOCK_TOKENS} on.")
     where = _device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     sizes, counts = _workloads(output, shape, keeps, ranks_only, turn)
@@ -84,40 +86,35 @@ def run_bench(
             dtype=dtype,
         )
     for keep, parts in counts.items():
-        for context in contexts:
-            for batch in batches:
-                if _fits(sizes, context, batch, where, dtype):
-                    attention.append(
-                        time_attention(
-                            sizes,
-                            parts["key"],
-                            parts["value"],
-                            keep=keep,
-                            context=context,
-                            batch=batch,
-                            turn=turn,
-                            device=where,
-                            dtype=dtype,
-                        )
-                    )
-            packed = sum(_bits(part) for part in parts.values()) / 8
-            fits.append(
-                {"keep": keep, "context": context, "memory_gb": memory_gb}
-                | {
-                    name: sequences_that_fit(sizes, n_bytes, context=context, memory_bytes=memory_gb * 1e9)
-                    for name, n_bytes in (("compressed", packed), ("uncompressed", 4 * sizes.width))
-                }
-            )
+        site = parts["key"], parts["value"]
+        how: dict[str, Any] = {"turn": turn, "device": where, "dtype": dtype}
+        attention += [
+            time_attention(sizes, *site, keep=keep, context=context, batch=batch, **how)
+            for context in contexts
+            for batch in batches
+            if _fits(sizes, context, batch, where, dtype)
+        ]
+        fits += [_sequences(sizes, keep, parts, context, memory_gb) for context in contexts]
         longest = min(max(contexts), 32768 if where.type == "cuda" else 1024)
-        prefill.append(
-            time_prefill(sizes, parts["key"], parts["value"], context=longest, turn=turn, device=where, dtype=dtype)
-        )
+        prefill.append(time_prefill(sizes, *site, context=longest, **how))
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return BenchReport(
         sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),
         matrix_flops_per_second(where), {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
         decoded, paged, chunks,
     )  # fmt: skip
+
+
+def _sequences(
+    shape: Shape, keep: float, parts: dict[str, dict[int, int]], context: int, memory_gb: float
+) -> dict[str, Any]:
+    """Return how many sequences of a context fit, compressed and not: computed, not measured."""
+    packed, whole = sum(_bits(part) for part in parts.values()) / 8, 4 * shape.width
+    counted = {
+        name: sequences_that_fit(shape, n_bytes, context=context, memory_bytes=memory_gb * 1e9)
+        for name, n_bytes in (("compressed", packed), ("uncompressed", whole))
+    }
+    return {"keep": keep, "context": context, "memory_gb": memory_gb} | counted
 
 
 def _time_pages(
@@ -170,7 +167,10 @@ def _bits(counts: dict[int, int]) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"--device {name} is no device. Choose auto, cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"--device {name}: torch sees no GPU here. Use --device cpu.")
     return device

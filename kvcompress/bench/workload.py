@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvcompress.checkpoint.headers import read_config
 from kvcompress.checkpoint.map_budget import turn_group
 from kvcompress.checkpoint.maps import SiteMaps
+from kvcompress.checkpoint.reader import open_headers
 from kvcompress.codec.codec import SiteCodec, layer_codecs
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model import blocks
-from kvcompress.model.architectures import read_model_spec
+from kvcompress.model.config_fields import positive_int
 from kvcompress.model.model_spec import AttentionSpec, Part, Projection
 from kvcompress.model.rope import Rotary
 from kvcompress.options import GAIN_BITS, LEVELS, QUAD, TILE_TOKENS
@@ -106,22 +106,28 @@ def typical_counts(n: int, keep: float, *, ranks_only: bool = False, at_a_time: 
 
 
 def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, int]]:
-    """Return the shape and the key and value counts of the middle layer, by bits, of a compressed checkpoint."""
+    """Return the shape and the key and value counts of the middle layer, by bits, of a compressed checkpoint.
+
+    Its model is that of the directory, or of the source that the plan names; of any family. Raises OptionError where
+    no layer can be timed.
+    """
     plan = Plan.load(directory)
-    home = directory if (directory / "config.json").is_file() else Path(plan.source)
-    spec = read_model_spec(config := read_config(home))
     coded = {s.site: dict(s.bits) for s in plan.sites if not s.exact}
-    layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2]
+    with open_headers(directory if (directory / "config.json").is_file() else plan.source) as checkpoint:
+        spec, fields = checkpoint.spec, checkpoint.config.get("text_config") or checkpoint.config
+    layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2 and a.values is None]
     if plan.form != "coded" or not layers:
         raise OptionError(f"{directory} has no layer whose keys and values are both coded: there is nothing to time.")
-    sizes = {
-        a.layer: sum(b * n for site, c in coded.items() if site.layer == a.layer for b, n in c.items()) for a in layers
-    }
-    middle = sorted(layers, key=lambda a: sizes[a.layer])[len(layers) // 2]
+
+    def n_bits(layer: int) -> int:
+        return sum(b * n for site, found in coded.items() if site.layer == layer for b, n in found.items())
+
+    middle = sorted(layers, key=lambda a: n_bits(a.layer))[len(layers) // 2]
     counts = {site.part: c for site, c in coded.items() if site.layer == middle.layer}
+    d_mlp = positive_int(fields, "intermediate_size", 4 * spec.hidden_size)
     shape = Shape(
-        directory.name, middle.n_heads, middle.n_kv_heads, middle.head_dim, len(spec.layers),
-        int(config["hidden_size"]), int(config["intermediate_size"]), int(config["vocab_size"]),
+        directory.name, middle.n_heads, middle.n_kv_heads, middle.head_dim, len(spec.layers), spec.hidden_size, d_mlp,
+        spec.vocab_size,
     )  # fmt: skip
     return shape, counts["key"], counts["value"]
 

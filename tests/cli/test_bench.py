@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from kvcompress.bench.pages import ChunkTiming, PagedTiming
-from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, typical_counts
+from kvcompress.bench.random_model import random_plan
+from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, shape_of_output, typical_counts
 from kvcompress.codec.tiles import is_tileable
 
 SMALL = ("--shape", "smollm2-135m", "--context", "64,128", "--batch", "1", "--keep", "0.25", "--device", "cpu")
@@ -47,6 +49,22 @@ def test_an_output_is_timed_at_its_own_plan(kvcompress, compressed):
     assert 0 < document["attention"][0]["keep"] < 1
 
 
+def test_an_output_of_a_family_without_a_reader_is_timed(tmp_path):
+    """Its sizes are those of the running model, whatever its configuration calls them."""
+    shape = SHAPES["tiny"]
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(
+        **sizes, num_key_value_heads=2, head_dim=32, layer_types=["full_attention"] * 2, vocab_size=64
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    counts = typical_counts(shape.width, 0.25)
+    random_plan(shape, counts, counts, torch.float32)[0].save(tmp_path)
+    found, keys, values = shape_of_output(tmp_path)
+    assert (found.n_heads, found.n_kv_heads, found.head_dim, found.n_layers) == (4, 2, 32, 2)
+    assert (found.d_model, found.d_mlp, found.n_vocab) == (128, 192, 64)
+    assert keys == values == counts
+
+
 def test_the_table_names_the_opponent(kvcompress):
     outcome = kvcompress("bench", *SMALL)
     assert outcome.code == 0
@@ -79,6 +97,8 @@ def test_bad_requests(fails):
     assert "--batch" in fails("bench", "--batch", "1,two")
     assert "--context" in fails("bench", "--context", "0")
     assert "32 tokens" in fails("bench", "--context", "16")
+    assert "power of two" in fails("bench", "--shape", "tiny", "--turn", "100", "--device", "cpu")
+    assert "--device other" in fails("bench", "--shape", "tiny", "--device", "other")
 
 
 @pytest.mark.parametrize("keep", [0.0625, 0.125, 0.25, 0.5])
