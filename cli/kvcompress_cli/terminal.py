@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import typer
@@ -10,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvcompress.report.wording import json_text
 from kvcompress.report.wording import size as size
 from kvcompress.report.wording import tokens as tokens
 
@@ -18,7 +18,8 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    """Print JSON that any reader takes; see report.wording.json_text."""
+    typer.echo(json_text(document, indent=2))
 
 
 def stdout() -> Console:

@@ -8,7 +8,6 @@ vl-convert-python, which bundles it offline (33 MB, so an extra); it is needed t
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections.abc import Iterable
 from hashlib import sha256
@@ -23,6 +22,7 @@ from kvcompress.report.measured_section import measured
 from kvcompress.report.search_section import search
 from kvcompress.report.sections import cache_sizes, making, overview, running
 from kvcompress.report.source import without_local_paths
+from kvcompress.report.wording import json_text
 
 _SECTIONS = (overview, cache_sizes, layers, spectra, search, measured, making, running)
 _SCRIPTS = ("charts.js", "spectra.js", "page.js")
@@ -51,7 +51,7 @@ def whole_page(title: str, parts: Iterable[str], document: dict[str, Any], *, sc
     library = charting_library()
     script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in ("shared.js", *scripts))
     # "<" never stands in the data, so that no text in a report can end the element
-    data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json_text(document, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
 <head>

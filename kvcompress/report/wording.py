@@ -1,6 +1,10 @@
-"""Figures in words: sizes, context lengths and shares, the same in the terminal, the page and the card."""
+"""Figures in words: sizes, context lengths and shares, the same in the terminal, the page and the card; and as JSON."""
 
 from __future__ import annotations
+
+import json
+import math
+from typing import Any
 
 
 def size(n_bytes: float) -> str:
@@ -25,3 +29,19 @@ def percent(share: float) -> str:
 def nats(loss: float) -> str:
     """Return a loss in nats with four decimals, or two digits where it is smaller than those show: 0.0047, 3.1e-05."""
     return f"{loss:.4f}" if loss == 0 or abs(loss) >= 1e-3 else f"{loss:.1e}"
+
+
+def json_text(document: Any, **layout: Any) -> str:
+    """Return JSON that any reader takes: null where a number is infinite or NaN, for which JSON has no word.
+
+    layout: as of json.dumps.
+    """
+    return json.dumps(_with_nulls(document), ensure_ascii=False, allow_nan=False, **layout)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nulls(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

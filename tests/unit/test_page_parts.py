@@ -9,7 +9,7 @@ import pytest
 from kvcompress.report.layer_sections import bit_steps, levels
 from kvcompress.report.markup import Figures, table
 from kvcompress.report.usage import python_usage, shell_usage
-from kvcompress.report.wording import nats, percent
+from kvcompress.report.wording import json_text, nats, percent
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,11 @@ def test_the_scale_of_colours_follows_the_bits() -> None:
     assert max(bit_steps(rows(40))) == 4
     assert max(bit_steps(rows(41))) == 12
     assert len(bit_steps(rows(40))) == len(bit_steps(rows(41))) == 9  # ten colours
+
+
+def test_json_has_null_for_what_it_has_no_word_for() -> None:
+    document = {"ratio": float("inf"), "cells": [(float("nan"), 1.5, None, "é")]}
+    assert json_text(document) == '{"ratio": null, "cells": [[null, 1.5, null, "é"]]}'
 
 
 def test_figures_name_their_place_and_are_escaped() -> None:
