@@ -72,13 +72,14 @@ def compress(
     progress: Progress | None = None,
     told: dict[str, Any] | None = None,
 ) -> CompressionResult:
-    """Compress the KV cache of a checkpoint and write the result to the directory `output`, atomically.
+    """Compress the KV cache of a checkpoint, write the result to the directory `output`, and return what was made.
 
-    source: a checkpoint directory, a GGUF file or a hub id; it is only read. Moments are saved beside the output
-    and reused by later calls with the same model and text; `resume` continues a calibration that was killed. workers:
-    who sums the calibration's windows (calibration.processes, calibration.ray_tasks); this process by default. memory:
-    bytes that calibration and fits may take on their device; layers of a larger model are streamed. told: what
-    report.json says besides.
+    source: a checkpoint directory, a GGUF file or a hub id; it is only read. output: appears whole or not at all; force
+    replaces what is there. device, dtype: of the calibration; "auto" is a GPU if there is one, in the checkpoint's own
+    dtype, else the CPU in float32. Moments are saved beside the output and reused by later calls with the same model
+    and text; resume continues a calibration that was killed. workers: who sums the calibration's windows
+    (calibration.processes, calibration.ray_tasks); this process by default. memory: bytes that calibration and fits may
+    take on their device; layers of a larger model are streamed. told: what report.json says besides.
     Raises a KVCompressError with one clear message, leaving nothing behind, for anything a user can mend.
     """
     started = time.monotonic()

@@ -16,7 +16,7 @@ _ENCODER_LIMIT = 1e3
 
 
 def whitened_eigenbasis(covariance: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (energy, encoder, decoder) of F^{1/2} C F^{1/2} = U L U^T, per block (design, section 2).
+    """Return (energy, encoder, decoder) of F^{1/2} C F^{1/2} = U L U^T, per block (docs/how-it-works.md).
 
     covariance, fisher: [n_blocks, width, width], real symmetric or complex Hermitian. energy: [n_blocks, width],
     l_i, descending. encoder rows and decoder columns are scaled so that every component has variance 1, which

@@ -17,6 +17,8 @@ from kvcompress.checkpoint.reader import Checkpoint
 _THREADS = 8
 #: Numbers that a thread copies at once; to a GPU by way of memory that its copies reach directly.
 _CHUNK = 1 << 23
+#: Of safetensors; numbers of other dtypes (packed weights) are never converted.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class ParallelReader:
@@ -34,7 +36,8 @@ class ParallelReader:
         for into, name in copies:
             source = self._open(self._checkpoint.tensors[name].file).get_tensor(name).flatten()
             pieces += zip(into.split(_CHUNK), source.split(_CHUNK), strict=True)
-        list(self._pool.map(self._copy, *zip(*pieces, strict=True))) if pieces else None
+        for _ in self._pool.map(lambda piece: self._copy(*piece), pieces):
+            pass  # raises what a copy has raised
         return sum(self._checkpoint.tensors[name].nbytes for _, name in copies)
 
     def dtype_of(self, name: str, wanted: torch.dtype) -> torch.dtype:
@@ -67,6 +70,3 @@ class ParallelReader:
             self._own.stream = torch.cuda.Stream(self._device)
             self._own.staging = torch.empty(_CHUNK * 8, dtype=torch.uint8, pin_memory=True)
         return self._own.stream, self._own.staging
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")

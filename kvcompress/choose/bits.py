@@ -54,7 +54,7 @@ def bit_curve(
     in_nats: bool = True,
     device: str = "cpu",
 ) -> BitCurve:
-    """Return the curve of a site: c(b) of the design is measured on samples of each component, not assumed.
+    """Return the curve of a site: what b bits leave of a component, c(b), is measured on samples, not assumed.
 
     at_a_time: neighbouring components of a block that are one unit, and so have equal bits. in_nats: whether losses
     are the model's; others (squared errors) have no coherence. device: where samples are encoded and steps are fitted.

@@ -96,11 +96,6 @@ def distance_of(watches: Sequence[_Watch | Seen]) -> Distance | None:
     return Distance(float(energies.clamp_min(1e-12).log().mean().exp()), at_ends)
 
 
-def distance_of_samples(sites: Iterable[tuple[SiteCodec, Tensor]]) -> Distance | None:
-    """Return the distance of samples [n_samples, n] of each site, without their means, as its codec encodes them."""
-    return distance_of([watch for codec, samples in sites for watch in seen_of_samples(codec, samples)])
-
-
 def seen_of_samples(codec: SiteCodec, samples: Tensor) -> list[_Watch]:
     """Return what is seen of one site, for `distance_of`; the codec is not kept."""
     with watched([codec]) as found:

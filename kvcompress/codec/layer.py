@@ -100,10 +100,6 @@ class LayerCodecs:
         """Return what is left of values once they are encoded, [batch, n_tokens, R]; None where they are kept whole."""
         return None if self.value is None else self.value.latents(self.value.encode(self.centred_values(values)))
 
-    def roundtrip_values(self, values: Tensor) -> Tensor:
-        latents = self.value_latents(values)
-        return values.float() if latents is None else self.decode_values(latents)
-
     def mean_keys(self, positions: Tensor) -> Tensor:
         """Return the mean of keys cached rotated, at each position: [batch, heads, n_tokens, head_dim], or 0."""
         if self.rotated_mean is None or self.rotary is None:

@@ -17,7 +17,7 @@ from kvcompress.options import GAIN_BITS
 _LOWEST_GAIN, _GAINS_PER_OCTAVE = -4, 4
 
 #: The step of least mean squared error for a Gaussian of variance 1 (Max, IRE Trans. Inf. Theory 6, 1960).
-_GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 8: 0.0308}
+_GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 4: 0.335, 8: 0.0308}
 #: Components have variance 1; one that the samples never moved still gets a step that can be divided by.
 _LEAST_POWER = 1e-12
 #: Numbers that stay in a processor's cache while gains are tried on them.
@@ -92,7 +92,7 @@ def _errors_together(z: Tensor, half: Tensor) -> Tensor:
 def fit_steps(samples: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (step [R], distortion [R]): the steps of least mean squared error at `bits`, and that error.
 
-    samples: [n_samples, R]. The error is relative to the components' mean square, c(b) of the design.
+    samples: [n_samples, R]. The error is relative to the components' mean square: c(b) in choose.bits.
     """
     at_once = max(1, samples.shape[1]) if samples.is_cuda else _AT_ONCE
     parts = [_fit_steps(some.contiguous(), bits) for some in samples.split(at_once, 1)]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
+from kvcompress.compat import DynamicLayer
 from kvcompress.model.model_spec import Part
 
 

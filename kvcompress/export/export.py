@@ -174,9 +174,7 @@ def exported_weight_bytes(checkpoint: Checkpoint, layers: list[StockLayer], dtyp
     grown = {f"model.layers.{x.attention.layer}.self_attn.{p}_proj" for x in layers for p in "qo"}
     total = 0
     for name, entry in checkpoint.tensors.items():
-        numbers = 1
-        for n in entry.shape:
-            numbers *= n
+        numbers = entry.n_numbers
         module, _, kind = name.rpartition(".")
         if module in grown and (kind == "weight" or module.endswith("q_proj")):
             numbers *= layers[0].n_virtual

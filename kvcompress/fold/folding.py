@@ -29,17 +29,18 @@ def write_folded_weights(checkpoint: Checkpoint, maps: Mapping[Site, SiteMaps], 
         changed[projection.weight] = site_maps
         if projection.bias:
             changed[projection.bias] = site_maps
+    total = 0
     for file in sorted({entry.file for entry in checkpoint.tensors.values()}):
         tensors = load_file(checkpoint.path / file)
         for name in tensors:
             if name in changed:
                 tensors[name] = encode_rows(tensors[name], changed[name])
         save_file(tensors, target / file, metadata={"format": "pt"})
+        total += sum(t.nbytes for t in tensors.values())
     index = checkpoint.path / "model.safetensors.index.json"
     if index.is_file():
         document = json.loads(index.read_text())
-        sizes = (tensor_bytes(target / f) for f in set(document["weight_map"].values()))
-        document.setdefault("metadata", {})["total_size"] = sum(sizes)
+        document.setdefault("metadata", {})["total_size"] = total
         (target / index.name).write_text(json.dumps(document, indent=2))
 
 
@@ -49,12 +50,3 @@ def encode_rows(weight: Tensor, maps: SiteMaps) -> Tensor:
 
     rows = weight.double()[maps.blocks[maps.block]]  # [R, w, ...]
     return torch.einsum("rw,rw...->r...", maps.encoder.double(), rows).to(weight.dtype)
-
-
-def tensor_bytes(file: Path) -> int:
-    """Return the bytes of the tensors in a safetensors file, its header left out."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as handle:
-        tensors = (handle.get_tensor(name) for name in handle.keys())  # noqa: SIM118
-        return sum(t.numel() * t.element_size() for t in tensors)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import OptionError
+from kvcompress.options import BLOCK_TOKENS as BLOCK_TOKENS
 
-#: Tokens in one packed block.
-BLOCK_TOKENS = 32
 #: Bits a component may have, in the order in which the classes lie in a row; 16 is a float16 latent.
 LEVELS = (16, 8, 4, 2, 1)
 #: Words of a block's gains: 32 codes of 4 bits; code c stands for 2^((c - 4) / 4).

@@ -27,6 +27,7 @@ from kvcompress.kernels.launch_shapes import (
 )
 from kvcompress.kernels.layout import BLOCK_TOKENS
 from kvcompress.kernels.nvrtc import compiled
+from kvcompress.options import TURN_HEAD_DIMS
 
 #: More sets of 32 value components than this do not fit a thread's registers.
 MOST_SETS = 20
@@ -64,7 +65,7 @@ def applies(
     n_heads: int, n_kv_heads: int, head_dim: int, keys: GroupLayout, values: GroupLayout, device: torch.device
 ) -> bool:
     """Return whether the kernels take these sizes."""
-    if len(keys.table) != len(values.table) or n_kv_heads % len(keys.table) or head_dim not in (64, 96, 128, 256):
+    if len(keys.table) != len(values.table) or n_kv_heads % len(keys.table) or head_dim not in TURN_HEAD_DIMS:
         return False
     if n_heads // n_kv_heads > MOST_COLUMNS or min(sum(keys.sets), sum(values.sets)) == 0:
         return False

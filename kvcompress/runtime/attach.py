@@ -39,6 +39,7 @@ class Attachment:
         self.model, self.plan = model, plan
         self.codecs = layer_kernels(model, spec, plan, maps)
         self.places = places_of(model, spec)
+        self._entrance = Entrance(self, compat.decoder_of(model))  # refused, if at all, while nothing is changed
         self._implementations = compat.use_attention(model, ATTENTION_NAME, compressed_attention)
         for name in spec.attending:
             setattr(model.get_submodule(name), OWN, self._implementations.own)
@@ -47,7 +48,6 @@ class Attachment:
                 setattr(attention_module(model, attention), FOLDED_BY, codecs)
             for reader in attention.readers:
                 setattr(model.get_submodule(reader), CODED, attention.layer)
-        self._entrance = Entrance(self, compat.decoder_of(model))
         compat.decoder_of(model).forward = self._entrance
         if plan.form == "coded":  # a folded model keeps its virtual heads in an ordinary DynamicCache
             self._generate = model.generate
@@ -160,14 +160,15 @@ def _refused(what: str) -> OptionError:
 def attach(model: PreTrainedModel, directory: str | Path) -> PreTrainedModel:
     """Attach the maps in `directory` to a loaded model and return it; its `generate` then compresses its cache.
 
-    The model must be the one that was compressed (same architecture and sizes). `detach(model)` undoes it.
-    Raises CheckpointError if the maps are damaged or belong to another model.
+    The model must be the one that was compressed, or a relative of it (quantised, fine-tuned); it stays on its devices
+    and in its dtype. `detach(model)` undoes it. Raises CheckpointError if the maps are damaged or belong to another
+    model, OptionError for a folded output, AttachmentError where the model's attention passes the cache by.
     """
     directory = Path(directory)
     plan, maps = read_output(directory)
     if plan.form == "folded":
         raise OptionError(
-            f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load({directory})."
+            f"{directory} is a folded checkpoint with weights of its own. Use kvcompress.load('{directory}')."
         )
     return attach_plan(model, plan, maps)
 

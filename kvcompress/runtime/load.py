@@ -34,7 +34,8 @@ def load(
 ) -> PreTrainedModel:
     """Return a transformers model whose `generate` uses the compressed cache of `directory` by itself.
 
-    base: the original checkpoint, for an output that holds only maps; the recorded source by default.
+    base: the original checkpoint, for an output that holds only maps; the recorded source by default. dtype: to run in,
+    a torch dtype or its name; "auto" is the checkpoint's own. device: where the model is put.
     Raises CheckpointError if files are missing, damaged, or belong to another model.
     """
     directory = Path(directory)

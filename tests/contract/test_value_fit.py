@@ -64,7 +64,9 @@ def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps
 
     def error(other: SiteMaps) -> float:
         codecs = LayerCodecs(None, SiteCodec(other, torch.device("cpu")), None, 2, 8)
-        return float((weights @ (codecs.roundtrip_values(value) - value)).square().mean())
+        latents = codecs.value_latents(value)
+        assert latents is not None
+        return float((weights @ (codecs.decode_values(latents) - value)).square().mean())
 
     return found, error
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcompress.codec.codec import SiteCodec
-from kvcompress.codec.distance import Distance, distance_of, distance_of_samples, watched
+from kvcompress.codec.distance import Distance, distance_of, seen_of_samples, watched
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import make_plan
 
@@ -25,9 +25,15 @@ def coded(tiny_checkpoint: Any, tiny_moments: Any) -> Any:
     return plan, sites
 
 
+def of_samples(sites: list[tuple[SiteCodec, torch.Tensor]]) -> Distance:
+    found = distance_of([watch for codec, samples in sites for watch in seen_of_samples(codec, samples)])
+    assert found is not None
+    return found
+
+
 def test_the_calibration_text_is_near_itself(coded: Any) -> None:
     plan, sites = coded
-    own = distance_of_samples(sites)
+    own = of_samples(sites)
     assert own.component_energy == pytest.approx(1, abs=0.25)  # of tokens as they come; steps suit weighed ones
     assert plan.calibration["typical"]["component_energy"] == pytest.approx(1, abs=0.25)
     assert plan.calibration["typical"]["gains_at_ends"] == pytest.approx(own.gains_at_ends, abs=0.1)
@@ -37,8 +43,8 @@ def test_the_calibration_text_is_near_itself(coded: Any) -> None:
 def test_larger_components_are_far(coded: Any) -> None:
     """Twice as large: four times the energy. Twenty times: the gains are at their end as well."""
     _, sites = coded
-    own = distance_of_samples(sites)
-    twice, more = (distance_of_samples([(c, k * x) for c, x in sites]) for k in (2, 20))
+    own = of_samples(sites)
+    twice, more = (of_samples([(c, k * x) for c, x in sites]) for k in (2, 20))
     assert twice.component_energy == pytest.approx(4 * own.component_energy, rel=1e-3)
     assert twice.is_far(own) and more.is_far(own)
     assert more.gains_at_ends > 0.9 > own.gains_at_ends

@@ -3,6 +3,7 @@
     PYTHON SCRIPT.py REQUEST.json RESULT.json [LOGITS.npy]
 
 REQUEST: {"model": path, "ids": token ids, "n_prompt": ids that the greedy run begins with, "n_generate": steps,
-"dtype": of the weights}. RESULT: {"engine", "version", "tokens", "bytes_per_token", "cache_dtype", "said"}; `said` is
-what the engine itself reports of its cache. LOGITS: float32 [len(ids), vocabulary].
+"text": what an engine with a tokenizer of its own cuts into "text_ids"}. RESULT: {"engine", "version", "tokens",
+"bytes_per_token", "cache_dtype", "said"}; `said` is what the engine itself reports of its cache. LOGITS: float32
+[len(ids), vocabulary].
 """
