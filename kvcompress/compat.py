@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -229,6 +229,14 @@ def _with_state(compressed: Any, own: Any) -> Any:
 def text_config(model: Any) -> Any:
     """Return the configuration of a model's text decoder."""
     return model.config.get_text_config(decoder=True)
+
+
+def configuration(source: Any) -> Any:
+    """Return transformers' configuration of a checkpoint: a directory, or a hub id.
+
+    Code that lies beside it is not run. transformers would ask on the terminal, unless it is told so.
+    """
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def context_length(model: Any) -> int:

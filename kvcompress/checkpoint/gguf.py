@@ -25,8 +25,9 @@ def converted_gguf(file: Path) -> Iterator[Path]:
         raise CheckpointError(f"reading {file.name} needs the package gguf: pip install 'kvcompress[gguf]'.")
     with tempfile.TemporaryDirectory(prefix="kvcompress-gguf-") as scratch:
         with explained_loading(file):
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            own = {"gguf_file": file.name, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **own)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **own)
         # A model read from GGUF counts as quantised and refuses to be saved, so its weights move to a plain one.
         fields = model.config.to_dict()
         for name in ("quantization_config", "_name_or_path", "architectures", "transformers_version"):

@@ -125,7 +125,9 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
                 f"{path} holds only pickled weights, which can run code when opened. "
                 "Load it with transformers and save_pretrained(safe_serialization=True) first."
             )
-        raise CheckpointError(f"{path} holds no model.safetensors and no model.safetensors.index.json.")
+        raise CheckpointError(
+            f"{path} holds no model.safetensors and no model.safetensors.index.json. Download it again, whole."
+        )
     try:
         files: dict[str, list[str]] = {}
         for name, file in read_json(index, _Index)["weight_map"].items():

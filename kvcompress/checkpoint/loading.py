@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.checkpoint.headers import check_sizes
-from kvcompress.errors import CheckpointError, KVCompressError
+from kvcompress.errors import CheckpointError, KVCompressError, UnsupportedModelError
 
 #: Of the free memory of GPUs over which layers are spread; the rest is for what runs.
 _WEIGHTS_SHARE = 0.8
@@ -26,15 +26,17 @@ def load_weights(source: str | Path, *, dtype: Any = "auto", device: Any = "cpu"
     weight is missing, has another shape than config.json says, or anything else stands in transformers' way.
     """
     import torch
-    from transformers import AutoConfig
+
+    from kvcompress.compat import configuration
 
     given = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if Path(source).is_dir():
         check_sizes(Path(source))
     with explained_loading(source):
-        config = AutoConfig.from_pretrained(source)
+        config = configuration(source)
+        safe = {"use_safetensors": True, "trust_remote_code": False}
         model, info = auto_class(config).from_pretrained(
-            source, dtype=given, use_safetensors=True, output_loading_info=True, **_placed(config, str(device))
+            source, dtype=given, output_loading_info=True, **safe, **_placed(config, str(device))
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -63,11 +65,19 @@ def _placed(config: Any, device: str) -> dict[str, Any]:
 
 
 def auto_class(config: Any) -> Any:
-    """Return the class of transformers that makes a model of a configuration: of text, or of images and text."""
+    """Return the class of transformers that makes a model of a configuration: of text, or of images and text.
+
+    Raises UnsupportedModelError where it has neither.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    is_text = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in found._model_mapping:
+            return found
+    raise UnsupportedModelError(
+        f"model type '{config.model_type}' is not supported: transformers has no decoder of it that writes text after "
+        "text, or after images and text."
+    )
 
 
 @contextmanager

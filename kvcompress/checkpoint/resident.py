@@ -244,16 +244,18 @@ def _place(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Return the model with its parameters on the meta device and its buffers as they are computed."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from kvcompress.compat import configuration
 
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
         raise OptionError("--memory needs the package accelerate: pip install accelerate.") from error
     with explained_loading(checkpoint.path):
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = configuration(checkpoint.path)
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _layer_list(model: Any) -> nn.ModuleList:

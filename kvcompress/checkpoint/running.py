@@ -21,15 +21,16 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
     numbers that are not there), its weights are loaded. Raises UnsupportedModelError or CheckpointError.
     """
     import torch
-    from transformers import AutoConfig
 
+    from kvcompress.compat import configuration
     from kvcompress.model.probe import NotRun, probe
 
     dtype = storage_dtype(config)
     try:
-        parsed = AutoConfig.from_pretrained(path)
+        parsed = configuration(path)
         with torch.device("meta"):
-            model = auto_class(parsed).from_config(parsed, dtype=getattr(torch, dtype)).eval()
+            own = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+            model = auto_class(parsed).from_config(parsed, **own).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"model type '{config.get('model_type')}' is not supported: {_first_line(error)}"

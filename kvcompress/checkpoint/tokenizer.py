@@ -23,7 +23,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"{directory} has no usable tokenizer: it holds none of {', '.join(_FILES)}.")
     check_json_files(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions for a stranger's file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{directory} has no usable tokenizer: {reason}") from error

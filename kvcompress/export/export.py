@@ -13,6 +13,7 @@ from kvcompress.checkpoint.headers import read_config
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint, open_folded
 from kvcompress.checkpoint.writer import atomic_directory, atomic_file, check_space, check_target
+from kvcompress.compat import configuration
 from kvcompress.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
 from kvcompress.export.card import export_card
 from kvcompress.export.gguf_file import GGUF_TYPES, check_gguf, import_gguf, write_gguf
@@ -183,10 +184,8 @@ def exported_weight_bytes(checkpoint: Checkpoint, layers: list[StockLayer], dtyp
 
 
 def _config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(directory)
+        return configuration(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from kvcompress import compat
 from kvcompress.calibration.sampling import sample_windows
+from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.evaluate.perplexity import Original, evaluate_attached
@@ -55,7 +55,7 @@ class Student:
         model = load(directory, base=source, dtype=torch.float32 if folded else dtype, device=str(device))
         teacher = model
         if folded:
-            teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+            teacher = load_weights(source, dtype=torch.float32, device=device)
         return cls(model, teacher, plan, read_output(directory)[1])
 
     def figures(self, held_out: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -37,10 +37,10 @@ class Rotary:
     @classmethod
     def of_checkpoint(cls, directory: Path) -> Rotary:
         """Return the RoPE of the model that transformers would load from a directory, from its config.json alone."""
-        from transformers import AutoConfig
+        from kvcompress.compat import configuration
 
         try:
-            config = AutoConfig.from_pretrained(directory)
+            config = configuration(directory)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"transformers cannot read {directory}: {str(error).splitlines()[0]}") from error
         return cls.of_config(config)

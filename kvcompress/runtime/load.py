@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kvcompress import compat
 from kvcompress.checkpoint.headers import check_sizes
@@ -58,7 +58,7 @@ def _load_folded(directory: Path, plan: Plan, maps: dict[Site, SiteMaps], dtype:
 
     check_sizes(directory)
     with explained_loading(directory):
-        config = AutoConfig.from_pretrained(directory)
+        config = compat.configuration(directory)
     name = plan.dtype if dtype == "auto" else dtype
     wanted = getattr(torch, name) if isinstance(name, str) else name
     with explained_loading(directory):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvcompress
-from kvcompress.errors import CheckpointError, KVCompressError
+from kvcompress.errors import CheckpointError, KVCompressError, UnsupportedModelError
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 
@@ -120,3 +120,34 @@ def test_a_gigabyte_of_json_is_not_given_to_transformers(output: Path, name: str
     assert f"{name} has 1,000,000,000 bytes" in refusal(output)
     with pytest.raises(CheckpointError, match="1,000,000,000 bytes"):
         load_tokenizer(output)
+
+
+@pytest.mark.parametrize("model_type", ["stranger", "t5"])
+def test_code_beside_the_weights_is_neither_run_nor_asked_for(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, model_type: str
+) -> None:
+    """transformers asks on the terminal, for as long as nobody has said no."""
+    from kvcompress.checkpoint.reader import open_checkpoint
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama-gqa"), model)
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).write_text('')\n"
+    (model / "code.py").write_text(code + "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n")
+    config = json.loads((model / "config.json").read_text())
+    named = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": named}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(KVCompressError), open_checkpoint(model):
+        pass
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_a_model_that_is_no_decoder_is_said_to_be(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    from kvcompress.checkpoint.reader import open_checkpoint
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama-gqa"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    with pytest.raises(UnsupportedModelError, match="transformers has no decoder of it"), open_checkpoint(model):
+        pass
