@@ -18,6 +18,7 @@ import torch
 
 from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.checkpoint.writer import atomic_directory, check_target, make_directory
+from kvcompress.documents import DocumentError, read_json
 from kvcompress.errors import OptionError, OutputError
 from kvcompress.heal.checkpoints import explained_disk, last_checkpoint
 from kvcompress.heal.options import HealOptions
@@ -130,8 +131,7 @@ def _begin(scratch: Path, plan: Plan, options: HealOptions, texts: HealTexts, *,
     """
     note = {"options": options.to_json(), "text_sha256": texts.sha256, "sites": [str(s) for s in plan.sites]}
     file, checkpoint = scratch / _NOTE_FILE, last_checkpoint(scratch) if resume else None
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if checkpoint is not None and noted != note:
+    if checkpoint is not None and _noted(file) != note:
         raise OptionError(
             f"{scratch} holds a training with other options, text or maps. Continue it with those, or leave out "
             "--resume."
@@ -141,6 +141,14 @@ def _begin(scratch: Path, plan: Plan, options: HealOptions, texts: HealTexts, *,
         make_directory(scratch)
         file.write_text(json.dumps(note), encoding="utf-8")
     return checkpoint
+
+
+def _noted(file: Path) -> dict[str, Any] | None:
+    """Return what a training's note says, None where there is none or it was cut short."""
+    try:
+        return read_json(file)
+    except (DocumentError, OSError):
+        return None
 
 
 @contextmanager
@@ -200,6 +208,8 @@ def _check(plan: Plan, options: HealOptions, directory: Path, output: Path, *, f
             f"{directory} is in the coded form, whose weights stay those of the original. Use --train maps, or "
             "compress with --folded to train weights."
         )
+    if plan.form == "coded" and options.learning_rate is not None:
+        raise OptionError("no weight of a coded output is trained, so there is no rate of weights. Use --maps-rate.")
     if plan.form == "coded" and options.head_norm:
         raise OptionError("a norm of head outputs changes the model, so it is for folded outputs. Leave it out.")
     if plan.form == "coded" and options.compile:

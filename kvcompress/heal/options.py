@@ -14,8 +14,7 @@ from kvcompress.options import read_recipe
 TRAINED = ("maps", "attention", "all")
 #: Text that needs no download and is public domain or Python's own.
 DEFAULT_TEXT = ("builtin:prose", "builtin:code")
-#: Peak learning rate of weights. That of maps is relative: an entry moves in units of its row's own size.
-_WEIGHTS_RATE = {"maps": 0.0, "attention": 5e-4, "all": 5e-4}
+_WEIGHTS_RATE = 5e-4
 PRECISIONS = ("auto", "bf16", "float32")
 #: More tokens, steps or windows than anyone trains for.
 _MOST = 1 << 40
@@ -34,7 +33,7 @@ class HealOptions:
     batch: int = 16
     #: Windows of a step that one device takes at once; the rest follows by accumulation.
     device_batch: int = 8
-    #: Peak learning rate of the weights; None: 5e-4.
+    #: Peak learning rate of the weights, with `maps` of the norms of heads; None: 5e-4.
     learning_rate: float | None = None
     #: Peak learning rate of maps, in units of the error that the codec makes there anyway (heal/site.py).
     maps_rate: float = 1e-2
@@ -91,7 +90,7 @@ class HealOptions:
 
     @property
     def weights_rate(self) -> float:
-        return _WEIGHTS_RATE[self.train] if self.learning_rate is None else self.learning_rate
+        return _WEIGHTS_RATE if self.learning_rate is None else self.learning_rate
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"text": list(self.text)}

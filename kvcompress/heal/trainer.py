@@ -178,7 +178,7 @@ def training_arguments(options: HealOptions, scratch: Path, *, device: str) -> T
         output_dir=str(scratch),
         max_steps=steps,
         per_device_train_batch_size=1,
-        learning_rate=options.weights_rate or options.maps_rate,
+        learning_rate=options.weights_rate,  # maps have their own, see create_optimizer
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(options.warmup * steps),
         max_grad_norm=1.0,

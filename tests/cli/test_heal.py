@@ -49,6 +49,7 @@ def test_a_recipe_says_how(kvcompress: Any, compressed: Any, text: Path, tmp_pat
     [
         (("--train", "everything"), "train 'everything' is unknown"),
         (("--train", "all"), "coded form"),
+        (("--learning-rate", 1e-3), "Use --maps-rate"),
         (("--batch", 0), "batch must be a whole number"),
         (("--warmup", 2), "warmup must be a number"),
         (("--kl-loss", 0, "--text-loss", 0), "nothing would be trained"),

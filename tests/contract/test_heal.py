@@ -185,6 +185,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
 ) -> None:
     directory, options = output(BLIND), replace(FEW, evaluations=6)
     run(directory, tmp_path / "whole", options, texts)
+    (tmp_path / ".resumed.training").mkdir()
+    (tmp_path / ".resumed.training" / "training.json").write_text("")  # left by a full disk; this one begins anew
 
     def kill(progress: Any) -> None:
         if progress.tokens > options.tokens / 2 and progress.held_out:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from kvcompress.errors import OptionError
-from kvcompress.heal.options import HealOptions
+from kvcompress.heal.options import TRAINED, HealOptions
 from kvcompress.heal.trainer import HealingTrainer, _share_out
 
 
@@ -39,3 +41,12 @@ def test_windows_that_cannot_be_shared_out_are_named() -> None:
 def test_no_mean_is_good_where_one_text_is_worse(after: dict[str, float], score: float) -> None:
     trainer: Any = SimpleNamespace(before={"a": {"kl": 1.0}, "b": {"kl": 2.0}})
     assert HealingTrainer.score(trainer, {text: {"kl": kl} for text, kl in after.items()}) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_whatever_is_trained_has_a_rate(train: str) -> None:
+    model = nn.ParameterDict({"step_change": torch.zeros(2), "head_norm": torch.ones(2), "v_proj": torch.ones(2, 2)})
+    device = SimpleNamespace(device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(optimizer=None, model_options=HealOptions(train=train), args=device)
+    groups = HealingTrainer.create_optimizer(trainer, model).param_groups
+    assert [group["lr"] for group in groups] == [0.01, 5e-4, 5e-4]
