@@ -58,14 +58,7 @@ def heal_texts(
             found[source] = _windows(tokenizer, source, wanted + held_out, seq_len)
     training, kept = {}, {}
     for source, windows in found.items():
-        if len(windows) <= held_out:
-            raise CalibrationError(
-                f"too little text: {source} has {len(windows)} windows of {seq_len} tokens, {held_out} of them are "
-                "kept out of the training. Give more text, or lower --held-out or --seq-len."
-            )
-        out = torch.zeros(len(windows), dtype=torch.bool)
-        spacing = min(_SPACING, len(windows) // held_out)
-        out[torch.arange(held_out) * spacing + spacing // 2] = True
+        out = _kept_out(source, windows, held_out)
         training[source], kept[source] = windows[~out], windows[out]
     shares = _shares([_MOST_PASSES * len(w) for w in training.values()], wanted)
     ids = torch.cat([_repeated(w, n) for w, n in zip(training.values(), shares, strict=True)])
@@ -73,6 +66,19 @@ def heal_texts(
     for windows in kept.values():
         digest.update(windows.numpy().tobytes())
     return HealTexts(ids, kept, digest.hexdigest())
+
+
+def _kept_out(source: str, windows: Tensor, n: int) -> Tensor:
+    """Return which windows are kept out of the training, n of them: bool [n_windows]."""
+    if len(windows) <= n:
+        raise CalibrationError(
+            f"too little text: {source} has {len(windows)} windows of {windows.shape[1]} tokens, {n} of them are kept "
+            "out of the training. Give more text, or lower --held-out or --seq-len."
+        )
+    spacing = min(_SPACING, len(windows) // n)
+    out = torch.zeros(len(windows), dtype=torch.bool)
+    out[torch.arange(n) * spacing + spacing // 2] = True
+    return out
 
 
 def _windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Tensor:
