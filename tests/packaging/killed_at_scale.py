@@ -4,16 +4,18 @@
     python tests/packaging/killed_at_scale.py MODEL TEXT WORK --way shared --devices cuda:0,cuda:1 --lanes 4
 
 Ways: streamed (layers from disk), shared (a process for each device), both (two processes that stream), ray (a cluster
-that runs, RAY_ADDRESS or auto). Every run is a fork of a process that has all imports and no GPU; it is ready when it
-and its workers have their devices, and the clock of a moment begins then. Lanes work through moments side by side, each
-after a run of its own that is left alone and tells how long one takes; on a GPU, on which processes take turns, two or
-three are the most. Streaming wants a model that is larger than what its least memory is; on a GPU that is one above
-1.5 GB. Prints a line for each moment, and ends with 1 if a plan differs, or if anything is left behind.
+that runs: RAY_ADDRESS, by commas one for each lane, or auto). Every run is a fork of a process that has all imports and
+no GPU; it is ready when it and its workers have their devices, and the clock of a moment begins then. Lanes work
+through moments side by side, each after a run of its own that is left alone and tells how long one takes; the processes
+of its next moment start while one is under way. Streaming wants a model that is larger than what its least memory is;
+on a GPU that is one above 2.2 GB. Prints a line for each moment, and ends with 1 if a plan differs, or if anything is
+left behind. A run that hangs says where, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -24,7 +26,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,8 @@ def run(arguments: argparse.Namespace, told: Connection) -> None:
     torch.set_num_threads(1)
     first, then, streams = WAYS[arguments.way]
     devices = arguments.devices.split(",")
+    clusters = os.environ.get("RAY_ADDRESS", "auto").split(",")
+    os.environ["RAY_ADDRESS"] = clusters[arguments.lane % len(clusters)]
     workers = {"first": first, "then": then, "alone": alone}[arguments.by](devices)
     if workers is not None:
         list(workers.each(str, [()] * workers.n))
@@ -88,6 +94,7 @@ def run(arguments: argparse.Namespace, told: Connection) -> None:
     how: dict[str, Any] = {"device": devices[0], "workers": workers, "memory": memory, "resume": arguments.resume}
     told.send("ready")
     told.recv()  # raises where the one that was to send it is no more
+    faulthandler.dump_traceback_later(arguments.patience, exit=True)
     try:
         compress(arguments.model, arguments.out, options, **how)
     finally:
@@ -111,7 +118,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, lane: int, out: Path, by: str, *, resume: bool = False) -> None:
         devices = arguments.devices.split(",")
         devices = devices[lane % len(devices) :] + devices[: lane % len(devices)]
-        given = {"by": by, "out": out, "resume": resume, "devices": ",".join(devices)}
+        given = {"by": by, "out": out, "resume": resume, "lane": lane, "devices": ",".join(devices)}
         self.out = out
         self._told, theirs = FORKS.Pipe()
         self._process = FORKS.Process(target=run, args=(argparse.Namespace(**vars(arguments) | given), theirs))
@@ -146,10 +153,12 @@ class Run:
 
 
 def what_is_left(directory: Path) -> str:
+    """Say what a run has left of a calibration; nothing where there is nothing to go on from."""
     names = [p.name for p in directory.rglob("*") if p.is_file()]
-    counts = {what: sum(n.startswith(what) for n in names) for what in ("windows-", "inputs-", "sums-")}
-    whole = ", all moments" if list(directory.glob("*.safetensors")) else ""
-    return f"{counts['windows-']} parts, {counts['inputs-']} inputs and {counts['sums-']} sums of layers{whole}"
+    kinds = {"windows-": "parts", "inputs-": "inputs of layers", "sums-": "sums of layers"}
+    counts = {told: sum(n.startswith(begin) for n in names) for begin, told in kinds.items()}
+    left = [f"{n} {told}" for told, n in counts.items() if n]
+    return " and ".join([*left, "all moments"] if list(directory.glob("*.safetensors")) else left)
 
 
 def same(out: Path, unbroken: Path) -> tuple[bool, float]:
@@ -165,10 +174,32 @@ def same(out: Path, unbroken: Path) -> tuple[bool, float]:
     return True, away
 
 
-def moment(begin: Callable[..., Run], out: Path, unbroken: Path, at: float) -> tuple[float | None, bool, str]:
-    """Kill a run after so many seconds and resume it; return (seconds if it had ended, whether all is well, a line)."""
-    out.parent.mkdir()
-    broken, resumed = begin(out, "first"), begin(out, "then", resume=True)
+class Moments:
+    """The moments that are left, for all lanes; none when the seconds are over."""
+
+    def __init__(self, n: int, seconds: float) -> None:
+        self._left, self._end = iter(range(n)), time.monotonic() + seconds
+
+    @property
+    def are_over(self) -> bool:
+        return time.monotonic() > self._end
+
+    def taken(self) -> int | None:
+        return None if self.are_over else next(self._left, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of a moment. took: seconds to the end of a run that was not killed in time; left: see what_is_left."""
+
+    took: float | None
+    left: str
+    good: bool
+
+
+def moment(broken: Run, resumed: Run, unbroken: list[Path], at: float) -> tuple[Found, str]:
+    """Kill a run after so many seconds and resume it; return what came of it, with a line that tells it."""
+    out = broken.out
     broken.go()
     begun = time.monotonic()
     code, took, left = broken.killed(at), time.monotonic() - begun, what_is_left(out.parent)
@@ -176,36 +207,50 @@ def moment(begin: Callable[..., Run], out: Path, unbroken: Path, at: float) -> t
         resumed.killed()
     else:
         resumed.whole()
-    equal, away = same(out, unbroken)
+    equal, away = min((same(out, one) for one in unbroken), key=lambda found: found[1])
     names = sorted(p.name for p in out.parent.iterdir() if p.suffix != ".safetensors")
     told = {0: "had ended", -signal.SIGKILL: f"killed after {at:5.2f} s"}.get(code, f"FAILED with {code}")
-    told += f", left {left}: bits {'equal' if equal else 'DIFFER'}, maps within {away:.0e}"
+    told += f", left {left or 'nothing'}: bits {'equal' if equal else 'DIFFER'}, maps within {away:.0e}"
     told += "" if names == ["out"] else f", NOT TIDY: {names}"
     shutil.rmtree(out.parent)
-    return None if code else took, equal and names == ["out"] and away < 1e-3 and code in (0, -signal.SIGKILL), told
+    good = equal and names == ["out"] and away < 1e-3 and code in (0, -signal.SIGKILL)
+    return Found(None if code else took, left, good), told
 
 
-def lane(arguments: argparse.Namespace, index: int, reference: Future[Path]) -> list[tuple[bool, bool]]:
-    """Work through every moment of a lane; return of each whether it was killed and whether all is well."""
+def lane(arguments: argparse.Namespace, index: int, reference: Future[Path], moments: Moments) -> list[Found]:
+    """Take moments until none is left. A plan is to be that of the same workers left alone, or of one process."""
     begin, work = partial(Run, arguments, index), arguments.work / arguments.way / str(index)
-    work.mkdir(parents=True)
+
+    def started() -> tuple[int, Run, Run] | None:
+        """Start the processes of the next moment, and do not wait for them."""
+        if (number := moments.taken()) is None:
+            return None
+        out = work / f"{number:02d}" / "out"
+        out.parent.mkdir()
+        return number, begin(out, "first"), begin(out, "then", resume=True)
+
     timed = work / "timed" / "out"
-    timed.parent.mkdir()
-    length, rng = begin(timed, "first").whole(), random.Random(1000 * arguments.seed + index)
-    unbroken = reference.result()
-    equal, away = same(timed, unbroken)
+    timed.parent.mkdir(parents=True)
+    whole = begin(timed, "first")
+    overlaps = arguments.way != "ray"  # whose cluster's GPUs would be taken by workers that only start
+    ahead = started() if overlaps else None
+    length, rng = whole.whole(), random.Random(1000 * arguments.seed + index)
+    equal, away = same(timed, reference.result())
     told = f"{length:.1f} s unbroken, bits {'equal' if equal else 'DIFFER'}, maps within {away:.0e}"
     print(f"lane {index}: {told}", flush=True)
     found = []
-    for number in range(index, arguments.moments, arguments.lanes):
-        took, good, told = moment(begin, work / f"{number:02d}" / "out", timed, rng.uniform(0, length))
+    while not moments.are_over and (now := ahead or started()):
+        (number, broken, resumed), ahead = now, started() if overlaps else None
+        one, told = moment(broken, resumed, [timed, reference.result()], rng.uniform(0, length))
         print(f"{number + 1:2d}: {told}", flush=True)
-        found.append((took is None, good and equal))
-        length = min(length, took or length)  # the machine may have become faster
+        found.append(Found(one.took, one.left, one.good and equal))
+        length = min(length, one.took or length)  # the machine may have become faster
+    for run in ahead[1:] if ahead else ():
+        run.killed()
     return found
 
 
-def main() -> None:
+def arguments_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
@@ -217,7 +262,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--seq_len", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1e9, help="No new moment after them.")
+    parser.add_argument("--patience", type=float, default=300.0, help="Seconds after which a run is said to hang.")
+    parser.add_argument("--waits", action="store_true", help="Begin when a line comes.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_given()
+    forkserver.ensure_running()
+    if arguments.waits and not sys.stdin.readline():  # the one that was to send it is no more
+        sys.exit(1)
     shutil.rmtree(arguments.work / arguments.way, ignore_errors=True)
     unbroken = arguments.work / arguments.way / "unbroken" / "out"
     unbroken.parent.mkdir(parents=True)
@@ -226,12 +281,14 @@ def main() -> None:
         Run(arguments, 0, unbroken, "alone").whole()
         return unbroken
 
+    moments = Moments(arguments.moments, arguments.seconds)
     with ThreadPoolExecutor(arguments.lanes + 1) as pool:
         made = pool.submit(reference)
-        lanes = [pool.submit(lane, arguments, index, made) for index in range(arguments.lanes)]
+        lanes = [pool.submit(lane, arguments, index, made, moments) for index in range(arguments.lanes)]
         found = [one for done in lanes for one in done.result()]
-    good, killed = (sum(one[i] for one in found) for i in (1, 0))
-    print(f"{arguments.way}: {good} of {len(found)} as unbroken, {killed} killed", flush=True)
+    killed = [one for one in found if one.took is None]
+    good, left = sum(one.good for one in found), sum(bool(one.left) for one in killed)
+    print(f"{arguments.way}: {good} of {len(found)} as unbroken, {len(killed)} killed, {left} went on", flush=True)
     sys.exit(good < len(found))
 
 
