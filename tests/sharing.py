@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kvcompress.calibration import processes
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import Job, Sums, pieces_of
 
@@ -45,3 +47,14 @@ class Backwards:
 def awake(_device: str) -> None:
     """Take the time of a short task, in a process that has imported what the tasks of these tests need."""
     time.sleep(1)
+
+
+def leave_workers(*, closes: bool) -> None:
+    """Begin workers and end while they are there, as what uses them in a process of its own may."""
+    processes._wake = os.getpid  # type: ignore[assignment]  # the imports take seconds
+    workers = processes.LocalWorkers(("cpu",))
+    assert list(workers.each(str, [()])) == [(0, "cpu")]
+    if closes:
+        workers.close()
+    else:
+        globals()["kept"] = workers

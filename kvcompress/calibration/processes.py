@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from multiprocessing.util import Finalize, is_exiting
 from typing import Any
 
 from kvcompress.calibration.memory import USABLE_SHARE
@@ -24,6 +25,9 @@ _MOST_DEATHS = 5
 _AHEAD = 2
 #: How often it is looked how far streamed passes are.
 _LOOK_SECONDS = 1.0
+#: Where processes are ended in what multiprocessing does at the end of one that it began: it closes the queues by which
+#: pools tell them to (10), and then joins them for as long as it takes.
+_BEFORE_QUEUES = 11
 
 
 class LocalWorkers:
@@ -39,6 +43,7 @@ class LocalWorkers:
             raise OptionError("no device was named for the workers of the calibration.")
         self.devices = tuple(devices)
         self._crew: list[_Worker] = []
+        Finalize(self, _end, args=(self._crew,), exitpriority=_BEFORE_QUEUES)
         for worker in self._workers():
             worker.submit(_wake)
 
@@ -127,13 +132,11 @@ class LocalWorkers:
                     worker.restart()
 
     def close(self) -> None:
-        for worker in self._crew:
-            worker.end()
-        self._crew = []
+        _end(self._crew)
 
     def _workers(self) -> list[_Worker]:
         if not self._crew:
-            self._crew = [_Worker(device, self.n) for device in self.devices]
+            self._crew += [_Worker(device, self.n) for device in self.devices]
         return self._crew
 
     @staticmethod
@@ -211,8 +214,22 @@ class _Worker:
         self.unsaved = []
         self.submit(_start, job)
 
-    def end(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def end(self) -> threading.Thread:
+        """Return what waits until the process has ended."""
+        ending = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True})
+        ending.start()
+        return ending
+
+
+def _end(crew: list[_Worker]) -> None:
+    """Let the processes of a crew end, beside what this one does next; it does not end before they do."""
+    endings = [worker.end() for worker in crew]
+    crew.clear()
+    for ending in endings:
+        if is_exiting():
+            ending.join()
+        else:
+            Finalize(None, ending.join, exitpriority=_BEFORE_QUEUES)
 
 
 def _too_many_deaths(deaths: int, lost: list[int]) -> CalibrationError:

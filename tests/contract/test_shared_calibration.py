@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE
 from tests.hostile.test_bad_checkpoint import change_tensor
-from tests.sharing import Backwards
+from tests.sharing import Backwards, leave_workers
 from tests.tiny_models import random_ids, save_tiny_checkpoint
 
 FAMILY = "llama-gqa"
@@ -243,6 +244,20 @@ class TestProcesses:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
             collect_shared(job, workers)
+
+
+def test_a_process_of_multiprocessing_ends() -> None:
+    """With workers that nobody closed, and with some that were a moment ago."""
+    spawn = multiprocessing.get_context("spawn")
+    begun = [spawn.Process(target=leave_workers, kwargs={"closes": closes}) for closes in (False, True)]
+    for process in begun:
+        process.start()
+    for process in begun:
+        process.join(120)
+    codes = [process.exitcode for process in begun]
+    for process in begun:
+        process.kill()
+    assert codes == [0, 0]
 
 
 def spawned() -> list[int]:
