@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import Job, Sums, note_repeated, pieces_of, shared_pieces, streamed_moments
 from kvcompress.errors import CalibrationError, KVCompressError, OptionError
@@ -29,7 +29,7 @@ class RayWorkers:
 
     def __init__(self, address: str, device: str = "cpu") -> None:
         self.address, self._on_gpus = address, device.startswith("cuda")
-        self._counter: Any = None  # an actor of _Attempts, which is a process: one serves all calls
+        self._counter: Any = None  # an actor of Attempts, which is a process: one serves all calls
         self._n_calls = 0
 
     @property
@@ -99,7 +99,7 @@ class RayWorkers:
     def _attempts(self) -> Any:
         if self._counter is None:
             lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-            self._counter = _connected(self.address).remote(**lasting)(_Attempts).remote()
+            self._counter = _connected(self.address).remote(**lasting)(Attempts).remote()
         return self._counter
 
     def close(self) -> None:
@@ -122,19 +122,6 @@ def _connected(address: str) -> Any:
                 f"no Ray cluster answers at '{address}' ({reason}). Start one (ray start --head), or use --ray local."
             ) from error
     return ray
-
-
-class _Attempts:
-    """An actor that counts how often each task (call, index) was begun: a task does not know whether it is a retry."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[tuple[int, int]] = Counter()
-
-    def begin(self, task: tuple[int, int]) -> None:
-        self._begun[task] += 1
-
-    def of(self, task: tuple[int, int]) -> int:
-        return self._begun[task]
 
 
 def _wake() -> None:

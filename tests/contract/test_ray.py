@@ -81,6 +81,11 @@ class TestRay:
         here = evaluate_shared(alone, str(text_file), Backwards(), dtype="float32", **how)
         assert shared.log_ratios == pytest.approx(here.log_ratios, rel=1e-4, abs=1e-6) and len(here.log_ratios) == 4
 
+    def test_who_counts_attempts_has_imported_next_to_nothing(self, workers: RayWorkers) -> None:
+        ray = pytest.importorskip("ray")
+        imported = workers._attempts().__ray_call__.remote(lambda _: "torch" in sys.modules)
+        assert ray.get(imported) is False
+
     def test_what_a_task_raises_arrives(self, workers: RayWorkers, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
