@@ -87,7 +87,8 @@ def all_windows(tokenizer: Any, source: str, n_windows: int, seq_len: int) -> Te
 
 def spread(available: int, n: int) -> Tensor:
     """Return the places of n windows, evenly spread over those that are available: [n]."""
-    return torch.linspace(0, available - 1, n).round().long()
+    # told, as a model that loads in a thread beside this changes what torch takes for granted
+    return torch.linspace(0, available - 1, n, dtype=torch.float32).round().long()
 
 
 def _limited(texts: Iterator[str], n_chars: int) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ def used() -> int:
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
+    gc.collect()  # what an error's frames still hold
     torch.cuda.empty_cache()
     if used() - torch.cuda.memory_reserved() > GIVEN // 2:
         pytest.skip("others use this GPU")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kvcompress.calibration.builtin import BUNDLED
 from kvcompress.calibration.text import CODE, PROSE, check_there, documents, token_windows
@@ -137,6 +138,17 @@ class TestDatasets:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(CalibrationError, match=r"pip install 'kvcompress\[datasets\]'"):
             documents("org/books")
+
+
+def test_windows_are_the_same_while_a_model_of_16_bits_loads(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", "abcdefgh" * 400)  # more windows than bfloat16 counts exactly
+    windows = token_windows(Letters(), source, 101, 4)
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does, for all threads
+    try:
+        again = token_windows(Letters(), source, 101, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(windows, again)
 
 
 def test_windows_spread_evenly(tmp_path: Path) -> None:
