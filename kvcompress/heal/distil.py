@@ -120,15 +120,12 @@ class Distillation(nn.Module):
     def _loss_of_rows(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over rows of KL(teacher || student) and of the text's own loss, by their weights."""
         student, teacher = self._models
-        logits = student.lm_head(states)
-        loss = torch.zeros((), device=logits.device)
-        if self.options.kl_loss:
-            with torch.no_grad():
-                wanted = teacher.lm_head(goal)
-            loss = loss + self.options.kl_loss * divergence(logits, wanted)
-        if self.options.text_loss:
-            loss = loss + self.options.text_loss * functional.cross_entropy(logits.float(), labels, reduction="sum")
-        return loss
+        logits, options = student.lm_head(states), self.options
+        if not options.kl_loss:
+            return options.text_loss * functional.cross_entropy(logits.float(), labels, reduction="sum")
+        with torch.no_grad():
+            wanted = teacher.lm_head(goal)
+        return divergence(logits, wanted, labels, kl_loss=options.kl_loss, text_loss=options.text_loss)
 
     def _figures(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
         student, teacher = self._models
@@ -147,15 +144,19 @@ class Distillation(nn.Module):
         return sums
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the sum over rows of KL(teacher || student) of logits [rows, n], float32; on a GPU by one kernel."""
+def divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, kl_loss: float, text_loss: float) -> Tensor:
+    """Return kl_loss * KL(teacher || student) + text_loss * the labels' negative log-likelihood by the student.
+
+    student, teacher: logits [rows, n]; labels: [rows]. A sum over rows, float32; on a GPU by one kernel.
+    """
     if student.is_cuda:
         from kvcompress.kernels.divergence import Divergence  # Triton comes with torch's builds for GPUs alone
 
-        summed: Tensor = Divergence.apply(student, teacher)
+        summed: Tensor = Divergence.apply(student, teacher, labels, kl_loss, text_loss)
         return summed
     q, p = (logits.float().log_softmax(-1) for logits in (student, teacher))
-    return functional.kl_div(q, p, log_target=True, reduction="sum")
+    loss = kl_loss * functional.kl_div(q, p, log_target=True, reduction="sum")
+    return loss + text_loss * functional.nll_loss(q, labels, reduction="sum") if text_loss else loss
 
 
 def _only_trained(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
