@@ -92,36 +92,46 @@ class Distillation(nn.Module):
 
         Otherwise {"figures"}: float64 [4], sums over the predicted tokens, named by FIGURES.
         """
-        student, teacher = self._models
         # windows of other numbers than the training's are measured too seldom to compile layers for them
         with torch.compiler.set_stance("default" if self.training else "force_eager"):
-            with torch.no_grad(), self.switch.off():
-                goal = teacher.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-            student.train(self.training)
-            states = student.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        goal, states = goal[:, :-1].flatten(0, 1), states[:, :-1].flatten(0, 1)
+            goal = self._goal(input_ids)
+            self.student_model.train(self.training)
+            states = _states(self.student_model, input_ids)
         labels = input_ids[:, 1:].flatten()
         if not self.training:
+            assert goal is not None
             return {"figures": self._figures(states, goal, labels)}
-        loss = torch.zeros((), device=states.device)
-        for rows, wanted, label in self._in_parts(states, goal, labels):
-            loss = loss + checkpoint(self._loss_of_rows, rows, wanted, label, use_reentrant=False)
-        loss = loss / len(labels)
-        if self.options.hidden_loss:
+        return {"loss": self._loss(states, labels, goal)}
+
+    def _goal(self, input_ids: Tensor) -> Tensor | None:
+        """Return the teacher's states; None in a training on the text's own loss alone, which does not ask for them."""
+        if self.training and not (self.options.kl_loss or self.options.hidden_loss):
+            return None
+        with torch.no_grad(), self.switch.off():
+            return _states(self._models[1], input_ids)
+
+    def _loss(self, states: Tensor, labels: Tensor, goal: Tensor | None) -> Tensor:
+        """Return the mean over rows of all losses, by their weights."""
+        options, loss = self.options, torch.zeros((), device=states.device)
+        if options.kl_loss or options.text_loss:
+            for rows in self._in_parts(states, labels, *([] if goal is None else [goal])):
+                loss = loss + checkpoint(self._loss_of_rows, *rows, use_reentrant=False)
+            loss = loss / len(labels)
+        if options.hidden_loss and goal is not None:
             scale = goal.float().square().mean().clamp_min(1e-12)
-            loss = loss + self.options.hidden_loss * (states.float() - goal.float()).square().mean() / scale
-        return {"loss": loss}
+            loss = loss + options.hidden_loss * (states.float() - goal.float()).square().mean() / scale
+        return loss
 
     def _in_parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield tensors of as many rows each, cut where the logits of more rows would not fit."""
         at_once = max(1, _LOGITS // self.student_model.config.get_text_config().vocab_size)
         return zip(*(tensor.split(at_once) for tensor in rows), strict=True)
 
-    def _loss_of_rows(self, states: Tensor, goal: Tensor, labels: Tensor) -> Tensor:
+    def _loss_of_rows(self, states: Tensor, labels: Tensor, goal: Tensor | None = None) -> Tensor:
         """Return the sum over rows of KL(teacher || student) and of the text's own loss, by their weights."""
         student, teacher = self._models
         logits, options = student.lm_head(states), self.options
-        if not options.kl_loss:
+        if goal is None or not options.kl_loss:
             return options.text_loss * functional.cross_entropy(logits.float(), labels, reduction="sum")
         with torch.no_grad():
             wanted = teacher.lm_head(goal)
@@ -142,6 +152,12 @@ class Distillation(nn.Module):
                 ]
             )
         return sums
+
+
+def _states(model: Any, input_ids: Tensor) -> Tensor:
+    """Return a model's final hidden states of all tokens that predict another: [batch * (seq_len - 1), d_model]."""
+    states: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states[:, :-1].flatten(0, 1)
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, *, kl_loss: float, text_loss: float) -> Tensor:

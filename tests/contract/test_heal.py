@@ -113,6 +113,25 @@ def test_before_training_the_model_sees_what_the_run_time_sees(
     assert float((seen - exact).abs().max()) > 0.05
 
 
+@pytest.mark.parametrize(
+    ("losses", "n_asked"), [({}, 2), ({"kl_loss": 0.0}, 1), ({"kl_loss": 0.0, "text_loss": 0.0, "hidden_loss": 1.0}, 2)]
+)
+def test_the_original_is_asked_where_a_loss_needs_it(
+    tiny_checkpoint: Any, tiny_model: Any, tiny_moments: Any, losses: dict[str, float], n_asked: int
+) -> None:
+    with open_checkpoint(tiny_checkpoint("llama-gqa")) as checkpoint:
+        plan, maps, _ = make_plan(checkpoint, tiny_moments("llama-gqa"), CODED)
+    model, ids, calls = attach_plan(tiny_model("llama-gqa"), plan, maps), random_ids(2, 40), []
+    distillation = Student(model, model, plan, maps).distillation(replace(FEW, **losses), ids)
+    model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    distillation.train()(input_ids=ids)["loss"].backward()
+    assert len(calls) == n_asked
+    gradients = [p.grad for p in distillation.parameters() if p.requires_grad]
+    assert all(g is not None for g in gradients) and any(bool(g.any()) for g in gradients if g is not None)
+    distillation.eval()(input_ids=ids)
+    assert len(calls) == n_asked + 2
+
+
 def test_a_model_that_no_reader_knows_is_healed(
     tiny_checkpoint: Any, text_file: Path, texts: tuple[str, ...], tmp_path: Path
 ) -> None:
