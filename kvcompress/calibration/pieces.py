@@ -308,6 +308,11 @@ def note_repeated(windows: Iterable[int], why: str) -> None:
         warnings.warn(f"{why}: windows {told} are summed again.", Note, stacklevel=2)
 
 
+def note_again(index: int, n_tasks: int, why: str) -> None:
+    """Say which of the tasks of a call is done again."""
+    warnings.warn(f"{why}: task {index + 1} of {n_tasks} is done again.", Note, stacklevel=2)
+
+
 def ranges(windows: Iterable[int]) -> list[str]:
     """Return numbers as ranges in words: 0 to 4, 7."""
     runs = [[w for _, w in run] for _, run in groupby(enumerate(sorted(windows)), lambda pair: pair[1] - pair[0])]

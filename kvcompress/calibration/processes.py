@@ -16,7 +16,7 @@ from typing import Any
 
 from kvcompress.calibration.memory import USABLE_SHARE
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Sums, load, note_repeated, shared_pieces
+from kvcompress.calibration.pieces import Job, Sums, load, note_again, note_repeated, shared_pieces
 from kvcompress.errors import CalibrationError, OptionError
 
 #: How often workers may die before that is no accident.
@@ -128,6 +128,7 @@ class LocalWorkers:
                     deaths += 1
                     if deaths >= _MOST_DEATHS:
                         raise _too_many_deaths(deaths, []) from error
+                    note_again(index, len(items), "a worker died")
                     waiting.appendleft(index)
                     worker.restart()
 

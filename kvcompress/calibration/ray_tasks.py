@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any
 
 from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Sums, note_repeated, pieces_of, shared_pieces, streamed_moments
+from kvcompress.calibration.pieces import (
+    Job,
+    Sums,
+    note_again,
+    note_repeated,
+    pieces_of,
+    shared_pieces,
+    streamed_moments,
+)
 from kvcompress.errors import CalibrationError, KVCompressError, OptionError
 
 _MOST_RETRIES = 5
@@ -58,11 +68,9 @@ class RayWorkers:
 
     def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         """Yield the sums of windows, a task's at a time. Raises CalibrationError where Ray gives one up."""
-        ray = _connected(self.address)
         streams = job.memory is not None
         pieces = shared_pieces(job, windows, self.n) if streams else pieces_of(windows, self.n, _MOST_WINDOWS)
-        shared = ray.put(job)
-        for index, found in self.each(_sum, [(shared, piece) for piece in pieces], of=pieces):
+        for index, found in self.each(_sum, [(job, piece) for piece in pieces], of=pieces):
             told(len(pieces[index]))
             yield Moments.of_arrays(*found)
 
@@ -78,7 +86,8 @@ class RayWorkers:
         attempts, call = self._attempts(), self._n_calls
         self._n_calls += 1
         task = ray.remote(max_retries=_MOST_RETRIES, **(on_gpus if self._on_gpus else {"num_cpus": 1}))(_run)
-        running = {task.remote(function, self._on_gpus, attempts, (call, i), *item): i for i, item in enumerate(items)}
+        sent = enumerate(_sent_once(ray, items))
+        running = {task.remote(function, self._on_gpus, attempts, (call, i), *item): i for i, item in sent}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done)
@@ -93,7 +102,8 @@ class RayWorkers:
                     "Look at its log, or run without --ray."
                 ) from error
             if ray.get(attempts.of.remote((call, index))) > 1:
-                note_repeated(of[index] if of else [], "a worker died and Ray started another one")
+                why = "a worker died and Ray started another one"
+                note_repeated(of[index], why) if of else note_again(index, len(items), why)
             yield index, found
 
     def _attempts(self) -> Any:
@@ -122,6 +132,16 @@ def _connected(address: str) -> Any:
                 f"no Ray cluster answers at '{address}' ({reason}). Start one (ray start --head), or use --ray local."
             ) from error
     return ray
+
+
+def _sent_once(ray: Any, items: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return items with what several of them share, such as a job, in Ray's store, of which a node has one copy."""
+    things = [x for item in items for x in item if not isinstance(x, (str, int, float, NoneType))]
+    times, stored = Counter(map(id, things)), dict[int, Any]()
+    for x in things:
+        if times[id(x)] > 1 and id(x) not in stored:
+            stored[id(x)] = ray.put(x)
+    return [tuple(stored.get(id(x), x) for x in item) for item in items]
 
 
 def _wake() -> None:

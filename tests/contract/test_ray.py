@@ -120,6 +120,34 @@ def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: 
     assert begun == [1] * n
 
 
+@pytest.mark.parametrize(
+    ("of", "told"), [(None, "task 2 of 3 is done"), ([[0], [4, 5], [6]], "windows 4 to 5 are summed")]
+)
+def test_what_was_repeated_is_said(monkeypatch: pytest.MonkeyPatch, of: Any, told: str) -> None:
+    """Of a Ray that is none; what items share is sent once."""
+    sent: list[Any] = []
+    taken = lambda reference: reference() if callable(reference) else reference  # noqa: E731
+
+    def remote(**_: Any) -> Any:
+        return lambda _: SimpleNamespace(remote=lambda function, *a: lambda: function(*map(taken, a[3:]), "cpu"))
+
+    def put(thing: Any) -> Any:
+        sent.append(thing)
+        return lambda: thing
+
+    cluster = SimpleNamespace(is_initialized=lambda: True, remote=remote, put=put, get=taken)
+    cluster.wait = lambda references, num_returns: (references[:1], references[1:])
+    cluster.exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=IndexError)
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    workers = RayWorkers("auto")
+    workers._counter = SimpleNamespace(of=SimpleNamespace(remote=lambda task: 1 + (task == (0, 1))))
+    job = {"a": "job"}
+    with pytest.warns(Note, match=f"another one: {told} again") as notes:
+        found = list(workers.each(lambda *what: what, [(job, i, 7) for i in range(3)], of=of))
+    assert found == [(i, (job, i, 7, "cpu")) for i in range(3)]
+    assert sent == [job] and len(notes) == 1
+
+
 def counted_tasks(workers: RayWorkers, *, begun: int) -> list[int]:
     """Return `ray_tasks` once so many of a call are counted as begun: one that dies before has nothing to repeat."""
     ray = pytest.importorskip("ray")

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,6 +276,26 @@ def kill_once(killed: list[int], pids: Callable[[], list[int]]) -> Callable[[str
             os.kill(killed[0], signal.SIGKILL)
 
     return progress
+
+
+def test_a_task_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next process, where one dies with it; and that is said."""
+    dies, restarted = [False, True], []
+
+    def submit(function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if dies.pop(0) if dies else False:
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(function(*args))
+        return future
+
+    worker = SimpleNamespace(device="cpu", submit=submit, restart=lambda: restarted.append(1))
+    monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [worker])
+    workers = LocalWorkers(("cpu",))
+    with pytest.warns(Note, match=r"a worker died: task 1 of 2 is done again"):
+        found = dict(workers.each(lambda x, device: (x, device), [("a",), ("b",)]))
+    assert found == {0: ("a", "cpu"), 1: ("b", "cpu")} and restarted == [1]
 
 
 @pytest.mark.parametrize("asked", ["all", "2", "0,1"])
