@@ -9,6 +9,7 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +45,16 @@ def side_by_side(
             if done:
                 done(len(results))
     return results
+
+
+def solved(matrices: Tensor, wanted: Tensor) -> Tensor:
+    """Return X of matrices X = wanted, [n, width, n_columns]; matrices: [n, width, width].
+
+    On a CPU one by one: of more than 128 numbers, several threads hang in a batch (pytorch/pytorch#142815).
+    """
+    if matrices.is_cuda:
+        return torch.linalg.solve(matrices, wanted)
+    return torch.stack([torch.linalg.solve(*one) for one in zip(matrices, wanted, strict=True)])
 
 
 def fitting_device(device: str, width: int, room: int | None = None) -> str:

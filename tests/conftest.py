@@ -107,3 +107,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "prose.txt"
     file.write_text(prose(4000, seed=1), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse batches to torch.linalg.solve, in which several threads of a CPU wait for each other for ever."""
+    solve = torch.linalg.solve
+
+    def alone(matrix: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        assert matrix.dim() == 2
+        return solve(matrix, wanted)
+
+    monkeypatch.setattr(torch.linalg, "solve", alone)

@@ -23,6 +23,7 @@ from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.quantise import best_gain, gain
+from kvcompress.side_by_side import solved
 
 #: How much decoders lean on what they were, as a share of the power of each code.
 _LEAN = 0.01
@@ -139,7 +140,7 @@ def _slope(error: Tensor, x: Tensor, encoder: Tensor, covariance: Tensor, halves
         known[-1].diagonal().add_(_TINY * known[-1].diagonal().mean() + _LEAST)
         wanted.append(some.T @ (own - own.mean(0)) / n)
     along, beyond = [], []
-    for slope in torch.linalg.solve(torch.stack(known), torch.stack(wanted)).mT:
+    for slope in solved(torch.stack(known), torch.stack(wanted)).mT:
         along.append(inner(slope, encoder) / inner(encoder, encoder).clamp_min(_LEAST) * encoder)
         beyond.append(slope - along[-1])
     whole, one, other = beyond

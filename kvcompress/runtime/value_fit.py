@@ -25,7 +25,7 @@ from kvcompress.model.model_spec import Site
 from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.simulation import Reader, Simulation, simulating
-from kvcompress.side_by_side import side_by_side
+from kvcompress.side_by_side import side_by_side, solved
 
 #: Every so many queries are taken: neighbours read nearly the same.
 _EVERY = 4
@@ -140,7 +140,7 @@ class ReadValues:
         before = self._rows(maps)
         # a place that its block lacks has no power, and stays zero
         lean = _PRIOR_TOKENS / max(1, self._n_tokens) * self._gram.diagonal(dim1=1, dim2=2) + _LEAST
-        after = torch.linalg.solve(self._gram + lean.diag_embed(), self._wanted + lean.unsqueeze(2) * before).cpu()
+        after = solved(self._gram + lean.diag_embed(), self._wanted + lean.unsqueeze(2) * before).cpu()
         decoder, step = maps.decoder.double(), maps.step.double()
         for b, mine in enumerate(self.members):
             heads = after[self._in(b), : len(mine)].transpose(0, 1)  # [R, heads of the block, width]

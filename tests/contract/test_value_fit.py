@@ -50,7 +50,7 @@ def drifting(n: int, seed: int) -> Tensor:
     return tokens(n, seed) + (torch.randn(n // 20, 2, generator=generator) @ ways).repeat_interleave(20, 0)
 
 
-def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps], float]]:
+def read(maps: SiteMaps, seed: int) -> tuple[value_fit.ReadValues, Callable[[SiteMaps], float]]:
     """What queries read of runs of tokens, and the error of what maps give them instead."""
     x = drifting(4000, seed)
     value = x.unflatten(1, (2, -1)).transpose(0, 1)[None]
@@ -71,6 +71,7 @@ def read(maps: SiteMaps, seed: int) -> tuple[value_fit._Read, Callable[[SiteMaps
     return found, error
 
 
+@pytest.mark.usefixtures("no_batches")
 @pytest.mark.parametrize("n_blocks", [1, 2])
 def test_unseen_averages_are_rebuilt_better(n_blocks: int) -> None:
     maps = maps_of(drifting(6000, 1), n_blocks)

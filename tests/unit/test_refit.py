@@ -59,6 +59,7 @@ def error(maps: SiteMaps, x: Tensor) -> float:
     return float((codec.roundtrip(centred) - centred).square().mean())
 
 
+@pytest.mark.usefixtures("no_batches")
 @pytest.mark.parametrize("n_blocks", [1, 2])
 def test_unseen_tokens_are_rebuilt_better(n_blocks: int) -> None:
     seen, others = tokens(6000, 1), tokens(6000, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcompress import side_by_side as module
-from kvcompress.side_by_side import fitting_device, side_by_side
+from kvcompress.side_by_side import fitting_device, side_by_side, solved
 
 
 @pytest.fixture
@@ -51,6 +51,14 @@ def test_an_error_comes_out_and_threads_are_as_before(three_threads: object) -> 
     with pytest.raises(ValueError, match="site 0"):
         side_by_side(fails, range(3), width=8)
     assert torch.get_num_threads() == 3
+
+
+def test_a_cpu_solves_one_block_at_a_time(request: pytest.FixtureRequest) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices, wanted = torch.randn(3, 8, 8, generator=generator), torch.randn(3, 8, 2, generator=generator)
+    expected = torch.linalg.solve(matrices, wanted)
+    request.getfixturevalue("no_batches")
+    assert torch.allclose(solved(matrices, wanted), expected)
 
 
 @pytest.mark.parametrize(
