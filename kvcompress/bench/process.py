@@ -20,12 +20,14 @@ _RANK = re.compile(r"^\[rank\d+\]: ")
 def limited_process(command: list[str], limit: float | None) -> Iterator[tuple[subprocess.Popen[str], Event]]:
     """Run a command, and give it with an event that is set where it was ended at the limit of seconds.
 
-    It has a session of its own, so that what it started ends with it: vLLM's compilers would hold its output open.
+    It has a session of its own, so that what it started ends with it: vLLM's compilers would hold its output open. Its
+    input ends when this process does, by whatever signal: see end_with_parent.
     """
     late = Event()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    ) as process:
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    ) as process:  # fmt: skip
 
         def end() -> None:
             with suppress(ProcessLookupError):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -192,7 +194,24 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def end_with_parent() -> None:
+    """End this process and all that it started as soon as its input ends, where it leads a session of its own.
+
+    Whoever started it so holds the other end: killed, it could not end an engine that holds a GPU's memory.
+    """
+    if os.getsid(0) != os.getpid():
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin, which no thread may hold when Python ends
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
+    end_with_parent()
     settings, result = Path(sys.argv[1]), Path(sys.argv[2])
 
     def keep(found: dict[str, Any]) -> None:

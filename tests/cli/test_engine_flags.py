@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError
 from typing import Any
@@ -124,6 +127,21 @@ def test_a_cache_that_hangs_is_ended_at_its_limit_and_the_others_run(
     (tmp_path / "alive").unlink()
     time.sleep(0.3)
     assert not (tmp_path / "alive").exists()
+
+
+def test_an_engine_ends_with_the_command_that_started_it() -> None:
+    """However that ended: a killed one could not end it, and it holds a GPU's memory."""
+    engine = (
+        "from kvcompress.vllm.measure import end_with_parent; import time; end_with_parent(); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", engine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        process.stdin.close()
+        assert process.wait(timeout=20) == -signal.SIGKILL
 
 
 def test_a_checkpoint_is_timed_with_its_own_weights(tmp_path: Any, monkeypatch: Any) -> None:
