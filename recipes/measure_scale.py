@@ -167,7 +167,7 @@ def workers_of(way: str, device: str) -> Any:
 
 def read(model: Path, dtype: str, device: str) -> dict[str, Any]:
     """Return how the layers of a streamed model were read, and how long all of them take with nothing beside."""
-    from kvcompress.calibration.pieces import streamed_model
+    from kvcompress.calibration.worker import streamed_model
 
     streamed = streamed_model(str(model.absolute()), dtype, device)
     reading = streamed.reading

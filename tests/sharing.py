@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kvcompress.calibration import processes
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Sums, pieces_of
+from kvcompress.calibration.pieces import pieces_of
+from kvcompress.calibration.worker import Job, Sums
 
 
 class Backwards:
-    n, fits = 3, True
+    n, fits, is_spread = 3, True, False
 
     def __init__(self) -> None:
         self.summed: list[int] = []
@@ -51,7 +51,7 @@ def awake(_device: str) -> None:
 
 def leave_workers(*, closes: bool) -> None:
     """Begin workers and end while they are there, as what uses them in a process of its own may."""
-    processes._wake = os.getpid  # type: ignore[assignment]  # the imports take seconds
+    processes._wake = str  # type: ignore[assignment]  # the imports take seconds
     workers = processes.LocalWorkers(("cpu",))
     assert list(workers.each(str, [()])) == [(0, "cpu")]
     if closes:

@@ -63,7 +63,7 @@ def obtain_moments(
         return weight_moments(checkpoint, group=_stored_group(checkpoint, options), band=options.band)
     protocol = _calibration_protocol(checkpoint, options, device, dtype)
     streams = _must_stream(checkpoint, protocol, memory, workers)
-    if streams or getattr(workers, "is_spread", False):
+    if streams or (workers and workers.is_spread):
         options = _without_sampling(options)
         protocol = _calibration_protocol(checkpoint, options, device, dtype)
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]

@@ -18,18 +18,11 @@ from kvcompress.calibration.memory import limited
 from kvcompress.calibration.mixture import Mixture, mixed_windows, window_shares
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.parts import Parts, Seldom
-from kvcompress.calibration.pieces import (
-    Job,
-    Workers,
-    check_streams,
-    collect_shared,
-    collect_streams,
-    collect_watched,
-    streamed_model,
-)
+from kvcompress.calibration.pieces import Workers, check_streams, collect_shared, collect_streams, collect_watched
 from kvcompress.calibration.sampling import sample_windows
 from kvcompress.calibration.streamed import collect_streamed
 from kvcompress.calibration.text import check_there
+from kvcompress.calibration.worker import Job, streamed_model
 from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.checkpoint.tokenizer import load_tokenizer
@@ -74,7 +67,8 @@ def measured_moments(
     blocks = {"group": protocol["group"], "band": protocol["band"]}
     job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=memory)
     device = "cpu" if workers or streams else protocol["device"]  # where tokens come
-    if (workers or streams) and not getattr(workers, "is_spread", False):
+    spread = workers is not None and workers.is_spread
+    if (workers or streams) and not spread:
         model.elsewhere = Elsewhere(where, arithmetic, protocol["device"], memory, workers)
     collect: Callable[..., Moments]
     with parts.kept_if_begun():

@@ -16,7 +16,8 @@ from typing import Any
 
 from kvcompress.calibration.memory import USABLE_SHARE
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Sums, load, note_again, note_repeated, shared_pieces
+from kvcompress.calibration.pieces import note_again, note_repeated, shared_pieces
+from kvcompress.calibration.worker import Job, add_windows, begin_sums, load, save_sums
 from kvcompress.errors import CalibrationError, OptionError
 
 #: How often workers may die before that is no accident.
@@ -45,7 +46,7 @@ class LocalWorkers:
         self._crew: list[_Worker] = []
         Finalize(self, _end, args=(self._crew,), exitpriority=_BEFORE_QUEUES)
         for worker in self._workers():
-            worker.submit(_wake)
+            worker.submit(_wake, worker.device)
 
     @property
     def n(self) -> int:
@@ -53,7 +54,6 @@ class LocalWorkers:
 
     @property
     def is_spread(self) -> bool:
-        """Whether a worker has several GPUs, because one cannot hold the model."""
         return any("+" in devices for devices in self.devices)
 
     def hold(self, n_bytes: int) -> bool:
@@ -151,10 +151,10 @@ class LocalWorkers:
         n_running = sum(w is worker for w, _ in running.values())
         while waiting and n_running < ahead:
             windows = waiting.popleft()
-            running[worker.submit(_add, windows)] = worker, windows
+            running[worker.submit(add_windows, windows, worker.device)] = worker, windows
             n_running += 1
         if not n_running and worker.unsaved:
-            running[worker.submit(_save)] = worker, []
+            running[worker.submit(save_sums, worker.device)] = worker, []
 
     @staticmethod
     def _lost(
@@ -213,7 +213,7 @@ class _Worker:
 
     def begin(self, job: Job) -> None:
         self.unsaved = []
-        self.submit(_start, job)
+        self.submit(begin_sums, job, self.device)
 
     def end(self) -> threading.Thread:
         """Return what waits until the process has ended."""
@@ -261,18 +261,12 @@ def workers_on_gpus(asked: str) -> LocalWorkers:
     return LocalWorkers([f"cuda:{i}" for i in chosen])
 
 
-class _Mine:
-    """What this process, a worker, has: the device it was given, and the sums of the job at hand."""
-
-    device = "cpu"
-    sums: Sums | None = None
-
-
 def _begin(device: str, n_workers: int) -> None:
     """Take a device for this process, which ends with the one that began it, also where that is killed."""
     import torch
 
-    _Mine.device = device
+    if device.startswith("cuda"):  # else what names none, such as pinned memory, takes some of the first one
+        torch.cuda.set_device(device.split("+")[0])
     own = (os.cpu_count() or 1) // n_workers
     torch.set_num_threads(max(1, min(torch.get_num_threads(), own)))  # which OMP_NUM_THREADS may bound
     parent = multiprocessing.parent_process()
@@ -285,26 +279,10 @@ def _begin(device: str, n_workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _wake() -> None:
-    """Take what a process needs once: its GPU, and what loads a model."""
+def _wake(device: str) -> None:
+    """Take what a process needs once: its GPUs, and what loads a model."""
     import torch
     import transformers  # noqa: F401
 
-    if _Mine.device.startswith("cuda"):
-        for device in reversed(_Mine.device.split("+")):
-            torch.cuda.set_device(device)  # else what names none, such as pinned memory, takes some of the first one
-            torch.zeros(1, device=device)
-
-
-def _start(job: Job) -> None:
-    _Mine.sums = Sums(job, _Mine.device)
-
-
-def _add(windows: list[int]) -> bool:
-    assert _Mine.sums is not None
-    return _Mine.sums.add(windows)
-
-
-def _save() -> bool:
-    assert _Mine.sums is not None
-    return _Mine.sums.save()
+    for one in device.split("+"):
+        torch.zeros(1, device=one)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+from kvcompress.calibration.memory import USABLE_SHARE
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import Job, Sums, load, shared_pieces
+from kvcompress.calibration.pieces import shared_pieces
+from kvcompress.calibration.worker import Job, add_windows, begin_sums, load, save_sums
 from kvcompress.errors import KVCompressError
 
 #: The leader fits and writes while the others wait for their next call.
@@ -23,7 +25,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 class RankWorkers:
     """The ranks of torchrun, this one among them; each has the GPU of its number where `device` is cuda."""
 
-    fits = False
+    fits = is_spread = False
 
     def __init__(self, device: str) -> None:
         import torch
@@ -37,7 +39,6 @@ class RankWorkers:
         if device.startswith("cuda"):
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
-        self.sums_at_hand: Sums | None = None
 
     @property
     def n(self) -> int:
@@ -54,7 +55,7 @@ class RankWorkers:
             return True
         import torch
 
-        return n_bytes <= torch.cuda.get_device_properties(self.device).total_memory
+        return n_bytes <= torch.cuda.get_device_properties(self.device).total_memory * USABLE_SHARE
 
     def serve(self) -> None:
         """Do what the leader hands out, until it has no more."""
@@ -66,10 +67,11 @@ class RankWorkers:
 
     def sums(self, job: Job, windows: list[int], told: Callable[[float], None]) -> Iterator[Moments]:
         """Sum windows; every rank saves its part. Yields nothing."""
-        self._done_together([(_start, (job,))] * self._n)
-        for _, n in self.each(_add, [(piece,) for piece in shared_pieces(job, windows, self._n)]):
-            told(n)
-        self._done_together([(_save, ())] * self._n)
+        self._done_together([(begin_sums, (job,))] * self._n)
+        pieces = shared_pieces(job, windows, self._n)
+        for index, _ in self.each(add_windows, [(piece,) for piece in pieces]):
+            told(len(pieces[index]))
+        self._done_together([(save_sums, ())] * self._n)
         yield from ()
 
     def each(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -109,23 +111,6 @@ class RankWorkers:
 
     def _result(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         try:
-            if function in (_start, _add, _save):
-                return function(*args, self)
             return function(*args, self.device)
         except KVCompressError as error:
             return error
-
-
-def _start(job: Job, rank: RankWorkers) -> None:
-    rank.sums_at_hand = Sums(job, rank.device)
-
-
-def _add(windows: list[int], rank: RankWorkers) -> int:
-    assert rank.sums_at_hand is not None
-    rank.sums_at_hand.add(windows)
-    return len(windows)
-
-
-def _save(rank: RankWorkers) -> None:
-    assert rank.sums_at_hand is not None
-    rank.sums_at_hand.save()

@@ -10,15 +10,8 @@ from typing import Any
 
 from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.pieces import (
-    Job,
-    Sums,
-    note_again,
-    note_repeated,
-    pieces_of,
-    shared_pieces,
-    streamed_moments,
-)
+from kvcompress.calibration.pieces import note_again, note_repeated, pieces_of, shared_pieces
+from kvcompress.calibration.worker import Job, Sums, streamed_moments
 from kvcompress.errors import CalibrationError, KVCompressError, OptionError
 
 _MOST_RETRIES = 5
@@ -35,7 +28,7 @@ class RayWorkers:
     GPU where `device` is cuda, one CPU otherwise; the checkpoint must lie at the same path on every node.
     """
 
-    fits = True
+    fits, is_spread = True, False
 
     def __init__(self, address: str, device: str = "cpu") -> None:
         self.address, self._on_gpus = address, device.startswith("cuda")

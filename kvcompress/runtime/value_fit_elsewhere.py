@@ -15,9 +15,10 @@ from kvcompress import compat
 from kvcompress.calibration.at_hand import Elsewhere
 from kvcompress.calibration.backward import call_layer
 from kvcompress.calibration.memory import limited
-from kvcompress.calibration.pieces import Workers, loaded_model, streamed_model
+from kvcompress.calibration.pieces import Workers
 from kvcompress.calibration.streamed import how_called, proven
 from kvcompress.calibration.taps import Taps
+from kvcompress.calibration.worker import loaded_model, streamed_model
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.checkpoint.resident import StreamedModel
 from kvcompress.checkpoint.spilled import SpilledMaps

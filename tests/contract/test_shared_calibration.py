@@ -23,9 +23,10 @@ from kvcompress.calibration import processes
 from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.calibration.parts import Parts, Seldom
-from kvcompress.calibration.pieces import Job, Sums, Workers, collect_shared, pieces_of, ranges
+from kvcompress.calibration.pieces import Workers, collect_shared, pieces_of, ranges
 from kvcompress.calibration.processes import LocalWorkers, workers_on_gpus
 from kvcompress.calibration.site_moments import SiteMoments
+from kvcompress.calibration.worker import Job, Sums
 from kvcompress.checkpoint.loading import load_weights
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, Note, OptionError
@@ -162,7 +163,7 @@ def test_a_whole_compression(tiny_checkpoint: Any, text_file: Path, alone: Path,
     """Windows, coherence and fits, all by workers."""
     workers = Backwards()
     assert_same_plan(run(tiny_checkpoint(FAMILY), text_file, tmp_path / "out", workers), alone)
-    assert workers.summed == list(range(16)) and set(workers.called) == {"_watch", "fits_of", "_fitted"}
+    assert workers.summed == list(range(16)) and set(workers.called) == {"watch_windows", "fits_of", "_fitted"}
 
 
 def test_who_leads_computes_where_one_process_would(
