@@ -25,6 +25,7 @@ from kvcompress.kernels.paged_rotated import ExactPlaces, RotatedLayer, rotated_
 from kvcompress.kernels.paged_step import StepTokens, begin_step
 from kvcompress.kernels.paged_workspace import Workspace
 from kvcompress.kernels.recorded_encoding import EncodedRotatedKeys, EncodedSite, RecordedEncoding
+from kvcompress.kernels.rotated_ahead import compile_rotated
 from kvcompress.model.model_spec import Part
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import exact_parts
@@ -122,14 +123,16 @@ class FusedModel:
         """Do once, on page 0, which nobody reads, what the first requests do, so that they wait for no compilation;
         return how many sets of levels there were to compile.
 
-        most_tokens: of a step. Ranks that choose gains together must all do it at once. What decodes is compiled
-        already, and begin_step by the engine's own first steps.
+        most_tokens: of a step. Ranks that choose gains together must all do it at once. What decodes keys in turns is
+        compiled already, and begin_step by the engine's own first steps.
         """
         from kvcompress.kernels.encode import FEW_TOKENS  # here: with Triton
 
         layers, long = list(self.layers.values()), min(most_tokens, FEW_TOKENS + BLOCK_TOKENS)
         packing = [(site.kernels, site.words) for layer in layers for site in layer.encoded_sites]
         n_compiled = compile_packing(packing)
+        rotated = [layer.decode for layer in layers if isinstance(layer.decode, RotatedLayer)]
+        compile_rotated(rotated, n_heads=layers[0].n_heads, most=self._into.rows.numel())
         for layer in layers:
             for n_tokens in sorted({BLOCK_TOKENS, long // BLOCK_TOKENS * BLOCK_TOKENS} - {0}):
                 self._read_nothing(layer, n_tokens)

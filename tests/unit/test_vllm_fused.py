@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
-from kvcompress.kernels import encode, paged_layer, rebuilding, site
+from kvcompress.kernels import decode, encode, paged_layer, rebuilding, site
 from kvcompress.kernels.layer import LayerKernels
+from kvcompress.kernels.rotated_ahead import rounds
 from kvcompress.model.rope import Rotary
 from kvcompress.vllm import reference
 from kvcompress.vllm.fused import FusedLayer, FusedModel, why_not_fused, why_rebuilt
@@ -72,9 +73,9 @@ def step_of(*n_new: int) -> Step:
     return Step(sum(n_new), start, length, pages, packed, slots, RECENT, max(n_new), 8 * 32)
 
 
-def fused_of(cache: LayerCache) -> tuple[FusedModel, FusedLayer]:
+def fused_of(cache: LayerCache, *, most_tokens: int = 8) -> tuple[FusedModel, FusedLayer]:
     layer = FusedLayer.of(cache, n_heads=HEADS, scaling=0.2, n_tokens=256, recent=RECENT, most_queries=2)
-    return FusedModel({"layer": layer}, 8, 4, None), layer
+    return FusedModel({"layer": layer}, most_tokens, 4, None), layer
 
 
 def tokens(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,8 +170,11 @@ def test_the_first_request_launches_nothing_that_the_warm_up_did_not(
         noted(encode, name)
     for name in ("latents_kernel", "heads_kernel"):
         noted(rebuilding, name)
+    if rotated:
+        for name in ("prepare_kernel", "score_kernel", "value_kernel", "output_kernel"):
+            noted(decode, name)
     cache = cache_of(codecs(rotated=rotated))
-    fused, layer = fused_of(cache)
+    fused, layer = fused_of(cache, most_tokens=2)
     launched.clear()  # what cache_of did
     cache.packed.fill_(77)
     assert fused.warm_up(64) == 1  # keys and values have the same levels, and plain rows
@@ -183,8 +187,23 @@ def test_the_first_request_launches_nothing_that_the_warm_up_did_not(
         reference.encode_chunk(layer.cache, row, key[row.new], value[row.new])
         fused.attend_chunk(layer, context, tokens(133)[0][row.new], key[row.new], value[row.new])
     fused.encode_completed(step_of(1, 1))
+    if rotated:
+        query = tokens(2)[0]
+        fused.attend(layer, query, fused.begin(step_of(1, 1), 2), torch.empty_like(query))
     assert {name for name, _ in launched} == {name for name, _ in warmed} and len(launched) > 5
     assert launched <= warmed, sorted(launched - warmed)
+
+
+def test_no_variant_is_compiled_twice() -> None:
+    """Two at once would not know of each other."""
+    needed = [frozenset(x) for x in ("ab", "ac", "db", "dc", "ab", "ef", "af", "gh")]
+    made = set("ab")
+    for at_once in rounds(needed, made=frozenset(made)):
+        new = [x for i in at_once for x in needed[i] - made]
+        assert new and len(new) == len(set(new))
+        made |= set(new)
+    assert made == set("abcdefgh")
+    assert rounds(needed, made=frozenset(made)) == []
 
 
 class NoHostRead(TorchDispatchMode):
