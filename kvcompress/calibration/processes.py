@@ -199,8 +199,9 @@ class _Worker:
 
     def restart(self) -> None:
         context = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
-        self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self.device, self._n))
+        self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self._n,))
         self.unsaved: list[int] = []
+        self.submit(_take, self.device)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Return the future of a call, which also tells of a process that died with nothing to do."""
@@ -261,12 +262,10 @@ def workers_on_gpus(asked: str) -> LocalWorkers:
     return LocalWorkers([f"cuda:{i}" for i in chosen])
 
 
-def _begin(device: str, n_workers: int) -> None:
-    """Take a device for this process, which ends with the one that began it, also where that is killed."""
+def _begin(n_workers: int) -> None:
+    """Take a share of the processors; this process ends with the one that began it, also where that is killed."""
     import torch
 
-    if device.startswith("cuda"):  # else what names none, such as pinned memory, takes some of the first one
-        torch.cuda.set_device(device.split("+")[0])
     own = (os.cpu_count() or 1) // n_workers
     torch.set_num_threads(max(1, min(torch.get_num_threads(), own)))  # which OMP_NUM_THREADS may bound
     parent = multiprocessing.parent_process()
@@ -277,6 +276,14 @@ def _begin(device: str, n_workers: int) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _take(device: str) -> None:
+    """Take a device: else what names none, such as pinned memory, takes some of the first GPU."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device.split("+")[0])
 
 
 def _wake(device: str) -> None:
