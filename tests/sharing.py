@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,9 +51,23 @@ def awake(_device: str) -> None:
     time.sleep(1)
 
 
-def leave_workers(*, closes: bool) -> None:
-    """Begin workers and end while they are there, as what uses them in a process of its own may."""
-    processes._wake = str  # type: ignore[assignment]  # the imports take seconds
+def leave_workers() -> None:
+    """Let two processes end while workers of theirs are there, as what uses them may. Exits with 0 if they do."""
+    for name in ("_begin", "_take", "_wake"):
+        setattr(processes, name, str)  # the imports take seconds
+    fork = multiprocessing.get_context("fork")  # of this process, which has them
+    begun = [fork.Process(target=_leave, args=(closes,)) for closes in (False, True)]
+    for process in begun:
+        process.start()
+    for process in begun:
+        process.join(30)
+    ended = [process.exitcode == 0 for process in begun]
+    for process in begun:
+        process.kill()
+    sys.exit(0 if all(ended) else f"closed: {ended[1]}, not closed: {ended[0]}")
+
+
+def _leave(closes: bool) -> None:
     workers = processes.LocalWorkers(("cpu",))
     assert list(workers.each(str, [()])) == [(0, "cpu")]
     if closes:

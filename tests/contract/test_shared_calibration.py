@@ -251,16 +251,11 @@ class TestProcesses:
 
 def test_a_process_of_multiprocessing_ends() -> None:
     """With workers that nobody closed, and with some that were a moment ago."""
-    spawn = multiprocessing.get_context("spawn")
-    begun = [spawn.Process(target=leave_workers, kwargs={"closes": closes}) for closes in (False, True)]
-    for process in begun:
-        process.start()
-    for process in begun:
-        process.join(120)
-    codes = [process.exitcode for process in begun]
-    for process in begun:
-        process.kill()
-    assert codes == [0, 0]
+    process = multiprocessing.get_context("spawn").Process(target=leave_workers)
+    process.start()
+    process.join(150)
+    code, _ = process.exitcode, process.kill()
+    assert code == 0
 
 
 def spawned() -> list[int]:
