@@ -19,6 +19,9 @@ _UsageError = typer.BadParameter.__mro__[1]
 #: Of the operating system: no room, or no right. That is no bug, whatever was read or written.
 _NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
+#: What torch says of a CPU's memory.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 class OneLineFailures(TyperGroup):
     """The group of commands, which reports what goes wrong in any of them."""
@@ -53,9 +56,21 @@ def one_line_failures() -> Iterator[None]:
         where = f": {error.filename}" if error.filename else ""  # nothing of what is printed
         _print_line(f"{error.strerror}{where}.")
         raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if not _tells_of_memory(error):
+            raise
+        said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        mend = "Free some, or ask for less at once: a smaller --seq-len, or compress --memory, which streams layers."
+        _print_line(f"{said}. {mend}")
+        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _print_line("interrupted.")
         raise typer.Exit(130) from error
+
+
+def _tells_of_memory(error: RuntimeError) -> bool:
+    """Return whether a GPU, or torch on a CPU, had no room; torch may not be imported here."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__) or _NO_MEMORY in str(error)
 
 
 def _check_encoding(args: list[str]) -> None:

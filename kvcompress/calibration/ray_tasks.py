@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any
 
+import torch
+
 from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import note_again, note_repeated, pieces_of, shared_pieces
@@ -87,7 +89,8 @@ class RayWorkers:
             try:
                 found = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, KVCompressError) else error from None
+                ours = isinstance(error.cause, (KVCompressError, torch.OutOfMemoryError))  # its own words, not Ray's
+                raise error.cause if ours else error from None
             except ray.exceptions.RayError as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise CalibrationError(
@@ -145,7 +148,6 @@ def _wake() -> None:
 def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:
     """Call a function with the device that Ray gave this task."""
     import ray
-    import torch
 
     ray.get(attempts.begin.remote(index))
     if not on_gpus:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import kvcompress as library
@@ -141,6 +142,35 @@ def test_ctrl_c_is_one_line_and_exit_130(kvcompress, monkeypatch, tmp_path):
 
     monkeypatch.setattr(pipeline, "compress", interrupted)
     assert kvcompress("compress", "model", tmp_path / "out") == (130, "", "error: interrupted.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 7.19 MiB "
+            "is free. Process 7 has 9 GiB memory in use."
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_no_memory_is_one_line_and_exit_2(fails, monkeypatch, tmp_path, error):
+    def full(*_args, **_settings):
+        raise error
+
+    monkeypatch.setattr(pipeline, "compress", full)
+    line = fails("compress", "model", tmp_path / "out")
+    assert "memory" in line and "--seq-len" in line and "Process 7" not in line
+
+
+def test_another_error_of_torch_is_a_bug(kvcompress, monkeypatch, tmp_path):
+    def broken(*_args, **_settings):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(pipeline, "compress", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        kvcompress("compress", "model", tmp_path / "out")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
