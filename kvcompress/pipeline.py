@@ -5,41 +5,35 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.calibration.at_hand import Elsewhere, ModelAtHand
+from kvcompress.calibration.at_hand import ModelAtHand
 from kvcompress.calibration.calibrate import Progress, obtain_moments
 from kvcompress.calibration.memory import allocatable, limited
-from kvcompress.calibration.moments import Moments
-from kvcompress.calibration.turns import turned_moments
 from kvcompress.checkpoint.map_budget import MAPS_SHARE
 from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.reader import Checkpoint, open_checkpoint
 from kvcompress.checkpoint.spilled import SpilledMaps
 from kvcompress.checkpoint.writer import atomic_directory, check_space, check_target, copy_checkpoint
-from kvcompress.choose.allocation import Choice, choose_bits, choose_ranks, make_policy
-from kvcompress.choose.coded import CodedSite, coded_site
-from kvcompress.choose.fits import Fits, room_where_needed
-from kvcompress.choose.fitting import FittedSite, key_basis, value_basis
-from kvcompress.choose.turning import turns_of
-from kvcompress.codec.distance import Distance, distance_of
-from kvcompress.errors import BudgetError, Note, OptionError, OutputError, UnsupportedModelError
+from kvcompress.choose.allocation import make_policy
+from kvcompress.choose.fits import room_where_needed
+from kvcompress.choose.fitting import key_basis, value_basis
+from kvcompress.errors import Note, OptionError, OutputError, UnsupportedModelError
 from kvcompress.fold.folding import write_folded_weights
-from kvcompress.fold.grouping import choose_groups, group_sizes
-from kvcompress.model.model_spec import ModelSpec, Site
-from kvcompress.model.rotation import Rotation
+from kvcompress.fold.grouping import group_sizes
+from kvcompress.model.model_spec import Site
 from kvcompress.options import BLOCK_TOKENS, GROUPED, CompressOptions
 from kvcompress.plan import REPORT_FILE, Plan
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.report.card import CARD_FILE, model_card
 from kvcompress.report.document import report_document
 from kvcompress.side_by_side import fitting_device, side_by_side
-from kvcompress.site_plan import SitePlan
 
 if TYPE_CHECKING:
     from kvcompress.calibration.pieces import Workers
@@ -108,7 +102,7 @@ def compress(
         )
         fitters = workers if workers is not None and workers.fits else None
         room = None if memory is None else allocatable(memory, solves=True)
-        fits_on = fitting_device(device, _widest(checkpoint.spec), room)
+        fits_on = fitting_device(device, checkpoint.spec.max_width, room)
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(2) as aside:
             copying = aside.submit(_copy_files, checkpoint, options, scratch)  # gigabytes, while processors are fitting
             card = aside.submit(import_module, "huggingface_hub.repocard")  # half a second, of the model card
@@ -124,151 +118,6 @@ def compress(
                 _write(checkpoint, plan, maps, report_document(plan, spectra) | (told or {}), scratch)
         report("write", 1, 1)
     return CompressionResult(plan, output, time.monotonic() - started)
-
-
-def make_plan(
-    checkpoint: Checkpoint,
-    moments: Moments,
-    options: CompressOptions,
-    progress: Progress | None = None,
-    *,
-    workers: Workers | None = None,
-    scratch: Path | None = None,
-    device: str = "cpu",
-    memory: int | None = None,
-) -> tuple[Plan, MutableMapping[Site, SiteMaps], dict[Site, list[float]]]:
-    """Return the plan, the maps of every site that is not kept whole, and each site's energies, from moments alone.
-
-    workers: who fits sites; threads of this process by default. scratch: a directory for fits and maps that are too
-    large to be held together: then one site's are in memory at a time, and each is fitted twice. device: where large
-    products are computed, if it has the room. memory: bytes that each of the workers may take of its own.
-    """
-    spec = checkpoint.spec.turned(moments.rotations)
-    checkpoint = replace(checkpoint, spec=spec)
-    turns = turns_of(spec, options)
-    if max(turns.values()) == 1:
-        options = replace(options, turn=1)  # so that components need not come in fours
-    device, is_lean = fitting_device(device, _widest(spec)), scratch is not None
-    if options.metric == "fisher" and options.quantised:
-        moments = moments.weighed()
-    moments = turned_moments(spec, moments, turns, seed=options.seed, device=device)
-    maps: MutableMapping[Site, SiteMaps] = {} if scratch is None else SpilledMaps(scratch)
-    how: dict[str, Any] = {"workers": workers, "is_lean": is_lean, "device": device, "memory": memory}
-    fitted, chosen = _fitted_and_chosen(checkpoint, moments, options, progress, **how)
-    refits = options.metric == "fisher"
-
-    def coded(one: tuple[Site, Choice]) -> CodedSite:
-        site, choice = one
-        own, turn = (fitted[site], moments.sites[site]), turns.get(site, 1)
-        return coded_site(site, choice, *own, turn=turn, refits=refits, device=device)
-
-    made = map(coded, chosen) if is_lean else side_by_side(coded, list(chosen), width=_widest(spec), device=device)
-    sites, spectra, seen = [], {}, []
-    rotations = _rotations(spec)
-    for one in made:
-        site = Site(one.plan.layer, one.plan.part)
-        turning = spec.rotations.get(site)
-        sites.append(replace(one.plan, rotation=None if turning is None else rotations.index(turning)))
-        spectra[site] = one.energy
-        seen += one.seen
-        if one.maps is not None:
-            maps[site] = one.maps
-    if not any(site.rank for site in sites):
-        raise BudgetError(f"keep {options.keep} leaves no room for a single component. Raise --keep.")
-    typical = distance_of(seen)
-    return _plan_of(checkpoint, moments, options, tuple(sites), maps, typical), maps, spectra
-
-
-def _plan_of(
-    checkpoint: Checkpoint,
-    moments: Moments,
-    options: CompressOptions,
-    sites: tuple[SitePlan, ...],
-    maps: Mapping[Site, SiteMaps],
-    typical: Distance | None,
-) -> Plan:
-    """Return the whole plan: its sites, and what must be known of the model, the choices and the calibration."""
-    spec = checkpoint.spec
-    return Plan(
-        form="folded" if options.folded else "coded",
-        source=source_name(checkpoint.source),
-        source_fingerprint=checkpoint.fingerprint(),
-        architecture=spec.architecture,
-        dtype=spec.dtype,
-        sites=sites,
-        sinks=options.sinks,
-        recent=options.recent,
-        options=options.to_json() | {"maps_only": bool(options.maps_only)},
-        calibration=moments.protocol | ({} if typical is None else {"typical": asdict(typical)}),
-        loss_in_nats=moments.has_fisher,
-        maps_bytes=sum(m.nbytes for m in maps.values()),
-        weight_bytes=checkpoint.weight_bytes,
-        rotations=_rotations(spec),
-        signature=moments.signature,
-        own_layers=spec.own_layers,
-        window=spec.window,
-    )
-
-
-def _rotations(spec: ModelSpec) -> tuple[Rotation, ...]:
-    """Return each rotation of a model once, in the order in which plans number them."""
-    return tuple(dict.fromkeys(spec.rotations.values()))
-
-
-def refit_values(
-    model: Callable[[], Any],
-    plan: Plan,
-    maps: MutableMapping[Site, SiteMaps],
-    moments: Moments,
-    progress: Progress | None = None,
-) -> None:
-    """Fit the decoders of values in `maps` to what queries read of them (runtime.value_fit), where text was read.
-
-    model: gives the model that the moments are of, or where it is, None where it is to be left alone. It is not asked
-    where there is nothing to fit.
-    """
-    quantised = any(bits < 16 for s in plan.sites if s.part == "value" for bits, _ in s.bits)
-    fits = quantised and plan.options["metric"] == "fisher" and plan.options.get("refit") is not False
-    if moments.text is None or not fits or (whole := model()) is None:
-        return
-    from kvcompress.runtime.value_fit import fit_values  # and with it transformers
-    from kvcompress.runtime.value_fit_elsewhere import fit_values_elsewhere
-
-    report = progress or (lambda *_: None)
-    fit: Callable[..., None] = fit_values_elsewhere if isinstance(whole, Elsewhere) else fit_values
-    fit(whole, plan, maps, moments.text.long(), lambda done, total: report("values", done, total))
-
-
-def _fitted_and_chosen(
-    checkpoint: Checkpoint,
-    moments: Moments,
-    options: CompressOptions,
-    progress: Progress | None,
-    *,
-    workers: Workers | None,
-    is_lean: bool,
-    device: str,
-    memory: int | None,
-) -> tuple[Mapping[Site, FittedSite], Iterable[tuple[Site, Choice]]]:
-    """Return every site's basis, fitted to its moments, and what each keeps; is_lean: both one site at a time."""
-    spec = checkpoint.spec
-    if options.key_basis == GROUPED:
-        groups, choices = choose_groups(spec, moments, options, progress)
-        return groups, choices.items()
-    fits = Fits(checkpoint, moments, options, device=device)
-    fitted = fits if is_lean else fits.held(progress, workers, memory=memory)
-    if options.quantised:
-        return fitted, choose_bits(spec, moments, options, fitted, device=device)
-    return fitted, choose_ranks(spec, options, fitted)
-
-
-def _widest(spec: ModelSpec) -> int:
-    return max(spec.width(site) for site in spec.sites)
-
-
-def source_name(source: str) -> str:
-    """Return a hub id as it is and a local path made absolute, so that it is found from anywhere."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _with_form(checkpoint: Checkpoint, options: CompressOptions) -> CompressOptions:
@@ -313,7 +162,7 @@ def _check_weights_finite(checkpoint: Checkpoint) -> None:
     def check(site: Site) -> None:  # keeps none of them
         checkpoint.site_weight(site)
 
-    side_by_side(check, read, width=_widest(checkpoint.spec))
+    side_by_side(check, read, width=checkpoint.spec.max_width)
 
 
 def _copy_files(checkpoint: Checkpoint, options: CompressOptions, target: Path) -> None:

@@ -27,7 +27,7 @@ from kvcompress.errors import BudgetError
 from kvcompress.evaluate.perplexity import Original, evaluate_attached
 from kvcompress.evaluate.windows import Windows
 from kvcompress.options import BIT_BASES, FOLDABLE_KEY_BASES, KEY_BASES, POLICY_NAMES, VALUE_BASES, CompressOptions
-from kvcompress.pipeline import make_plan, refit_values
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
 KEEPS = (0.25, 0.125, 0.0625)

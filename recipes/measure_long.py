@@ -25,7 +25,7 @@ from kvcompress.evaluate.perplexity import Original, evaluate_attached
 from kvcompress.evaluate.retrieval import evaluate_retrieval
 from kvcompress.evaluate.windows import Windows
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan, refit_values
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
 #: (recent, sinks): as calibrated first.

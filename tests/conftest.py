@@ -25,7 +25,7 @@ from kvcompress.calibration.fisher import collect_moments
 from kvcompress.calibration.moments import Moments, empty_moments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 from kvcompress.site_plan import SitePlan
 from tests.interpreter import mend
 from tests.tiny_models import prose, random_ids, save_tiny_checkpoint

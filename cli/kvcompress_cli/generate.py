@@ -31,7 +31,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.", metavar="TEXT")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     base: flags.Base = None,
     device: flags.Device = "auto",

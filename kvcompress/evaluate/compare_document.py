@@ -14,7 +14,7 @@ from kvcompress.checkpoint.reader import Checkpoint
 from kvcompress.errors import OptionError
 from kvcompress.evaluate.front import pareto, verdicts
 from kvcompress.evaluate.perplexity import Evaluation
-from kvcompress.pipeline import source_name
+from kvcompress.planning import source_name
 from kvcompress.report.stored_comparison import FORMAT_VERSION
 
 #: Context lengths for which the whole cache's bytes are stated.

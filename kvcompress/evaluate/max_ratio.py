@@ -34,7 +34,8 @@ from kvcompress.errors import BudgetError, CalibrationError, OptionError
 from kvcompress.evaluate.perplexity import Evaluation, Original, evaluate_attached
 from kvcompress.evaluate.windows import Windows
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import CompressionResult, compress, make_plan, refit_values
+from kvcompress.pipeline import CompressionResult, compress
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
 #: Windows of each kind that are measured: few, since every step measures all of them; and how many at a time.

@@ -34,8 +34,8 @@ from kvcompress.evaluate.perplexity import Original, evaluate_attached
 from kvcompress.evaluate.windows import Windows
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan, refit_values
 from kvcompress.plan import BLOCK_TOKENS, Plan
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 
 

@@ -149,6 +149,10 @@ class ModelSpec:
     def width(self, site: Site) -> int:
         return self.attention(site).width
 
+    @property
+    def max_width(self) -> int:
+        return max(self.width(site) for site in self.sites)
+
     def turned(self, rotations: Mapping[Site, Rotation]) -> ModelSpec:
         """Return the spec with rotations proven on the loaded model; sites that are not named do not turn."""
         layers = [a.turned(*(rotations.get(Site(a.layer, part)) for part in PARTS)) for a in self.layers]

@@ -93,6 +93,8 @@ def test_failures_are_one_line(fails, compressed, tmp_path):
     assert "is not an output of kvcompress compress" in fails("generate", tmp_path, "--prompt", PROMPT)
     assert "the prompt has no tokens" in fails("generate", compressed(), "--prompt", "")
     assert "--max-new-tokens" in fails("generate", compressed(), "--prompt", PROMPT, "--max-new-tokens", "0")
+    for seed in ("-1", str(10**20)):
+        assert "--seed" in fails("generate", compressed(), "--prompt", PROMPT, "--seed", seed)
 
 
 @pytest.mark.parametrize("missing", ["kv_maps.safetensors", "kv_plan.json"])

@@ -16,7 +16,8 @@ from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, OptionError
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
+from kvcompress.planning import make_plan
 from kvcompress.runtime.attach import attach_plan, attachment_of
 
 SEQ_LEN, N_WINDOWS = 32, 3

@@ -22,8 +22,9 @@ from kvcompress.heal.heal import heal
 from kvcompress.heal.options import HealOptions
 from kvcompress.heal.student import Student
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE, Plan
+from kvcompress.planning import make_plan
 from kvcompress.report.healing import read_healing
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.output import read_output

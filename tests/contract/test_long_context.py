@@ -19,7 +19,8 @@ from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.evaluate.positions import evaluate_positions
 from kvcompress.evaluate.retrieval import evaluate_retrieval, make_prompts
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan
+from kvcompress.pipeline import compress
+from kvcompress.planning import make_plan
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.options import QUAD, CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.contract.test_runtime_attention import decode_one_by_one
 from tests.contract.test_runtime_cache import fill

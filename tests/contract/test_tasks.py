@@ -23,7 +23,7 @@ from kvcompress.evaluate.sides import both_sides
 from kvcompress.evaluate.task_files import load_task
 from kvcompress.evaluate.tasks import evaluate_tasks, task_pairs
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 from kvcompress.runtime.attach import attach_plan, detach
 from tests.tiny_models import prose
 

@@ -22,7 +22,8 @@ from kvcompress.codec.layer import LayerCodecs
 from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import compress, make_plan, refit_values
+from kvcompress.pipeline import compress
+from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime import value_fit
 from kvcompress.runtime.attach import attach_plan, attachment_of, detach
 from kvcompress.runtime.output import read_output

@@ -26,8 +26,8 @@ from kvcompress.evaluate.windows import evaluation_windows
 from kvcompress.evaluations import EVALUATIONS_FILE, read_evaluations
 from kvcompress.heal.options import HealOptions, load_heal_recipe
 from kvcompress.options import CompressOptions, load_recipe
-from kvcompress.pipeline import make_plan
 from kvcompress.plan import PLAN_FILE, REPORT_FILE
+from kvcompress.planning import make_plan
 from kvcompress.publish import repository_contents
 from kvcompress.report import page
 from kvcompress.report.card import measured_section

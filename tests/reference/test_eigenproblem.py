@@ -15,7 +15,7 @@ from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 from kvcompress.whitening import FISHER_RIDGE, whitened_eigenbasis
 
 

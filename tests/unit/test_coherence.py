@@ -15,7 +15,7 @@ from kvcompress.calibration.site_moments import SiteMoments
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 from tests.tiny_models import random_ids
 
 N_TOKENS, HEAD_DIM = 400, 8

@@ -10,7 +10,7 @@ import torch
 from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.distance import Distance, distance_of, seen_of_samples, watched
 from kvcompress.options import CompressOptions
-from kvcompress.pipeline import make_plan
+from kvcompress.planning import make_plan
 
 
 @pytest.fixture(scope="module")
