@@ -89,6 +89,16 @@ class CompressOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._check_turn()
+        self._check_bases()
+        if self.seq_len <= self.sinks:
+            raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
+        if self.folded and self.maps_only:
+            raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
+
+    def _check_values(self) -> None:
+        """Check each choice by itself."""
         _check_choice("key_basis", self.key_basis, (*KEY_BASES, GROUPED))
         _check_choice("value_basis", self.value_basis, VALUE_BASES)
         _check_choice("policy", self.policy, POLICY_NAMES)
@@ -103,7 +113,7 @@ class CompressOptions:
             raise OptionError(f"calibration must be a list of texts, found {self.calibration!r}.")
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _is_whole(value) or value < least:
                 raise OptionError(f"{name} must be a whole number of at least {least}, found {value!r}.")
             if value > most:
                 raise OptionError(f"{name} must be a whole number of at most {most}.")
@@ -113,13 +123,13 @@ class CompressOptions:
                 raise OptionError(f"{name} must be true or false, found {getattr(self, name)!r}.")
         if not isinstance(self.layers, str) or not re.fullmatch(r"half|deep|\d+:\d+", self.layers):
             raise OptionError(f"layers {self.layers!r} is none of half, deep, START:STOP (for example 8:24).")
-        if self.seq_len <= self.sinks:
-            raise OptionError(f"seq_len {self.seq_len} must be above sinks {self.sinks}.")
+
+    def _check_bases(self) -> None:
+        """Check whether bits, and a fold, are possible with the bases."""
         if self.key_basis == GROUPED and (not self.folded or self.value_basis != "latent"):
             raise OptionError(
                 "key basis 'grouped' is for --folded, with --value-basis latent (values share its groups)."
             )
-        self._check_turn()
         if self.quantised:
             for name in ("key_basis", "value_basis"):
                 if getattr(self, name) not in BIT_BASES:
@@ -134,8 +144,6 @@ class CompressOptions:
             )
         if self.folded and self.value_basis == "per_head":
             raise OptionError("value basis 'per_head' makes no whole virtual heads. Use latent or head with --folded.")
-        if self.folded and self.maps_only:
-            raise OptionError("--folded changes the projections, so it cannot be written as --maps-only.")
 
     def _check_turn(self) -> None:
         if self.turn is None:

@@ -95,9 +95,9 @@ def _bench_engine(
 
 
 def print_attention(rows: list[AttentionTiming]) -> None:
-    table = terminal.table(
-        ">keep", ">context", ">batch", ">ours, us", ">SDPA", "by", ">faster", ">roofline", "bound by"
-    )
+    columns = ">keep", ">context", ">batch", ">ours", ">SDPA", "by", ">faster", ">roofline", "bound by"
+    table = terminal.table(*columns, title="microseconds")
+    table.collapse_padding = True  # so that it fits 80 columns
     for row in rows:
         table.add_row(
             f"{row.keep:.3g}",

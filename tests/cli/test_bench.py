@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+from kvcompress.bench.attention import AttentionTiming
 from kvcompress.bench.pages import ChunkTiming, PagedTiming
 from kvcompress.bench.random_model import random_plan
 from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, shape_of_output, typical_counts
 from kvcompress.codec.tiles import is_tileable
+from kvcompress_cli.bench import print_attention
 
 SMALL = ("--shape", "smollm2-135m", "--context", "64,128", "--batch", "1", "--keep", "0.25", "--device", "cpu")
 
@@ -69,6 +71,19 @@ def test_the_table_names_the_opponent(kvcompress):
     outcome = kvcompress("bench", *SMALL)
     assert outcome.code == 0
     assert "faster" in outcome.stdout and "(computed)" in " ".join(outcome.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("ours", "opponent", "theirs"), [(12345678.0, "math", 98765432.0), (12345.0, "efficient", 98765.0)]
+)
+def test_the_table_fits_80_columns(capsys, monkeypatch, ours, opponent, theirs):
+    """Nothing is cut: neither seconds on a processor nor the longest of the names on a GPU."""
+    monkeypatch.setenv("COLUMNS", "80")
+    others = {"packed_bytes": 1, "cache_bytes": 1, "flops": 1, "bound_by": "arithmetic", "copy_share": 0.5}
+    times = {"sdpa_microseconds": {opponent: theirs}, "roofline_microseconds": 1234.5}
+    print_attention([AttentionTiming(0.125, 131072, 32, ours, **times, **others)])
+    table = capsys.readouterr().out
+    assert "…" not in table and f"{ours:.0f}" in table and f"{theirs:.0f}" in table and "arithmetic" in table
 
 
 def test_decode_times_a_whole_model(kvcompress):
