@@ -14,7 +14,6 @@ from kvcompress.bench.workload import RECENT, SINKS, Shape, random_layer
 from kvcompress.kernels.chunk import Context, Tiles, attend_with_torch, chunk_attention
 from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, page_words, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
-from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast
 from kvcompress.runtime.cache import CompressedLayer
@@ -205,22 +204,3 @@ def time_chunk(
         lambda: chunk_attention(rebuilt, query, key, value, context=cached, tiles=tiles, attend=nothing), device
     )
     return ChunkTiming(keep, context, n_new, ours * 1e6, exact * 1e6, rebuilding * 1e6)
-
-
-def time_encoding(pool: Pool, n_blocks: int, *, n_layers: int = 1, n_streams: int = 16) -> float:
-    """Return the seconds that encoding so many blocks of 32 tokens takes, the keys and values of n_layers."""
-    layer, device = pool.contiguous[0], pool.tokens.rows.device
-    codecs = layer.codecs
-    assert codecs.key_site is not None and codecs.value_site is not None
-    sites = []
-    for i in range(n_layers):
-        own = pool.layers[i % len(pool.layers)]
-        sites.append(EncodedSite(codecs.key_site, own.exact.keys, own.keys.words, codecs.rotary))
-        sites.append(EncodedSite(codecs.value_site, own.exact.values, own.values.words, None))
-    blocks = torch.arange(n_blocks, dtype=torch.int32, device=device)
-    n_rows = sites[0].words.shape[0] * sites[0].words.shape[1]
-    sources, destinations = blocks % len(sites[0].source), blocks % n_rows
-    positions = torch.zeros(1, n_blocks * BLOCK_TOKENS, dtype=torch.int32, device=device)
-    recorded = RecordedEncoding(sites, n_streams=n_streams)
-    recorded.encode(sources, destinations, positions)
-    return median_seconds(lambda: recorded.encode(sources, destinations, positions), device)

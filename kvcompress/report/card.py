@@ -61,7 +61,7 @@ The KV cache of {name}, compressed with kvcompress ({plan.form} form): {plan.com
 `pip install kvcompress`, then:
 
 ```python
-{python_usage(base=hub_id(plan.source), repository=repository, **choices)}
+{python_usage(base=hub_id(plan.source), repository=repository, maps_only=choices["maps_only"])}
 ```
 
 {loading_note(**choices)}

@@ -91,7 +91,7 @@ def running(figures: Figures) -> str:
         named += f", <code>{ORIGINAL}</code> the checkpoint that it was made from"
     return f"""<h2>Load and run it</h2>
 <p>{escape(loading_note(**choices))} {named}.</p>
-{code(python_usage(base=base, **choices))}
+{code(python_usage(base=base, maps_only=choices["maps_only"]))}
 <p>Or from the command line:</p>
 {code(shell_usage(base=base, **choices))}
 <footer>Made by <code>kvcompress report</code>. Every figure on this page comes from the output's \

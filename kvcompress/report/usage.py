@@ -8,7 +8,7 @@ PLACE = "OUT"
 ORIGINAL = "ORIGINAL_MODEL"
 
 
-def python_usage(*, form: str, maps_only: bool, base: str | None, repository: str | None = None) -> str:
+def python_usage(*, maps_only: bool, base: str | None, repository: str | None = None) -> str:
     """Return Python that loads and runs an output, from its directory or from its repository on the hub."""
     base = base or ORIGINAL
     lines = ["import kvcompress"]

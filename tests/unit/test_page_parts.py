@@ -63,7 +63,7 @@ def test_tables_mark_their_columns() -> None:
 def test_usage_can_be_pasted(form: str, maps_only: bool, base: str | None) -> None:
     choices = {"form": form, "maps_only": maps_only, "base": base}
     for repository in (None, "me/kv"):
-        text = python_usage(**choices, repository=repository)
+        text = python_usage(maps_only=maps_only, base=base, repository=repository)
         compile(text, "usage", "exec")
         assert ('snapshot_download("me/kv")' in text) == (repository is not None)
         assert ("attach" in text) == maps_only
