@@ -204,7 +204,7 @@ def _measure(output: Path, mode: str, options: EvalOptions, *, json: bool, **how
 def _in_engine(output: Path, options: EvalOptions, *, json: bool, **how: Any) -> None:
     from kvcompress_cli import eval_engine, eval_tasks
 
-    loaded = eval_engine.load_beside(output, options, **how)
+    loaded = eval_engine.load_beside(output, **how)
     if options.tasks is None:
         eval_engine.show_engine(loaded, output, options, json=json)
         return

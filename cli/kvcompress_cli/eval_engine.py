@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from kvcompress_cli.loading import Loaded
 
 
-def load_beside(
-    output: Path, options: EvalOptions, *, engine: str, base: str | None, device: str, dtype: str
-) -> Loaded:
+def load_beside(output: Path, *, engine: str, base: str | None, device: str, dtype: str) -> Loaded:
     """Return the output in transformers, beside which the engine runs it.
 
     Raises OptionError for another engine, for maps alone, or without vLLM.

@@ -74,8 +74,8 @@ def save_maps(maps: Mapping[Site, SiteMaps], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def load_site(file: Path, site: Site) -> SiteMaps:
-    """Return a site's maps out of a file that `save_maps` wrote in this run, memory-mapped."""
+def load_site(file: Path) -> SiteMaps:
+    """Return the maps of the one site in a file that `save_maps` wrote in this run, memory-mapped."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:

@@ -27,7 +27,7 @@ class SpilledMaps(MutableMapping[Site, SiteMaps]):
         save_maps({site: maps}, self._files[site])
 
     def __getitem__(self, site: Site) -> SiteMaps:
-        return load_site(self._files[site], site)
+        return load_site(self._files[site])
 
     def __delitem__(self, site: Site) -> None:
         self._files.pop(site).unlink()
