@@ -23,8 +23,9 @@ class SpilledMaps(MutableMapping[Site, SiteMaps]):
         self._directory, self._files = directory, dict[Site, Path]()
 
     def __setitem__(self, site: Site, maps: SiteMaps) -> None:
-        self._files[site] = self._directory / f"{site}.safetensors"
-        save_maps({site: maps}, self._files[site])
+        written, file = self._directory / f"{site}.new", self._directory / f"{site}.safetensors"
+        save_maps({site: maps}, written)  # not over what these very maps may be read from
+        self._files[site] = written.replace(file)
 
     def __getitem__(self, site: Site) -> SiteMaps:
         return load_site(self._files[site])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvcompress import pipeline
-from kvcompress.checkpoint.maps import MAPS_FILE
+from kvcompress.checkpoint.maps import MAPS_FILE, SiteMaps, save_maps
 from kvcompress.checkpoint.spilled import SpilledMaps
 from kvcompress.choose import fits
 from kvcompress.errors import Note
+from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
 from kvcompress.plan import PLAN_FILE, Plan
@@ -33,6 +37,25 @@ def test_the_output_is_the_same(
     for name in (MAPS_FILE, PLAN_FILE, "report.json"):
         assert (tmp_path / "held" / name).read_bytes() == (tmp_path / "lean" / name).read_bytes(), name
     assert not list(tmp_path.glob(".*"))
+
+
+def test_maps_that_are_put_back_are_not_written_over_their_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors before 0.8 writes in place: what was read of a file, memory-mapped, would change with it."""
+
+    def in_place(maps: Mapping[Site, SiteMaps], file: Path) -> None:
+        assert not file.exists()
+        save_maps(maps, file)
+
+    monkeypatch.setattr("kvcompress.checkpoint.spilled.save_maps", in_place)
+    blocks, block, bits = torch.arange(2).int()[None], torch.zeros(2).int(), torch.full((2,), 4, dtype=torch.uint8)
+    maps, site = SpilledMaps(tmp_path), Site(0, "value")
+    maps[site] = SiteMaps(blocks, torch.rand(2, 2), torch.rand(2, 2), block, bits, torch.rand(2), None)
+    read = maps[site]
+    maps[site] = replace(read, decoder=read.decoder + 1)
+    assert torch.equal(maps[site].decoder, read.decoder + 1) and torch.equal(maps[site].encoder, read.encoder)
+    assert len(maps) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
 class TestMapsOnly:
