@@ -68,7 +68,9 @@ def test_only_far_queries_count() -> None:
     spec, ids = probe(model), torch.arange(3, 33)[None]
     for recent, n_read in ((30, 0), (9, 20)):
         with tapped(model, spec, recent) as taps:
-            for _, _, key, value in backward.backward_pass(model, taps, by_layer=True)(ids, falling):
+            layers = list(backward.backward_pass(model, taps, by_layer=True)(ids, falling))
+            assert len(layers) == model.config.num_hidden_layers
+            for _, _, key, value in layers:
                 assert bool((key[:, :, n_read:] == 0).all()) and bool((value[:, :, n_read:] == 0).all())
                 assert n_read == 0 or float(value[:, :, :n_read].norm()) > 0
 
