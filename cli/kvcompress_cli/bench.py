@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from kvcompress.bench.pages import ChunkTiming, PagedTiming
 
 
+#: Options that do nothing, by what they are given with or without.
+_IDLE = {
+    "with OUT": ("shape", "keep", "ranks_only", "turn"),
+    "with --engine": ("ranks_only", "memory", "decode", "decode_batch", "pages"),
+    "without --engine": ("caches", "limit"),
+    "without --decode": ("decode_batch",),
+}
+
+
 def bench(
+    command: typer.Context,
     output: Annotated[
         Path | None,
         typer.Argument(metavar="[OUT]", help="A directory made by kvcompress compress.", show_default=False),
@@ -26,9 +36,14 @@ def bench(
     context: Annotated[str, typer.Option(help="Context lengths, with commas between.")] = "8192,32768,131072",
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8,32",
     turn: Annotated[
-        int, typer.Option(min=1, help="Tokens of a turn, as in kvcompress compress; 1: keys that commute with RoPE.")
+        int,
+        typer.Option(
+            min=1, help="Without OUT: tokens of a turn, as in kvcompress compress; 1: keys that commute with RoPE."
+        ),
     ] = 256,
-    memory: Annotated[float, typer.Option(help="GB of memory for weights and cache, for the largest batch.")] = 140.0,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for weights and cache, for the largest batch.")
+    ] = "140GB",
     decode: Annotated[
         bool, typer.Option("--decode", help="Also decode end to end, with a model of random weights.")
     ] = False,
@@ -58,6 +73,7 @@ def bench(
     On a GPU the kernels are timed, on a CPU the torch reference, in the same run as their opponents.
     With --decode a model of the shape decodes, too, at the largest batch that fits the device with each cache.
     """
+    _refuse_idle(command, {"OUT": output is not None, "--engine": engine is not None, "--decode": decode})
     if engine is not None:
         _bench_engine(engine, output, shape, keep, context, batch, turn, caches, limit, device, json)
         return
@@ -66,7 +82,7 @@ def bench(
     document = run_bench(
         output=output, shape=shape, keeps=_numbers(keep, float, "--keep"), ranks_only=ranks_only,
         contexts=_numbers(context, int, "--context"), batches=_numbers(batch, int, "--batch"),
-        turn=turn, memory_gb=memory, device=device, decode=decode, decode_batch=decode_batch, pages=pages,
+        turn=turn, memory_gb=_gigabytes(memory), device=device, decode=decode, decode_batch=decode_batch, pages=pages,
     )  # fmt: skip
     if json:
         terminal.print_json(document.to_json())
@@ -77,6 +93,27 @@ def bench(
         if pages:
             print_pages(document.pages, document.chunks)
         _print_rest(document)
+
+
+def _refuse_idle(command: typer.Context, given: dict[str, bool]) -> None:
+    """Raise OptionError for an option of the command line that would do nothing."""
+    from kvcompress.errors import OptionError
+
+    for when, names in _IDLE.items():
+        with_or_without, _, other = when.partition(" ")
+        if given[other] != (with_or_without == "with"):
+            continue
+        for name in names:
+            source = command.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise OptionError(f"--{name.replace('_', '-')} does nothing {when}. Leave it out.")
+
+
+def _gigabytes(memory: str) -> float:
+    """Return the GB of a size, as compress --memory takes it; of a number alone, too."""
+    from kvcompress.calibration.memory import parse_bytes
+
+    return parse_bytes(f"{memory}GB" if memory.strip()[-1:].isdigit() else memory) / 1e9
 
 
 def _bench_engine(

@@ -30,6 +30,7 @@ class BenchReport:
     dtype: str
     copy_bytes_per_second: float
     matrix_flops_per_second: float
+    turn: int
     counts: dict[str, dict[str, dict[int, int]]]
     attention: list[AttentionTiming]
     prefill: list[PrefillTiming]
@@ -47,6 +48,7 @@ class BenchReport:
             "dtype",
             "copy_bytes_per_second",
             "matrix_flops_per_second",
+            "turn",
             "counts",
             "fits",
         )
@@ -60,10 +62,11 @@ def run_bench(
 ) -> BenchReport:  # fmt: skip
     """Return the timings of every keep, context and batch; combinations too large for the device are left out.
 
-    decode: also time a whole model, at decode_batch sequences or the most that fit in memory_gb. pages: also time the
-    same tokens in pages, as an engine keeps them, and a chunk of a prompt after the longest context of up to 32k.
-    Raises OptionError for an unknown shape, a device that is not there, a model to decode with that does not fit, or
-    pages without the kernels that read them.
+    output: its own shape, share and turn are timed, instead of shape, keeps, ranks_only and turn. decode: also time a
+    whole model, at decode_batch sequences or the most that fit in memory_gb. pages: also time the same tokens in pages,
+    as an engine keeps them, and a chunk of a prompt after the longest context of up to 32k.
+    Raises OptionError for an unknown shape, an output of which nothing can be timed, a device that is not there, a
+    model to decode with that does not fit, or pages without the kernels that read them.
     """
     if min(contexts) < BLOCK_TOKENS:
         raise OptionError(f"--context {min(contexts)}: nothing is packed below {BLOCK_TOKENS} tokens. Ask for more.")
@@ -71,7 +74,7 @@ def run_bench(
         raise OptionError(f"--turn {turn}: a turn is 1 token, or a power of two from {BLOCK_TOKENS} on.")
     where = _device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    sizes, counts = _workloads(output, shape, keeps, ranks_only, turn)
+    sizes, counts, turn = _workloads(output, shape, keeps, ranks_only, turn)
     attention, prefill, fits, decoded = [], [], [], []
     paged, chunks = _time_pages(sizes, counts, contexts, batches, turn, where, dtype) if pages else ([], [])
     if decode:
@@ -100,7 +103,7 @@ def run_bench(
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return BenchReport(
         sizes, name, torch.__version__, str(dtype).removeprefix("torch."), copy_bytes_per_second(where),
-        matrix_flops_per_second(where), {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
+        matrix_flops_per_second(where), turn, {f"{k:g}": v for k, v in counts.items()}, attention, prefill, fits,
         decoded, paged, chunks,
     )  # fmt: skip
 
@@ -145,11 +148,12 @@ def _time_pages(
 
 def _workloads(
     output: Path | None, name: str, keeps: Sequence[float], ranks_only: bool, turn: int
-) -> tuple[Shape, dict[float, dict[str, dict[int, int]]]]:
+) -> tuple[Shape, dict[float, dict[str, dict[int, int]]], int]:
+    """Return the shape, {keep: {"key" and "value": {bits: components}}} and the turn, as asked for or of output."""
     if output is not None:
-        shape, keys, values = shape_of_output(output)
+        shape, keys, values, turn = shape_of_output(output)
         keep = (_bits(keys) + _bits(values)) / (32 * shape.width)
-        return shape, {keep: {"key": keys, "value": values}}
+        return shape, {keep: {"key": keys, "value": values}}, turn
     if name not in SHAPES:
         raise OptionError(
             f"there is no shape {name}. Choose one of {', '.join(SHAPES)}, or name a compressed checkpoint."
@@ -157,7 +161,7 @@ def _workloads(
     shape = SHAPES[name]
     at_a_time = components_at_a_time(shape, turn)
     counts = {keep: typical_counts(shape.width, keep, ranks_only=ranks_only, at_a_time=at_a_time) for keep in keeps}
-    return shape, {keep: {"key": c, "value": c} for keep, c in counts.items()}
+    return shape, {keep: {"key": c, "value": c} for keep, c in counts.items()}, turn
 
 
 def _bits(counts: dict[int, int]) -> int:

@@ -105,19 +105,26 @@ def typical_counts(n: int, keep: float, *, ranks_only: bool = False, at_a_time: 
     return {level: bits.count(level) * at_a_time for level in reversed(LEVELS) if level in bits}
 
 
-def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, int]]:
-    """Return the shape and the key and value counts of the middle layer, by bits, of a compressed checkpoint.
+def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, int], int]:
+    """Return the shape, key and value counts of the middle layer, by bits, and its turn, of a compressed checkpoint.
 
     Its model is that of the directory, or of the source that the plan names; of any family. Raises OptionError where
     no layer can be timed.
     """
     plan = Plan.load(directory)
     coded = {s.site: dict(s.bits) for s in plan.sites if not s.exact}
+    turns = {s.layer: s.turn for s in plan.sites if s.part == "key" and (s.rotated or s.turn > 1)}
     with open_headers(directory if (directory / "config.json").is_file() else plan.source) as checkpoint:
         spec, fields = checkpoint.spec, checkpoint.config.get("text_config") or checkpoint.config
     layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2 and a.values is None]
     if plan.form != "coded" or not layers:
         raise OptionError(f"{directory} has no layer whose keys and values are both coded: there is nothing to time.")
+    layers = [a for a in layers if a.layer in turns]
+    if not layers:
+        raise OptionError(
+            f"{directory} has keys that are un-rotated each by its own position, and rebuilt before they are read; "
+            "what is timed are keys in turns, and those that commute with RoPE."
+        )
 
     def n_bits(layer: int) -> int:
         return sum(b * n for site, found in coded.items() if site.layer == layer for b, n in found.items())
@@ -129,7 +136,7 @@ def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, i
         directory.name, middle.n_heads, middle.n_kv_heads, middle.head_dim, len(spec.layers), spec.hidden_size, d_mlp,
         spec.vocab_size,
     )  # fmt: skip
-    return shape, counts["key"], counts["value"]
+    return shape, counts["key"], counts["value"], turns[middle.layer]
 
 
 def random_layer(

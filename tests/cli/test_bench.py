@@ -44,11 +44,17 @@ def test_json_has_a_row_for_every_combination(kvcompress):
     assert document["prefill"][0]["encode_milliseconds"] > 0
 
 
-def test_an_output_is_timed_at_its_own_plan(kvcompress, compressed):
-    outcome = kvcompress("bench", compressed(), "--context", "64", "--batch", "2", "--device", "cpu", "--json")
-    document = json.loads(outcome.stdout)
+@pytest.mark.parametrize(("options", "turn"), [({"turn": 32}, 32), ({"key_basis": "frequency"}, 1)], ids=str)
+def test_an_output_is_timed_at_its_own_plan(kvcompress, compressed, options, turn):
+    flags = ("--context", "64", "--batch", "2", "--device", "cpu", "--json")
+    document = json.loads(kvcompress("bench", compressed(**options), *flags).stdout)
     assert [r["batch"] for r in document["attention"]] == [2]
     assert 0 < document["attention"][0]["keep"] < 1
+    assert document["turn"] == turn
+
+
+def test_keys_that_are_rebuilt_are_not_timed_as_others(fails, compressed):
+    assert "rebuilt before they are read" in fails("bench", compressed(turn=1))
 
 
 def test_an_output_of_a_family_without_a_reader_is_timed(tmp_path):
@@ -61,7 +67,8 @@ def test_an_output_of_a_family_without_a_reader_is_timed(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     counts = typical_counts(shape.width, 0.25)
     random_plan(shape, counts, counts, torch.float32)[0].save(tmp_path)
-    found, keys, values = shape_of_output(tmp_path)
+    found, keys, values, turn = shape_of_output(tmp_path)
+    assert turn == 1
     assert (found.n_heads, found.n_kv_heads, found.head_dim, found.n_layers) == (4, 2, 32, 2)
     assert (found.d_model, found.d_mlp, found.n_vocab) == (128, 192, 64)
     assert keys == values == counts
@@ -103,7 +110,7 @@ def test_decode_times_a_whole_model(kvcompress):
 
 
 def test_decode_says_what_does_not_fit(fails):
-    assert "--memory" in fails("bench", "--shape", "tiny", "--device", "cpu", "--decode", "--memory", "0.0001")
+    assert "--memory" in fails("bench", "--shape", "tiny", "--device", "cpu", "--decode", "--memory", "100KB")
     assert "--decode-batch" in fails("bench", "--decode", "--decode-batch", "0")
 
 
@@ -114,6 +121,23 @@ def test_bad_requests(fails):
     assert "32 tokens" in fails("bench", "--context", "16")
     assert "power of two" in fails("bench", "--shape", "tiny", "--turn", "100", "--device", "cpu")
     assert "--device other" in fails("bench", "--shape", "tiny", "--device", "other")
+    assert "no size" in fails("bench", "--memory", "much")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["OUT", "--keep", "0.5"], "--keep does nothing with OUT"),
+        (["OUT", "--turn", "128"], "--turn does nothing with OUT"),
+        (["--engine", "vllm", "--ranks-only"], "--ranks-only does nothing with --engine"),
+        (["--engine", "vllm", "--memory", "80GB"], "--memory does nothing with --engine"),
+        (["--limit", "9"], "--limit does nothing without --engine"),
+        (["--decode-batch", "9"], "--decode-batch does nothing without --decode"),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_are_refused(fails, arguments, named):
+    assert named in fails("bench", *arguments)
 
 
 @pytest.mark.parametrize("keep", [0.0625, 0.125, 0.25, 0.5])
