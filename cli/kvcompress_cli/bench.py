@@ -73,7 +73,10 @@ def bench(
     On a GPU the kernels are timed, on a CPU the torch reference, in the same run as their opponents.
     With --decode a model of the shape decodes, too, at the largest batch that fits the device with each cache.
     """
-    _refuse_idle(command, {"OUT": output is not None, "--engine": engine is not None, "--decode": decode})
+    given = {"OUT": output is not None, "--engine": engine is not None, "--decode": decode}
+    for when, names in _IDLE.items():
+        if given[when.split()[1]] == when.startswith("with "):
+            flags.refuse_idle(command, names, when)
     if engine is not None:
         _bench_engine(engine, output, shape, keep, context, batch, turn, caches, limit, device, json)
         return
@@ -93,20 +96,6 @@ def bench(
         if pages:
             print_pages(document.pages, document.chunks)
         _print_rest(document)
-
-
-def _refuse_idle(command: typer.Context, given: dict[str, bool]) -> None:
-    """Raise OptionError for an option of the command line that would do nothing."""
-    from kvcompress.errors import OptionError
-
-    for when, names in _IDLE.items():
-        with_or_without, _, other = when.partition(" ")
-        if given[other] != (with_or_without == "with"):
-            continue
-        for name in names:
-            source = command.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                raise OptionError(f"--{name.replace('_', '-')} does nothing {when}. Leave it out.")
 
 
 def _gigabytes(memory: str) -> float:

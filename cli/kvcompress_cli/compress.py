@@ -182,13 +182,14 @@ def compress(
         _refuse(keep is not None, "--max-ratio finds the keep. Leave out --keep.")
         _refuse(memory is not None, "--max-ratio measures the whole model, so --memory cannot bound it.")
         result, search = compression.search_keep(model, output, options, max_ratio, texts=tuple(text or ()), **how)
+    engine = {} if for_engine is None else {for_engine: compression.in_engine(result)}
     if json:
         found = {} if search is None else {"search": search.to_json()}
-        terminal.print_json(compression.result_document(result) | found)
+        terminal.print_json(compression.result_document(result) | engine | found)
     else:
         compression.print_result(result)
         if for_engine is not None:
-            compression.print_for_engine(result)
+            compression.print_in_engine(engine[for_engine])
         if search is not None:
             terminal.stdout().print(search_table(search.to_json()))
 

@@ -109,14 +109,27 @@ def print_result(result: CompressionResult) -> None:
         typer.echo(f"kvcompress export {out} --to hf -o DIR")
 
 
-def print_for_engine(result: CompressionResult) -> None:
-    """Say what a token takes in the engine's pages, padding, sinks and window included."""
+def in_engine(result: CompressionResult) -> dict[str, Any]:
+    """Return what a token takes in vLLM's pages, padding included, and how many times the tokens fit, window and all.
+
+    times_the_tokens: by the length of the sequences.
+    """
     from kvcompress.vllm.pages import PoolBlock
 
     block = PoolBlock.of(result.plan)
-    times = ", ".join(f"{block.times_the_tokens(n):.2f} at {terminal.tokens(n)}" for n in (2048, 32768))
+    return {
+        "bytes_per_token": {"original": block.own_bytes, "compressed": block.bytes_per_token},
+        "page_tokens": block.n_tokens,
+        "times_the_tokens": {str(n): block.times_the_tokens(n) for n in (2048, 32768)},
+    }
+
+
+def print_in_engine(figures: dict[str, Any]) -> None:
+    """Say what `in_engine` found."""
+    taken = figures["bytes_per_token"]
+    times = ", ".join(f"{n:.2f} at {terminal.tokens(int(at))}" for at, n in figures["times_the_tokens"].items())
     terminal.stdout().print(
-        f"in vLLM: {block.bytes_per_token:,.0f} bytes a token in pages of {block.n_tokens} tokens, against "
-        f"{block.own_bytes:,}; times the tokens that fit in sequences: {times}",
+        f"in vLLM: {taken['compressed']:,.0f} bytes a token in pages of {figures['page_tokens']} tokens, against "
+        f"{taken['original']:,}; times the tokens that fit in sequences: {times}",
         highlight=False,
     )

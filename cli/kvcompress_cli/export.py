@@ -23,6 +23,7 @@ _SAME_TEXT = {True: "cuts the text into the same tokens", False: "cuts the text 
 
 
 def export(
+    command: typer.Context,
     folded: Annotated[
         Path,
         typer.Argument(metavar="OUT", help="A directory made by kvcompress compress --folded.", show_default=False),
@@ -52,6 +53,8 @@ def export(
     """
     from kvcompress.export.export import export as export_model
 
+    if not verify:
+        flags.refuse_idle(command, ("text", "engine_python"), "without --verify")
     result = export_model(folded, output, to=to, dtype=dtype, force=force)
     checks: list[EngineCheck] = []
     missing: list[str] = []

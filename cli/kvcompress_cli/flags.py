@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,3 +22,13 @@ Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu,
 Dtype = Annotated[
     str, typer.Option(help="auto (float32 on a CPU, the checkpoint's own on a GPU), float32, bfloat16 or float16.")
 ]
+
+
+def refuse_idle(command: typer.Context, names: Iterable[str], when: str) -> None:
+    """Raise OptionError for an option of the command line that would do nothing; when: "without --verify"."""
+    from kvcompress.errors import OptionError
+
+    for name in names:
+        source = command.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise OptionError(f"--{name.replace('_', '-')} does nothing {when}. Leave it out.")

@@ -72,6 +72,17 @@ def test_without_vllm_nothing_is_begun(fails: Any, model: Any, monkeypatch: Any)
         assert "pip install 'kvcompress[vllm]'" in fails(*command, "--engine", "vllm")
 
 
+def test_what_a_token_takes_in_pages_is_told(kvcompress: Any, model: Any, text: Any, tmp_path: Any) -> None:
+    flags = ("--calibration", text, "--tokens", "256", "--seq-len", "64", "--recent", "8", "--for", "vllm")
+    document = json.loads(kvcompress("compress", model, tmp_path / "out", *flags, "--json").stdout)["vllm"]
+    block = PoolBlock.of(read_output(tmp_path / "out")[0])
+    assert document["bytes_per_token"] == {"original": block.own_bytes, "compressed": block.bytes_per_token}
+    assert document["page_tokens"] == block.n_tokens
+    assert document["times_the_tokens"]["2048"] == block.times_the_tokens(2048)
+    shown = " ".join(kvcompress("compress", model, tmp_path / "out", *flags, "--force").stdout.split())
+    assert f"{block.times_the_tokens(2048):.2f} at 2k, " in shown and f"pages of {block.n_tokens} tokens" in shown
+
+
 def absent(name: str) -> str:
     raise PackageNotFoundError(name)
 

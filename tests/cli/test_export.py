@@ -104,4 +104,7 @@ def test_failures_are_one_line(fails, compressed, model, tmp_path):
     assert "is not an output" in fails("export", tmp_path, "-o", tmp_path / "out")
     assert "target 'onnx' is unknown" in fails("export", compressed(**GROUPED), "--to", "onnx", "-o", tmp_path / "out")
     assert "--output" in fails("export", compressed(**GROUPED))
+    for idle in (["--text", "book.txt"], ["--engine-python", "python3"]):
+        told = fails("export", compressed(**GROUPED), "-o", tmp_path / "out", *idle)
+        assert f"{idle[0]} does nothing without --verify" in told
     assert not (tmp_path / "out").exists()
