@@ -185,6 +185,8 @@ def _print_rest(document: Any) -> None:
     grid.add_row("device", document.device)
     grid.add_row("copy, read and written", f"{document.copy_bytes_per_second / 1e9:.1f} GB/s")
     grid.add_row("matrix product", f"{document.matrix_flops_per_second / 1e9:.0f} GFLOP/s")
+    how = "encoded after RoPE" if document.turn == 1 else f"un-rotated in turns of {document.turn} tokens"
+    grid.add_row("keys", how)
     for keep, counts in document.counts.items():
         grid.add_row(f"components at {keep}", ", ".join(f"{n} of {bits} bits" for bits, n in counts["key"].items()))
     for row in document.prefill:
@@ -195,7 +197,7 @@ def _print_rest(document: Any) -> None:
     for line in document.fits:
         grid.add_row(
             f"sequences of {terminal.tokens(line['context'])} in {line['memory_gb']:g} GB",
-            f"{line['compressed']} at keep {line['keep']:g}, {line['uncompressed']} uncompressed (computed)",
+            f"{line['compressed']} at keep {line['keep']:.3g}, {line['uncompressed']} uncompressed (computed)",
         )
     terminal.stdout().print(grid)
 

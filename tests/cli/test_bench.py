@@ -77,7 +77,8 @@ def test_an_output_of_a_family_without_a_reader_is_timed(tmp_path):
 def test_the_table_names_the_opponent(kvcompress):
     outcome = kvcompress("bench", *SMALL)
     assert outcome.code == 0
-    assert "faster" in outcome.stdout and "(computed)" in " ".join(outcome.stdout.split())
+    words = " ".join(outcome.stdout.split())
+    assert "faster" in words and "(computed)" in words and "un-rotated in turns of 256 tokens" in words
 
 
 @pytest.mark.parametrize(
