@@ -100,7 +100,7 @@ def compress(
             progress=report,
             model=model,
         )
-        fitters = workers if workers is not None and workers.fits else None
+        fitters = workers if workers is not None and workers.is_remote else None
         room = None if memory is None else allocatable(memory, solves=True)
         fits_on = fitting_device(device, checkpoint.spec.max_width, room)
         with atomic_directory(output, force=force) as scratch, ThreadPoolExecutor(2) as aside:

@@ -15,7 +15,7 @@ from kvcompress.calibration.worker import Job, Sums
 
 
 class Backwards:
-    n, fits, is_spread = 3, True, False
+    n, is_remote, is_spread = 3, True, False
 
     def __init__(self) -> None:
         self.summed: list[int] = []

@@ -29,6 +29,8 @@ from kvcompress.checkpoint.tokenizer import load_tokenizer
 from kvcompress.options import CompressOptions
 
 Progress = Callable[[str, int, int], None]
+Collect = Callable[..., Moments]
+"""As collect_moments, without its model."""
 #: Windows, evenly spread, that are kept with the moments.
 _KEPT_WINDOWS = 16
 #: How often a streamed calibration reads all layers: to prove rotations, and there and back.
@@ -66,38 +68,46 @@ def measured_moments(
     seen: dict[str, Any] = {"sinks": options.sinks, "recent": options.recent, "seed": options.seed}
     blocks = {"group": protocol["group"], "band": protocol["band"]}
     job = Job(where, arithmetic, windows.ids, **seen, **blocks, parts=parts, memory=memory)
-    device = "cpu" if workers or streams else protocol["device"]  # where tokens come
     spread = workers is not None and workers.is_spread
     if (workers or streams) and not spread:
         model.elsewhere = Elsewhere(where, arithmetic, protocol["device"], memory, workers)
-    collect: Callable[..., Moments]
     with parts.kept_if_begun():
-        if streams and not (workers and workers.fits):  # those may have other disks
-            check_streams(job, checkpoint)
         if workers:
             model.let_go()  # every worker has a model of its own
-            moments = collect_shared(job, workers, progress=done)
-            collect = functools.partial(collect_watched, job, workers)
+            moments, collect = _collected_by(workers, job, checkpoint, done)
         elif streams:
-            layers = streamed_model(where, arithmetic, protocol["device"])
-            moments = collect_streams(job, protocol["device"], progress=_told_of_layers(report, layers))
-            collect = functools.partial(collect_streamed, layers, scratch=parts.directory)
-            device = protocol["device"]
+            moments, collect = _collected_in_turn(job, checkpoint, protocol["device"], report)
         else:
             ready = functools.cache(lambda: begun(load(), checkpoint.spec, options.recent))  # for both passes
             collect = lambda *args, **kwargs: collect_moments(ready(), *args, **kwargs)  # noqa: E731
             moments = _collect_here(collect, checkpoint, windows.ids, protocol, parts, seen, done)
         moments.protocol = protocol
+        how = seen | {"collect": collect, "device": "cpu" if workers else protocol["device"]}
         adding_up = lambda tokens, total: report("coherence", tokens, total)  # noqa: E731
         with limited(protocol["device"], None if workers else memory):
-            measure_coherence(
-                checkpoint.spec, windows.ids, moments, **seen, collect=collect, device=device, progress=adding_up
-            )
+            measure_coherence(checkpoint.spec, windows.ids, moments, **how, progress=adding_up)
         moments.sites = {site: m.to("cpu") for site, m in moments.sites.items()}
         moments.text = _spread(windows.ids)
         moments.save(file)
     parts.remove()
     return moments
+
+
+def _collected_by(
+    workers: Workers, job: Job, checkpoint: Checkpoint, progress: Callable[[int, int], None]
+) -> tuple[Moments, Collect]:
+    """Return the moments of all windows of a job, and the pass for more of them, by workers."""
+    if job.memory is not None and not workers.is_remote:
+        check_streams(job, checkpoint)
+    return collect_shared(job, workers, progress=progress), functools.partial(collect_watched, job, workers)
+
+
+def _collected_in_turn(job: Job, checkpoint: Checkpoint, device: str, report: Progress) -> tuple[Moments, Collect]:
+    """Return the moments of all windows of a job, and the pass for more of them, by this process, layers streamed."""
+    check_streams(job, checkpoint)
+    layers = streamed_model(job.checkpoint, job.dtype, device)
+    moments = collect_streams(job, device, progress=_told_of_layers(report, layers))
+    return moments, functools.partial(collect_streamed, layers, scratch=job.parts.directory)
 
 
 def _spread(ids: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def _told_of_layers(report: Progress, model: StreamedModel) -> Callable[[int, in
 
 
 def _collect_here(
-    collect: Callable[..., Moments],
+    collect: Collect,
     checkpoint: Checkpoint,
     windows: Tensor,
     protocol: dict[str, Any],

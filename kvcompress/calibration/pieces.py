@@ -29,8 +29,8 @@ from kvcompress.model.model_spec import ModelSpec
 class Workers(Protocol):
     """Who sums windows: processes of this host (processes.py) or tasks of Ray (ray_tasks.py)."""
 
-    #: Whether fits of sites are worth sending to them: other machines' processors, not other processes of this one.
-    fits: bool
+    #: Whether they may be on other machines, with processors, so that fits are worth sending, and disks of their own.
+    is_remote: bool
 
     @property
     def is_spread(self) -> bool:

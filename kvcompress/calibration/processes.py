@@ -37,7 +37,7 @@ class LocalWorkers:
     They begin at once, so that they import what they need while this process does the same.
     """
 
-    fits = False
+    is_remote = False
 
     def __init__(self, devices: Sequence[str]) -> None:
         if not devices:

@@ -25,7 +25,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 class RankWorkers:
     """The ranks of torchrun, this one among them; each has the GPU of its number where `device` is cuda."""
 
-    fits = is_spread = False
+    is_remote = is_spread = False
 
     def __init__(self, device: str) -> None:
         import torch

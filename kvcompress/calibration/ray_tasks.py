@@ -30,7 +30,7 @@ class RayWorkers:
     GPU where `device` is cuda, one CPU otherwise; the checkpoint must lie at the same path on every node.
     """
 
-    fits, is_spread = True, False
+    is_remote, is_spread = True, False
 
     def __init__(self, address: str, device: str = "cpu") -> None:
         self.address, self._on_gpus = address, device.startswith("cuda")

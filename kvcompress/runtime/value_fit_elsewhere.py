@@ -64,7 +64,7 @@ def _fit_by(
 ) -> None:
     """Let a worker fit. Raises OptionError for maps on a disk that workers do not have."""
     lie_on_disk = isinstance(maps, SpilledMaps)
-    if lie_on_disk and workers.fits:
+    if lie_on_disk and workers.is_remote:
         raise OptionError("maps are too large to be sent.")
     given = maps if lie_on_disk else {site: _arrays(own) for site, own in maps.items()}
     for _, found in workers.each(_fitted, [(replace(place, workers=None), plan, given, windows.numpy())]):

@@ -182,7 +182,7 @@ def test_maps_that_lie_on_disk(tiny_checkpoint: Any, tiny_moments: Any, tmp_path
             scratch = None if name == "held" else tmp_path / name
             plan, maps, _ = make_plan(checkpoint, moments, OPTIONS, scratch=scratch)
         workers = Backwards()
-        workers.fits = name == "far"
+        workers.is_remote = name == "far"
         place = Elsewhere(str(source), "float32", "cpu", None, workers)
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
