@@ -116,9 +116,14 @@ def shape_of_output(directory: Path) -> tuple[Shape, dict[int, int], dict[int, i
     turns = {s.layer: s.turn for s in plan.sites if s.part == "key" and (s.rotated or s.turn > 1)}
     with open_headers(directory if (directory / "config.json").is_file() else plan.source) as checkpoint:
         spec, fields = checkpoint.spec, checkpoint.config.get("text_config") or checkpoint.config
-    layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2 and a.values is None]
+    layers = [a for a in spec.layers if sum(site.layer == a.layer for site in coded) == 2]
     if plan.form != "coded" or not layers:
         raise OptionError(f"{directory} has no layer whose keys and values are both coded: there is nothing to time.")
+    layers = [a for a in layers if a.values is None]
+    if not layers:
+        raise OptionError(
+            f"{directory} has keys and values of different sizes (latent attention), which are not timed."
+        )
     layers = [a for a in layers if a.layer in turns]
     if not layers:
         raise OptionError(

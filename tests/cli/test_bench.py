@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kvcompress.bench.random_model import random_plan
 from kvcompress.bench.workload import SHAPES, components_at_a_time, random_maps, shape_of_output, typical_counts
 from kvcompress.codec.tiles import is_tileable
 from kvcompress_cli.bench import print_attention
+from tests.models.small import small_model
 
 SMALL = ("--shape", "smollm2-135m", "--context", "64,128", "--batch", "1", "--keep", "0.25", "--device", "cpu")
 
@@ -51,6 +53,15 @@ def test_an_output_is_timed_at_its_own_plan(kvcompress, compressed, options, tur
     assert [r["batch"] for r in document["attention"]] == [2]
     assert 0 < document["attention"][0]["keep"] < 1
     assert document["turn"] == turn
+
+
+def test_latent_attention_is_not_timed(kvcompress, fails, model, text, tmp_path):
+    small_model("deepseek_v2").save_pretrained(tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    flags = ("--calibration", text, "--tokens", "256", "--seq-len", "64", "--recent", "8")
+    assert kvcompress("compress", tmp_path / "model", tmp_path / "out", *flags).code == 0
+    assert "latent attention" in fails("bench", tmp_path / "out")
 
 
 def test_keys_that_are_rebuilt_are_not_timed_as_others(fails, compressed):
