@@ -170,6 +170,7 @@ def compress(
     if for_engine is not None:
         _refuse(for_engine != "vllm", f"--for {for_engine} is unknown. Known: vllm.")
         _refuse(bool(folded), "--for vllm is for a coded cache. Leave out --folded, or export: kvcompress export.")
+        compression.check_runs_in_vllm(model)
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )

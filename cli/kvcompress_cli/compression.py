@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kvcompress.evaluate.max_ratio import Search
     from kvcompress.pipeline import CompressionResult
 
+#: Fields of configurations that say what the plugin of vLLM refuses to run compressed (kvcompress/vllm).
+_NOT_IN_VLLM = {"kv_lora_rank": "latent attention", "attn_logit_softcapping": "a soft cap of attention's scores"}
+
 
 def run(
     model: str,
@@ -107,6 +110,23 @@ def print_result(result: CompressionResult) -> None:
     typer.echo(f'kvcompress generate {out} --prompt "Once upon a time"')
     if result.plan.form == "folded":
         typer.echo(f"kvcompress export {out} --to hf -o DIR")
+
+
+def check_runs_in_vllm(model: str) -> None:
+    """Raise OptionError, before anything is measured, for a model whose compressed cache the plugin refuses.
+
+    Not of a GGUF file, which would be read twice.
+    """
+    from kvcompress.checkpoint.reader import open_headers
+    from kvcompress.errors import OptionError
+
+    if Path(model).is_file():
+        return
+    with open_headers(model) as checkpoint:
+        fields = checkpoint.config.get("text_config") or checkpoint.config
+    for field, what in _NOT_IN_VLLM.items():
+        if fields.get(field):
+            raise OptionError(f"with {what} ({field}) a compressed cache runs in transformers alone. Leave out --for.")
 
 
 def in_engine(result: CompressionResult) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kvcompress.errors import OptionError
 from kvcompress.runtime.output import read_output
 from kvcompress.vllm import plugin
 from kvcompress.vllm.pages import PoolBlock
+from tests.models.small import small_model
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,15 @@ def test_what_a_token_takes_in_pages_is_told(kvcompress: Any, model: Any, text: 
     assert document["times_the_tokens"]["2048"] == block.times_the_tokens(2048)
     shown = " ".join(kvcompress("compress", model, tmp_path / "out", *flags, "--force").stdout.split())
     assert f"{block.times_the_tokens(2048):.2f} at 2k, " in shown and f"pages of {block.n_tokens} tokens" in shown
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("deepseek_v2", "latent attention"), ("gemma2", "a soft cap")])
+def test_models_that_the_plugin_refuses_are_not_compressed_for_it(
+    model_type: str, why: str, fails: Any, tmp_path: Any
+) -> None:
+    small_model(model_type).save_pretrained(tmp_path / "model")
+    assert why in fails("compress", tmp_path / "model", tmp_path / "out", "--for", "vllm")
+    assert not (tmp_path / "out").exists()
 
 
 def absent(name: str) -> str:
