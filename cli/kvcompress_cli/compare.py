@@ -143,6 +143,7 @@ def run(
     ray: str | None = None,
 ) -> dict[str, Any]:
     """Return the library's comparison, with progress on stderr."""
+    sharing.wake(gpus, ray, device)  # before the seconds that importing torch takes
     from kvcompress.errors import OptionError
     from kvcompress_cli.loading import check_dtype, resolve_device
     from kvcompress_cli.progress import stage_progress

@@ -33,7 +33,7 @@ def run(
     memory: str | None = None,
 ) -> CompressionResult:
     """Return compress()'s result, with progress on stderr."""
-    _check(output, force, device, dtype)
+    _check(output, force, device, dtype, gpus=gpus, ray=ray)
     from kvcompress.pipeline import compress as compress_checkpoint
     from kvcompress_cli.progress import stage_progress
 
@@ -58,7 +58,7 @@ def search_keep(
     ray: str | None,
 ) -> tuple[CompressionResult, Search]:
     """Return compress_within()'s result, with progress on stderr."""
-    _check(output, force, device, dtype)
+    _check(output, force, device, dtype, gpus=gpus, ray=ray)
     from kvcompress.evaluate.max_ratio import compress_within
     from kvcompress_cli.progress import stage_progress
 
@@ -68,10 +68,11 @@ def search_keep(
         return compress_within(model, output, options, max_ratio, texts=texts, **how)
 
 
-def _check(output: Path, force: bool, device: str, dtype: str) -> None:
+def _check(output: Path, force: bool, device: str, dtype: str, *, gpus: str | None, ray: str | None) -> None:
     from kvcompress.checkpoint.writer import check_target
 
     check_target(output, force=force)  # before the seconds that importing torch takes
+    sharing.wake(gpus, ray, device)
     from kvcompress_cli.loading import check_dtype, resolve_device
 
     resolve_device(device)

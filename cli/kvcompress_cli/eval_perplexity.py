@@ -72,17 +72,19 @@ def show_shared(
 ) -> None:
     """Evaluate on a text, windows shared out; print the figures and keep them in `output`. Raises OptionError."""
     from kvcompress.errors import OptionError
-    from kvcompress.evaluate.shared import evaluate_shared
-    from kvcompress.plan import Plan
     from kvcompress_cli import sharing
-    from kvcompress_cli.loading import resolve_device, resolve_dtype
-    from kvcompress_cli.progress import stage_progress
-    from kvcompress_cli.recording import record
 
     if mode != "--text":
         raise OptionError(
             f"--gpus and --ray share out the windows of --text; {mode} is not shared out. Leave them out."
         )
+    sharing.wake(gpus, ray, device)  # before the seconds that importing torch takes
+    from kvcompress.evaluate.shared import evaluate_shared
+    from kvcompress.plan import Plan
+    from kvcompress_cli.loading import resolve_device, resolve_dtype
+    from kvcompress_cli.progress import stage_progress
+    from kvcompress_cli.recording import record
+
     name = str(resolve_dtype(dtype, resolve_device(device), Plan.load(output).dtype)).removeprefix("torch.")
     how = {"seq_len": options.seq_len or 2048, "max_windows": options.max_windows}
     window = {"sinks": options.sinks, "recent": options.recent}

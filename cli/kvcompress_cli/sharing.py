@@ -46,6 +46,14 @@ def n_bytes(memory: str | None) -> int | None:
     return parse_bytes(memory)
 
 
+def wake(gpus: str | None, ray: str | None, device: str) -> None:
+    """Let a Ray cluster's workers import what they need from now on, beside this process. Raises OptionError."""
+    if ray is not None and gpus is None and device != "cpu":
+        from kvcompress.calibration import ray_cluster
+
+        ray_cluster.wake(ray)
+
+
 def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
     """Return who sums the calibration's windows, None for this process. Raises OptionError."""
     from kvcompress.errors import OptionError
@@ -56,9 +64,7 @@ def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
         from kvcompress.calibration.ray_tasks import RayWorkers
         from kvcompress_cli.loading import resolve_device
 
-        cluster = RayWorkers(ray, resolve_device(device))
-        cluster.begin()
-        return cluster
+        return RayWorkers(ray, resolve_device(device))
     if _is_rank():
         from kvcompress.calibration.ranks import RankWorkers
         from kvcompress_cli.loading import resolve_device

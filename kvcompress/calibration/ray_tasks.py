@@ -13,14 +13,13 @@ import torch
 from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import note_again, note_repeated, pieces_of, shared_pieces
+from kvcompress.calibration.ray_cluster import ON_GPU, connected
 from kvcompress.calibration.worker import Job, Sums, streamed_moments
 from kvcompress.errors import CalibrationError, KVCompressError, OptionError
 
 _MOST_RETRIES = 5
 #: Windows of a task at most: what is lost with a worker, and how often sums travel.
 _MOST_WINDOWS = 16
-#: All GPUs of a node stay visible to a worker, which finds the one that each task is given: Ray uses workers again.
-_ENVIRONMENT = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 
 
 class RayWorkers:
@@ -41,7 +40,7 @@ class RayWorkers:
     def n(self) -> int:
         """How many tasks the cluster runs at a time."""
         resource = "GPU" if self._on_gpus else "CPU"
-        found = int(_connected(self.address).cluster_resources().get(resource, 0))
+        found = int(connected(self.address).cluster_resources().get(resource, 0))
         if not found:
             raise OptionError(f"the Ray cluster at {self.address} has no {resource}.")
         return found
@@ -49,14 +48,6 @@ class RayWorkers:
     def hold(self, n_bytes: int) -> bool:
         """Return True: what a node's devices hold is not known here. Streaming is asked for with a memory."""
         return True
-
-    def begin(self) -> None:
-        """Let a worker for each GPU import what it needs, while this process does the same; it does not wait."""
-        ray = _connected(self.address)
-        if self._on_gpus:
-            wake = ray.remote(num_gpus=1, max_retries=0, runtime_env=_ENVIRONMENT)(_wake)
-            for _ in range(self.n):
-                wake.remote()
 
     def prepare(self, checkpoint: str, dtype: str) -> None:
         """Nothing: a task loads what it needs, and its worker keeps that for the next one."""
@@ -76,11 +67,10 @@ class RayWorkers:
 
         of: the windows of each item, of which it is told where they are repeated.
         """
-        ray = _connected(self.address)
-        on_gpus: dict[str, Any] = {"num_gpus": 1, "max_calls": 0, "runtime_env": _ENVIRONMENT}
+        ray = connected(self.address)
         attempts, call = self._attempts(), self._n_calls
         self._n_calls += 1
-        task = ray.remote(max_retries=_MOST_RETRIES, **(on_gpus if self._on_gpus else {"num_cpus": 1}))(_run)
+        task = ray.remote(max_retries=_MOST_RETRIES, **(ON_GPU if self._on_gpus else {"num_cpus": 1}))(_run)
         sent = enumerate(_sent_once(ray, items))
         running = {task.remote(function, self._on_gpus, attempts, (call, i), *item): i for i, item in sent}
         while running:
@@ -105,29 +95,12 @@ class RayWorkers:
     def _attempts(self) -> Any:
         if self._counter is None:
             lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-            self._counter = _connected(self.address).remote(**lasting)(Attempts).remote()
+            self._counter = connected(self.address).remote(**lasting)(Attempts).remote()
         return self._counter
 
     def close(self) -> None:
         """Let the counting actor go; the cluster is not ours."""
         self._counter = None
-
-
-def _connected(address: str) -> Any:
-    """Return the package ray, connected. Raises OptionError where it is not installed or there is no cluster."""
-    try:
-        import ray
-    except ImportError as error:
-        raise OptionError("--ray needs the package ray: pip install 'kvcompress[ray]'.") from error
-    if not ray.is_initialized():
-        try:
-            ray.init(None if address == "local" else address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OptionError(
-                f"no Ray cluster answers at '{address}' ({reason}). Start one (ray start --head), or use --ray local."
-            ) from error
-    return ray
 
 
 def _sent_once(ray: Any, items: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -138,11 +111,6 @@ def _sent_once(ray: Any, items: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ..
         if times[id(x)] > 1 and id(x) not in stored:
             stored[id(x)] = ray.put(x)
     return [tuple(stored.get(id(x), x) for x in item) for item in items]
-
-
-def _wake() -> None:
-    """Take what a worker needs once."""
-    import transformers  # noqa: F401
 
 
 def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -15,12 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
+from kvcompress.calibration import ray_cluster
 from kvcompress.calibration.pieces import collect_shared
 from kvcompress.calibration.ray_tasks import RayWorkers
 from kvcompress.errors import CalibrationError, Note, OptionError
 from kvcompress.evaluate.compare import Request, compare
 from kvcompress.evaluate.shared import evaluate_shared
 from kvcompress.options import CompressOptions
+from kvcompress_cli import sharing
 from tests.contract.test_shared_calibration import FAMILY, assert_same_plan, broken_job, kill_once, run
 from tests.sharing import Backwards, awake
 
@@ -42,7 +45,9 @@ class TestRay:
             warnings.simplefilter("ignore")
             path = os.pathsep.join(p for p in sys.path if p)
             how = {"log_to_driver": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
-            ray.init(num_cpus=2, include_dashboard=False, **how)
+            with pytest.MonkeyPatch.context() as environment:  # in which there may be no GPU; Ray is told of one
+                environment.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+                ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, **how)
             workers = RayWorkers("auto")
             assert len(list(workers.each(awake, [()] * 4))) == 4  # else one that only imports may be killed
             yield workers
@@ -86,10 +91,22 @@ class TestRay:
         imported = workers._attempts().__ray_call__.remote(lambda _: "torch" in sys.modules)
         assert ray.get(imported) is False
 
+    def test_a_worker_that_was_woken_is_who_works(self, workers: RayWorkers) -> None:
+        """A GPU's: Ray would end it after one task. Nothing here uses the GPU that this Ray is told of."""
+        ray = pytest.importorskip("ray")
+        ray_cluster.wake("auto")
+        imported = ray.remote(**ray_cluster.ON_GPU)(lambda: "transformers.modeling_utils" in sys.modules).remote()
+        assert ray.get(imported) is True
+
     def test_what_a_task_raises_arrives(self, workers: RayWorkers, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
             collect_shared(job, workers)
+
+
+def test_workers_are_woken_before_torch_is_imported() -> None:
+    look = "import sys, kvcompress.calibration.ray_cluster, kvcompress_cli.sharing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
 
 
 def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +123,7 @@ def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("device", "n"), [("cuda", 3), ("cpu", 0)])
+@pytest.mark.parametrize(("device", "n"), [("cuda", 3), ("auto", 3), ("cpu", 0)])
 def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: str, n: int) -> None:
     begun: list[float] = []
 
@@ -116,7 +133,7 @@ def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: 
     resources = lambda: {"GPU": 3.0, "CPU": 64.0}  # noqa: E731
     cluster = SimpleNamespace(is_initialized=lambda: True, cluster_resources=resources, remote=remote)
     monkeypatch.setitem(sys.modules, "ray", cluster)
-    RayWorkers("auto", device).begin()
+    sharing.wake(None, "auto", device)
     assert begun == [1] * n
 
 
