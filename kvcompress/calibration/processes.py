@@ -287,9 +287,8 @@ def _take(device: str) -> None:
 
 
 def _wake(device: str) -> None:
-    """Take what a process needs once: its GPUs, and what loads a model."""
+    """Take what a process needs once: its GPUs; this file brought what loads a model."""
     import torch
-    import transformers  # noqa: F401
 
     for one in device.split("+"):
         torch.zeros(1, device=one)
