@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from kvcompress.evaluate.max_ratio import Search
     from kvcompress.pipeline import CompressionResult
 
-#: Fields of configurations that say what the plugin of vLLM refuses to run compressed (kvcompress/vllm).
-_NOT_IN_VLLM = {"kv_lora_rank": "latent attention", "attn_logit_softcapping": "a soft cap of attention's scores"}
-
 
 def run(
     model: str,
@@ -119,15 +116,15 @@ def check_runs_in_vllm(model: str) -> None:
     Not of a GGUF file, which would be read twice.
     """
     from kvcompress.checkpoint.reader import open_headers
-    from kvcompress.errors import OptionError
+    from kvcompress.vllm import refusals
 
     if Path(model).is_file():
         return
     with open_headers(model) as checkpoint:
-        fields = checkpoint.config.get("text_config") or checkpoint.config
-    for field, what in _NOT_IN_VLLM.items():
-        if fields.get(field):
-            raise OptionError(f"with {what} ({field}) a compressed cache runs in transformers alone. Leave out --for.")
+        spec, config = checkpoint.spec, checkpoint.config.get("text_config") or checkpoint.config
+        found = refusals.of_config(config, spec.own_layers, window=spec.window)
+        found = found or refusals.of_tensors(checkpoint.tensors, {a.layer for a in spec.layers})
+    refusals.refuse(found, "Leave out --for.")
 
 
 def in_engine(result: CompressionResult) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvcompress.errors import OptionError
-from kvcompress.vllm import reference
+from kvcompress.vllm import reference, refusals
 from kvcompress.vllm.fused import FusedModel
 from kvcompress.vllm.layers import CompressedAttention
 from kvcompress.vllm.names import AttentionImpl, get_forward_context, reshape_and_cache_flash
+from kvcompress.vllm.source import UNCOMPRESSED
 from kvcompress.vllm.steps import Step
 
 if TYPE_CHECKING:
@@ -40,19 +40,11 @@ class PackedAttention(AttentionImpl):
     ) -> None:
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        refused = {
-            "ALiBi": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
-            "a soft cap of its scores": bool(logits_soft_cap),
-            f"attention of type {attn_type}": attn_type != "decoder",
-            "the cache of another layer": kv_sharing_target_layer_name is not None,
-            "learned sinks": more.get("sinks") is not None,
-        }
-        for what, found in refused.items():
-            if found:
-                raise OptionError(
-                    f"a layer of the compressed model has {what}, which compressed attention lacks in vLLM."
-                )
+        lacking = refusals.of_layer(
+            alibi_slopes=alibi_slopes, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type, shares=kv_sharing_target_layer_name, sinks=more.get("sinks"),
+        )  # fmt: skip
+        refusals.refuse(lacking, UNCOMPRESSED)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ import torch
 from kvcompress.checkpoint.maps import MAPS_FILE
 from kvcompress.errors import OptionError
 from kvcompress.plan import BLOCK_TOKENS
+from kvcompress.vllm import refusals
 from kvcompress.vllm.backend import ExactBackend, PackedBackend, compressed_layers
 from kvcompress.vllm.codecs import layer_plans
 from kvcompress.vllm.layers import CompressedModel, make_layer
@@ -30,7 +31,7 @@ from kvcompress.vllm.names import (
     first_runner,
     get_current_vllm_config,
 )
-from kvcompress.vllm.source import Source, find_directory, read_source
+from kvcompress.vllm.source import UNCOMPRESSED, Source, find_directory, read_source
 from kvcompress.vllm.specs import ExactSpec, PackedSpec
 from kvcompress.vllm.summary import say
 
@@ -122,9 +123,7 @@ def _refuse_latent(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     with torch.device("cpu"):
         source = source_of(get_current_vllm_config())
     if source is not None:
-        raise OptionError(
-            f"the layers of {source.directory} keep a latent (MLA), whose compressed cache runs in transformers alone."
-        )
+        refusals.refuse(refusals.of_latent_layer(), UNCOMPRESSED)
     original(self, *args, **kwargs)
 
 

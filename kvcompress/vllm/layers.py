@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.checkpoint.maps import SiteMaps
-from kvcompress.errors import CheckpointError, OptionError
+from kvcompress.errors import CheckpointError
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.model.architectures import is_read, read_model_spec
 from kvcompress.model.model_spec import DTYPE_BYTES, PARTS, Site
@@ -19,12 +19,13 @@ from kvcompress.model.rope import Rotary
 from kvcompress.plan import BLOCK_TOKENS, Plan
 from kvcompress.runtime.layers import check_fit
 from kvcompress.site_plan import SitePlan
+from kvcompress.vllm import refusals
 from kvcompress.vllm.codecs import heads_of, make_layer_codecs, rank_heads, rank_site
 from kvcompress.vllm.fused import FusedModel
 from kvcompress.vllm.names import AttentionLayerBase, VllmConfig, sum_over_ranks, tensor_parallel_place
 from kvcompress.vllm.pages import PageLayout, blocks_of_page, page_sizes, row_bytes
 from kvcompress.vllm.reference import LayerCache
-from kvcompress.vllm.source import Source
+from kvcompress.vllm.source import UNCOMPRESSED, Source
 from kvcompress.vllm.specs import ExactSpec, PackedSpec
 from kvcompress.vllm.steps import encoding_lag
 
@@ -102,12 +103,12 @@ def layouts_of(plan: Plan, rows: Mapping[Site, int]) -> dict[int, PageLayout]:
 def rotaries(plan: Plan, hf_config: Any) -> dict[int, Rotary]:
     """Return RoPE of each layer whose keys turn: as the plan says, or in an earlier output, as the model has it.
 
-    Raises CheckpointError for a plan of another model, OptionError for layers that are not run beside compressed ones.
+    Raises CheckpointError for a plan of another model, OptionError for a model that is not run compressed.
     """
-    check_own_layers(plan)
+    as_read = hf_config.to_dict()
+    refusals.refuse(refusals.of_config(as_read, plan.own_layers), UNCOMPRESSED)
     by = [Rotary.by(rotation) for rotation in plan.rotations]
     planned = {s.layer: by[s.rotation] for s in plan.sites if s.part == "key" and s.rotation is not None}
-    as_read = hf_config.to_dict()
     if not is_read(as_read):
         n_layers = len({s.layer for s in plan.sites} | {own.layer for own in plan.own_layers})
         if plan.architecture != hf_config.model_type or n_layers != hf_config.num_hidden_layers:
@@ -134,15 +135,6 @@ def same_turn(one: Rotary, other: Rotary) -> bool:
     """Return whether two turn keys alike, but for rounding."""
     sizes = len(one.inv_freq) == len(other.inv_freq) and abs(one.scale - other.scale) < 1e-3
     return sizes and torch.allclose(one.inv_freq.cpu(), other.inv_freq.cpu(), rtol=1e-3, atol=1e-9)
-
-
-def check_own_layers(plan: Plan) -> None:
-    for own in plan.own_layers:
-        if own.window is None or own.state_bytes:
-            raise OptionError(
-                f"layer {own.layer} of the model keeps {own.kind}, which the plugin does not run beside compressed "
-                "layers: it knows layers with a sliding window alone."
-            )
 
 
 @dataclass(slots=True)

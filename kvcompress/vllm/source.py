@@ -18,6 +18,8 @@ from kvcompress.runtime.output import read_output
 CONFIG_KEY, VARIABLE = "kvcompress", "KVCOMPRESS_MAPS"
 #: Named instead of a directory by someone who wants the model uncompressed.
 OFF = "off"
+#: What to do with a model whose compressed cache is refused.
+UNCOMPRESSED = f'Run it uncompressed: --additional-config \'{{"{CONFIG_KEY}": "{OFF}"}}\'.'
 
 
 @dataclass(frozen=True, slots=True)

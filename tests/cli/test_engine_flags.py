@@ -84,7 +84,17 @@ def test_what_a_token_takes_in_pages_is_told(kvcompress: Any, model: Any, text: 
     assert f"{block.times_the_tokens(2048):.2f} at 2k, " in shown and f"pages of {block.n_tokens} tokens" in shown
 
 
-@pytest.mark.parametrize(("model_type", "why"), [("deepseek_v2", "latent attention"), ("gemma2", "a soft cap")])
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("deepseek_v2", "latent attention"),
+        ("gemma2", "a soft cap"),
+        ("bloom", "ALiBi"),
+        ("gpt_oss", "learned sinks"),
+        ("qwen3_next", "something else beside compressed ones"),
+        ("mistral", "a sliding window"),
+    ],
+)
 def test_models_that_the_plugin_refuses_are_not_compressed_for_it(
     model_type: str, why: str, fails: Any, tmp_path: Any
 ) -> None:

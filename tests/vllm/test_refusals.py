@@ -73,7 +73,7 @@ def test_layers_with_a_state(compressed: Callable[..., Path]) -> None:
 
     plan, config = Plan.load(directory := compressed(keep=0.25)), AutoConfig.from_pretrained(directory)
     hybrid = replace(plan, own_layers=(OwnLayer(9, "LinearAttentionLayer", state_bytes=1000),))
-    with pytest.raises(KVCompressError, match="layer 9 of the model keeps LinearAttentionLayer"):
+    with pytest.raises(KVCompressError, match="layer 9: LinearAttentionLayer"):
         rotaries(hybrid, config)
 
 
@@ -86,5 +86,26 @@ def test_latent_attention(monkeypatch: Any) -> None:
     monkeypatch.setattr(hooks, "source_of", lambda config: found.pop(0))
     hooks._refuse_latent(lambda *a: made.append(a), "layer")  # an ordinary model's
     assert made == [("layer",)]
-    with pytest.raises(KVCompressError, match="MLA"):
+    with pytest.raises(KVCompressError, match=r"MLA.*off"):
         hooks._refuse_latent(lambda *a: made.append(a), "layer")
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [({"alibi_slopes": [0.5]}, "ALiBi"), ({"logits_soft_cap": 50.0}, "soft cap"), ({"sinks": 1}, "learned sinks")],
+)
+def test_a_layer_that_attends_otherwise(asked: dict[str, Any], why: str) -> None:
+    from kvcompress.vllm.attention import PackedAttention
+
+    PackedAttention(2, 16, 0.25, 1)
+    with pytest.raises(KVCompressError, match=rf"{why}.*off"):
+        PackedAttention(2, 16, 0.25, 1, **asked)
+
+
+def test_a_model_that_is_refused_by_its_configuration(compressed: Callable[..., Path]) -> None:
+    from kvcompress.vllm.layers import rotaries
+
+    plan, config = Plan.load(directory := compressed(keep=0.25)), AutoConfig.from_pretrained(directory)
+    config.num_kv_shared_layers = 1
+    with pytest.raises(KVCompressError, match="the cache of others"):
+        rotaries(plan, config)
