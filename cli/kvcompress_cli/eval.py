@@ -204,6 +204,8 @@ def _measure(output: Path, mode: str, options: EvalOptions, *, json: bool, **how
 def _in_engine(output: Path, options: EvalOptions, *, json: bool, **how: Any) -> None:
     from kvcompress_cli import eval_engine, eval_tasks
 
+    if options.tasks is not None:
+        eval_tasks.check(options)
     loaded = eval_engine.load_beside(output, **how)
     if options.tasks is None:
         eval_engine.show_engine(loaded, output, options, json=json)
@@ -220,6 +222,7 @@ def _runner(mode: str, options: EvalOptions) -> tuple[Callable[[Loaded], Any], C
     if mode == "--tasks":
         from kvcompress_cli import eval_tasks
 
+        eval_tasks.check(options)
         return partial(eval_tasks.run, options=options), eval_tasks.show
     if mode == "--text":
         from kvcompress_cli import eval_perplexity

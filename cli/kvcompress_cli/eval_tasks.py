@@ -14,18 +14,24 @@ if TYPE_CHECKING:
     from kvcompress_cli.loading import Loaded
 
 
+def check(options: EvalOptions) -> None:
+    """Raise OptionError, before a model is loaded, without lm-eval or for files of tasks that cannot be read."""
+    from kvcompress.evaluate.tasks import check_tasks
+
+    check_tasks(_names(options))
+
+
 def run(loaded: Loaded, options: EvalOptions, *, engine: Path | None = None) -> TaskEvaluation:
     """Return the library's evaluation, with progress on stderr. engine: the output, to be run in vLLM."""
     from kvcompress.evaluate.engine_tasks import EngineAnswerer
     from kvcompress.evaluate.tasks import evaluate_tasks
     from kvcompress_cli.progress import stage_progress
 
-    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     with stage_progress() as progress:
         return evaluate_tasks(
             loaded.model,
             loaded.tokenizer,
-            names,
+            _names(options),
             original=loaded.original,
             limit=options.limit,
             n_fewshot=options.fewshot,
@@ -36,6 +42,10 @@ def run(loaded: Loaded, options: EvalOptions, *, engine: Path | None = None) -> 
             answerer=None if engine is None else EngineAnswerer.beside(loaded.model, engine),
             progress=progress,
         )
+
+
+def _names(options: EvalOptions) -> list[str]:
+    return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
 
 
 def show(evaluation: TaskEvaluation) -> None:

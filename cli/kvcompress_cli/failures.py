@@ -22,6 +22,9 @@ _NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errn
 #: What torch says of a CPU's memory.
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
+#: Packages that fit one version of torch each.
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
 
 class OneLineFailures(TyperGroup):
     """The group of commands, which reports what goes wrong in any of them."""
@@ -63,6 +66,15 @@ def one_line_failures() -> Iterator[None]:
         mend = "Free some, or ask for less at once: a smaller --seq-len, or compress --memory, which streams layers."
         _print_line(f"{said}. {mend}")
         raise typer.Exit(2) from error
+    except ImportError as error:
+        unfit = _made_for_another_torch(error)
+        if unfit is None:
+            raise
+        _print_line(
+            f"transformers cannot be imported: {unfit}, which it imports where it is installed, was made for another "
+            f"torch. kvcompress does not need it: pip uninstall {unfit}, or install the one for this torch."
+        )
+        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _print_line("interrupted.")
         raise typer.Exit(130) from error
@@ -71,6 +83,19 @@ def one_line_failures() -> Iterator[None]:
 def _tells_of_memory(error: RuntimeError) -> bool:
     """Return whether a GPU, or torch on a CPU, had no room; torch may not be imported here."""
     return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__) or _NO_MEMORY in str(error)
+
+
+def _made_for_another_torch(error: BaseException | None) -> str | None:
+    """Return which companion of torch failed while transformers imported it, or None."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+            if package in _COMPANIONS:
+                return str(package)
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _check_encoding(args: list[str]) -> None:

@@ -54,11 +54,8 @@ def evaluate_tasks(
     answerer: an engine that answers for the compressed side. Raises OptionError if lm-eval is not installed, a task is
     unknown, or its data cannot be had.
     """
-    if not tasks:
-        raise OptionError("no task is named. Name tasks of lm-eval, .jsonl files or directories of them.")
-    _check_lm_eval()
+    names, local = check_tasks(tasks)
     sides = both_sides(model, original=original, sinks=sinks, recent=recent)
-    names, local = _resolve(tasks)
     with Answers(answers) as known, _quiet_lm_eval():
         with _explained(names):
             loaded = _load(names, local, n_fewshot)
@@ -78,6 +75,17 @@ def evaluate_tasks(
         protocol["engine"] = "vllm"
     plan = attachment_of(model).plan
     return TaskEvaluation(results, average(results), plan.keep, protocol)
+
+
+def check_tasks(tasks: Sequence[str]) -> tuple[list[str], dict[str, LocalTask]]:
+    """Return (names of lm-eval's tasks, local tasks by name), which needs no model.
+
+    Raises OptionError if none is named, lm-eval is not installed, or a file cannot be read.
+    """
+    if not tasks:
+        raise OptionError("no task is named. Name tasks of lm-eval, .jsonl files or directories of them.")
+    _check_lm_eval()
+    return _resolve(tasks)
 
 
 def task_pairs(tokenizer: Any, files: Sequence[Path], *, limit: int | None = None) -> list[Pair]:
@@ -102,8 +110,7 @@ def lm_eval_pairs(
     The answers can then be collected where lm-eval is missing. Only what is scored, not what is generated. Raises
     OptionError as `evaluate_tasks` does.
     """
-    _check_lm_eval()
-    names, local = _resolve(tasks)
+    names, local = check_tasks(tasks)
     pairs: list[Pair] = []
     with _quiet_lm_eval(), _explained(names):
         for task in _load(names, local, n_fewshot)["tasks"].values():

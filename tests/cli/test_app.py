@@ -164,6 +164,21 @@ def test_no_memory_is_one_line_and_exit_2(fails, monkeypatch, tmp_path, error):
     assert "memory" in line and "--seq-len" in line and "Process 7" not in line
 
 
+def test_a_package_made_for_another_torch_is_named(fails, kvcompress, monkeypatch, tmp_path):
+    def broken(*_args, **_settings):  # as transformers says it: without the package's name
+        try:
+            exec("raise RuntimeError('operator x::nms does not exist')", {"__name__": f"{package}._meta"})
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'AttentionInterface'.") from error
+
+    monkeypatch.setattr(pipeline, "compress", broken)
+    package = "torchvision"
+    assert "pip uninstall torchvision" in fails("compress", "model", tmp_path / "out")
+    package = "ours"
+    with pytest.raises(ModuleNotFoundError):
+        kvcompress("compress", "model", tmp_path / "out")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
 def test_where_no_output_fits_it_is_one_line_and_exit_2(compressed, more):

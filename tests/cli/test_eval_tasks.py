@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -44,9 +46,13 @@ def test_tasks_side_by_side(kvcompress, any_form, task, tmp_path):
     assert "±" in table.stdout and "keep 0.5000" in table.stdout
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_a_missing_lm_eval_is_one_line(fails, compressed, task):
-    assert "pip install 'kvcompress[tasks]'" in fails("eval", compressed(), "--tasks", task)
+@pytest.mark.parametrize("more", [(), ("--engine", "vllm")])
+def test_what_tasks_need_is_seen_before_an_output_is_opened(fails, monkeypatch, tmp_path, task, more):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'kvcompress[tasks]'" in fails("eval", tmp_path / "none", "--tasks", task, *more)
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    task.write_text("{}\n")
+    assert "ships.jsonl" in fails("eval", tmp_path / "none", "--tasks", task, *more)
 
 
 def test_retrieval_by_length_and_depth(kvcompress, any_form, text):
