@@ -38,8 +38,8 @@ from kvcompress.pipeline import CompressionResult, compress
 from kvcompress.planning import make_plan, refit_values
 from kvcompress.runtime.attach import attach_plan, detach
 
-#: Windows of each kind that are measured: few, since every step measures all of them; and how many at a time.
-_ON_A_GPU, _ON_A_CPU = (8, 4), (3, 1)
+#: Windows of each kind that are measured: few, since every step measures all of them.
+_ON_A_GPU, _ON_A_CPU = 8, 3
 #: The kind that all texts that come with the package are together: of some of them calibration leaves one window.
 _BUNDLED = "bundled texts"
 #: The keep that is tried first; from there on the curve is followed.
@@ -206,7 +206,7 @@ class _Bench:
             dtype = "float32" if device == "cpu" and not is_quantised(checkpoint.config) else checkpoint.spec.dtype
         tokenizer = load_tokenizer(checkpoint.path)
         self.model: Any = load_weights(checkpoint.path, dtype=dtype, device=device)
-        self.n_windows, self._at_once = _ON_A_CPU if device == "cpu" else _ON_A_GPU
+        self.n_windows = _ON_A_CPU if device == "cpu" else _ON_A_GPU
         kinds = self._windows(tokenizer, texts)
         self.originals = {kind: Original(self.model, windows, remember=True) for kind, windows in kinds.items()}
 
@@ -231,7 +231,7 @@ class _Bench:
             for done, (kind, original) in enumerate(self.originals.items()):
                 n_kinds = len(self.originals)
                 self.report("search", index * n_kinds + done, MOST_STEPS * n_kinds)
-                result: Evaluation = evaluate_attached(self.model, original, batch=self._at_once)
+                result: Evaluation = evaluate_attached(self.model, original)
                 step.ratios[kind] = result.perplexity["ratio"]
                 step.errors[kind] = result.ratio_standard_error or 0.0
         finally:

@@ -26,6 +26,8 @@ from kvcompress.plan import Plan
 from kvcompress.runtime.attach import attachment_of
 
 _LOGIT_ROWS = 256
+#: Tokens that a GPU reads at once, in windows: of fewer it waits most of the time for its kernels to be started.
+_TOKENS_ON_A_GPU = 8192
 Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
@@ -91,16 +93,16 @@ class Original:
         self.model, self.windows, self.remember = model, windows, remember
         self._states: dict[int, Tensor] = {}
 
-    def states(self, index: int) -> Tensor:
-        """Return the final hidden states of a window on the model's device: [1, seq_len, d_model]."""
+    def states(self, start: int, stop: int) -> Tensor:
+        """Return the final hidden states of windows on the model's device: [stop - start, seq_len, d_model]."""
         device = next(self.model.parameters()).device
-        if index in self._states:
-            return self._states[index].to(device)
+        if all(index in self._states for index in range(start, stop)):
+            return torch.stack([self._states[index] for index in range(start, stop)]).to(device)
         with torch.no_grad():
-            ids = self.windows.ids[index : index + 1].to(device)
+            ids = self.windows.ids[start:stop].to(device)
             states: Tensor = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
         if self.remember:
-            self._states[index] = states.cpu()
+            self._states.update(enumerate(states.cpu().unbind(), start))
         return states
 
 
@@ -135,11 +137,10 @@ def evaluate_attached(
     *,
     sinks: int | None = None,
     recent: int | None = None,
-    batch: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Return how an attached model compares with `original`, on its windows, of which `batch` are read at once."""
-    found = measure_attached(model, original, sinks=sinks, recent=recent, batch=batch, progress=progress)
+    """Return how an attached model compares with `original`, on its windows."""
+    found = measure_attached(model, original, sinks=sinks, recent=recent, progress=progress)
     return joined([found], original.windows, attachment_of(model).plan)
 
 
@@ -162,10 +163,9 @@ def measure_attached(
     *,
     sinks: int | None = None,
     recent: int | None = None,
-    batch: int = 1,
     progress: Progress | None = None,
 ) -> Measured:
-    """Return the sums of an attached model on the windows of `original`, of which `batch` are read at once."""
+    """Return the sums of an attached model on the windows of `original`; a GPU reads several at once."""
     attachment = attachment_of(model)
     plan = attachment.plan
     if plan.form == "folded":
@@ -178,7 +178,7 @@ def measure_attached(
 
     sites = [site for layer in attachment.codecs for site in (layer.key, layer.value)] if plan.form == "coded" else []
     with watched(sites, skipped=sinks) as watches:
-        sums = _window_sums(model, original, coded, batch=batch, progress=progress)
+        sums = _window_sums(model, original, coded, batch=_at_once(model, original.windows), progress=progress)
     protocol = {"sinks": sinks, "recent": recent}
     return Measured(sums, tuple(watch.seen for watch in watches), dtype_name(model), protocol)
 
@@ -211,6 +211,11 @@ def compare_states(
     return _evaluation(sums, original.windows, dtype_name(model), keep=keep, protocol=protocol)
 
 
+def _at_once(model: Any, windows: Windows) -> int:
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return max(1, _TOKENS_ON_A_GPU // windows.ids.shape[1]) if on_gpu else 1
+
+
 def _window_sums(
     model: Any,
     original: Original,
@@ -225,13 +230,14 @@ def _window_sums(
     sums = torch.zeros(n_windows, 4, dtype=torch.float64)
     for start in range(0, n_windows, batch):
         ids = original.windows.ids[start : start + batch].to(device)
+        stop = start + len(ids)
         with torch.no_grad():
-            states = coded(ids)
-            for i in range(start, start + len(ids)):
-                one = slice(i - start, i - start + 1)
-                sums[i] = _compare((original.model, original.states(i)), (model, states[one]), ids[one])
+            theirs, ours = original.states(start, stop), coded(ids)
+            for i in range(len(ids)):
+                one = slice(i, i + 1)
+                sums[start + i] = _compare((original.model, theirs[one]), (model, ours[one]), ids[one])
         if progress:
-            progress(start + len(ids), n_windows)
+            progress(stop, n_windows)
     return sums
 
 

@@ -130,10 +130,9 @@ def test_the_model_is_calibrated_once_and_run_uncompressed_once(
     exact: list[int] = []
     states = Original.states
 
-    def counted(self: Original, index: int) -> torch.Tensor:
-        if index not in self._states:
-            exact.append(index)
-        return states(self, index)
+    def counted(self: Original, start: int, stop: int) -> torch.Tensor:
+        exact.extend(index for index in range(start, stop) if index not in self._states)
+        return states(self, start, stop)
 
     monkeypatch.setattr(Original, "states", counted)
     request = request_of("default", "palu", "kivi-4bit")

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import kvcompress
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.evaluate import perplexity
 from kvcompress.evaluate.perplexity import evaluate
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
@@ -77,6 +78,22 @@ def test_the_distance_is_that_of_what_was_encoded(model_and_tokenizer: tuple[Any
     assert len(energies) == len(codecs) > 0
     assert result.distance is not None and result.distance.component_energy == pytest.approx(mean, rel=1e-3)
     assert result.to_json()["distance"]["is_far"] is result.distance.is_far
+
+
+def test_windows_that_are_read_together_have_the_figures_of_each_alone(
+    model_and_tokenizer: tuple[Any, Any], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU reads them; the last ones are fewer."""
+    options: dict[str, Any] = {"seq_len": SEQ_LEN, "max_windows": N_WINDOWS}
+    alone = evaluate(*model_and_tokenizer, str(text_file), **options)
+    monkeypatch.setattr(perplexity, "_at_once", lambda *_: N_WINDOWS - 1)
+    done: list[int] = []
+    together = evaluate(*model_and_tokenizer, str(text_file), **options, progress=lambda n, _: done.append(n))
+    assert done == [N_WINDOWS - 1, N_WINDOWS]
+    assert together.log_ratios == pytest.approx(alone.log_ratios, abs=1e-5)
+    assert together.kl_nats == pytest.approx(alone.kl_nats, rel=1e-3)
+    assert alone.distance is not None and together.distance is not None
+    assert together.distance.component_energy == pytest.approx(alone.distance.component_energy, rel=1e-4)
 
 
 def test_a_window_as_long_as_the_text_changes_nothing(model_and_tokenizer: tuple[Any, Any], text_file: Path) -> None:
