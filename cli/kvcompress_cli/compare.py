@@ -75,6 +75,7 @@ def compare(
     ] = False,
     gpus: sharing.Gpus = None,
     ray: sharing.Ray = None,
+    per_gpu: sharing.PerGpu = 1,
     json: flags.Json = False,
 ) -> None:
     """Compare methods at several budgets, and quantised caches that people use today, decode-faithful.
@@ -94,8 +95,7 @@ def compare(
             max_windows=max_windows,
             device=device,
             dtype=dtype,
-            gpus=gpus,
-            ray=ray,
+            shared=sharing.Sharing(gpus, ray, per_gpu),
         )
     written = ["compare.json", *_write(document, out)]
     if json:
@@ -139,11 +139,10 @@ def run(
     max_windows: int | None,
     device: str,
     dtype: str,
-    gpus: str | None = None,
-    ray: str | None = None,
+    shared: sharing.Sharing,
 ) -> dict[str, Any]:
     """Return the library's comparison, with progress on stderr."""
-    sharing.wake(gpus, ray, device)  # before the seconds that importing torch takes
+    shared.wake(device)  # before the seconds that importing torch takes
     from kvcompress.errors import OptionError
     from kvcompress_cli.loading import check_dtype, resolve_device
     from kvcompress_cli.progress import stage_progress
@@ -152,7 +151,7 @@ def run(
     if dtype == "auto":
         raise OptionError("compare runs every method in one dtype: name float32, bfloat16 or float16.")
     how: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype}
-    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+    with shared.at_work(device) as workers, stage_progress() as progress:
         from kvcompress.evaluate.compare import Request  # here: workers import at the same time
         from kvcompress.evaluate.compare import compare as compare_methods
 

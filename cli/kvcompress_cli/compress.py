@@ -153,6 +153,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.", rich_help_panel=_FORM)] = False,
     gpus: sharing.Gpus = None,
     ray: sharing.Ray = None,
+    per_gpu: sharing.PerGpu = 1,
     memory: sharing.Memory = None,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -174,7 +175,8 @@ def compress(
     options = choose_options(
         recipe, calibration=tuple(calibration or ()) or None, no_calibration=no_calibration, metric=metric, **chosen
     )
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "resume": resume, "force": force, "gpus": gpus, "ray": ray}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "resume": resume, "force": force}
+    how["shared"] = sharing.Sharing(gpus, ray, per_gpu)
     search = None
     if max_ratio is None:
         _refuse(bool(text), "--text is what --max-ratio measures on. Give a --max-ratio, or leave it out.")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvcompress.options import CompressOptions
-from kvcompress_cli import sharing, terminal
+from kvcompress_cli import terminal
+from kvcompress_cli.sharing import Sharing, n_bytes
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.max_ratio import Search
@@ -25,18 +26,18 @@ def run(
     dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
-    gpus: str | None = None,
-    ray: str | None = None,
+    shared: Sharing | None = None,
     memory: str | None = None,
 ) -> CompressionResult:
     """Return compress()'s result, with progress on stderr."""
-    _check(output, force, device, dtype, gpus=gpus, ray=ray)
+    shared = shared or Sharing()
+    _check(output, force, device, dtype, shared)
     from kvcompress.pipeline import compress as compress_checkpoint
     from kvcompress_cli.progress import stage_progress
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "resume": resume, "force": force}
-    how["memory"] = sharing.n_bytes(memory)
-    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+    how["memory"] = n_bytes(memory)
+    with shared.at_work(device) as workers, stage_progress() as progress:
         return compress_checkpoint(model, output, options, **how, workers=workers, progress=progress)
 
 
@@ -51,25 +52,24 @@ def search_keep(
     dtype: str,
     resume: bool,
     force: bool,
-    gpus: str | None,
-    ray: str | None,
+    shared: Sharing,
 ) -> tuple[CompressionResult, Search]:
     """Return compress_within()'s result, with progress on stderr."""
-    _check(output, force, device, dtype, gpus=gpus, ray=ray)
+    _check(output, force, device, dtype, shared)
     from kvcompress.evaluate.max_ratio import compress_within
     from kvcompress_cli.progress import stage_progress
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "resume": resume, "force": force}
-    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+    with shared.at_work(device) as workers, stage_progress() as progress:
         how |= {"workers": workers, "progress": progress}
         return compress_within(model, output, options, max_ratio, texts=texts, **how)
 
 
-def _check(output: Path, force: bool, device: str, dtype: str, *, gpus: str | None, ray: str | None) -> None:
+def _check(output: Path, force: bool, device: str, dtype: str, shared: Sharing) -> None:
     from kvcompress.checkpoint.writer import check_target
 
     check_target(output, force=force)  # before the seconds that importing torch takes
-    sharing.wake(gpus, ray, device)
+    shared.wake(device)
     from kvcompress_cli.loading import check_dtype, resolve_device
 
     resolve_device(device)

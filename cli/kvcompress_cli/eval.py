@@ -132,6 +132,7 @@ def evaluate(
     dtype: flags.Dtype = "auto",
     gpus: sharing.Gpus = None,
     ray: sharing.Ray = None,
+    per_gpu: sharing.PerGpu = 1,
     json: flags.Json = False,
 ) -> None:
     """Compare with the uncompressed model: perplexity (--text), --tasks, --retrieval, --by-position or --generation.
@@ -159,6 +160,7 @@ def evaluate(
     )
     kinds = {"retrieval": retrieval, "by_position": by_position, "generation": generation}
     how: dict[str, Any] = {"base": base, "device": device, "dtype": dtype}
+    shared = sharing.Sharing(gpus, ray, per_gpu)
     if engine is not None:
         check_engine(options, **kinds, gpus=gpus is not None, ray=ray is not None)
         _in_engine(output, options, engine=engine, **how, json=json)
@@ -169,10 +171,10 @@ def evaluate(
         window = {"seq_len": seq_len or 2048, "max_windows": max_windows, "residual": recent}
         show_peer(str(output), str(cache), str(text), **window, device=device, dtype=dtype, json=json)
         return
-    if gpus is not None or ray is not None:
+    if shared.is_asked:
         from kvcompress_cli import eval_perplexity
 
-        eval_perplexity.show_shared(output, mode, options, **how, gpus=gpus, ray=ray, json=json)
+        eval_perplexity.show_shared(output, mode, options, **how, shared=shared, json=json)
         return
     _measure(output, mode, options, **how, json=json)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvcompress.evaluate.perplexity import Evaluation
     from kvcompress_cli.eval_options import EvalOptions
     from kvcompress_cli.loading import Loaded
+    from kvcompress_cli.sharing import Sharing
 
 FAR = (
     "note: this text is far from what the maps were calibrated on, so that they lose more on it than they need to. "
@@ -66,19 +67,17 @@ def show_shared(
     base: str | None,
     device: str,
     dtype: str,
-    gpus: str | None,
-    ray: str | None,
+    shared: Sharing,
     json: bool,
 ) -> None:
     """Evaluate on a text, windows shared out; print the figures and keep them in `output`. Raises OptionError."""
     from kvcompress.errors import OptionError
-    from kvcompress_cli import sharing
 
     if mode != "--text":
         raise OptionError(
             f"--gpus and --ray share out the windows of --text; {mode} is not shared out. Leave them out."
         )
-    sharing.wake(gpus, ray, device)  # before the seconds that importing torch takes
+    shared.wake(device)  # before the seconds that importing torch takes
     from kvcompress.evaluate.shared import evaluate_shared
     from kvcompress.plan import Plan
     from kvcompress_cli.loading import resolve_device, resolve_dtype
@@ -88,7 +87,7 @@ def show_shared(
     name = str(resolve_dtype(dtype, resolve_device(device), Plan.load(output).dtype)).removeprefix("torch.")
     how = {"seq_len": options.seq_len or 2048, "max_windows": options.max_windows}
     window = {"sinks": options.sinks, "recent": options.recent}
-    with sharing.at_work(gpus, ray, device) as workers, stage_progress() as progress:
+    with shared.at_work(device) as workers, stage_progress() as progress:
         assert workers is not None
         told = lambda done, total: progress("eval", done, total)  # noqa: E731
         found = evaluate_shared(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kvcompress.errors import OptionError
 
 if TYPE_CHECKING:
     from kvcompress.calibration.pieces import Workers
@@ -24,6 +27,15 @@ Ray = Annotated[
     typer.Option(
         metavar="ADDRESS",
         help="Work as tasks of a Ray cluster: auto, local, or HOST:PORT.",
+        rich_help_panel=_PANEL,
+    ),
+]
+PerGpu = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Processes of --gpus, tasks of --ray that share a GPU: a small model leaves it waiting.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -46,56 +58,67 @@ def n_bytes(memory: str | None) -> int | None:
     return parse_bytes(memory)
 
 
-def wake(gpus: str | None, ray: str | None, device: str) -> None:
-    """Let a Ray cluster's workers import what they need from now on, beside this process. Raises OptionError."""
-    if ray is not None and gpus is None and device != "cpu":
-        from kvcompress.calibration import ray_cluster
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How the work is shared out, as was asked for; by default this process does it. Raises OptionError."""
 
-        ray_cluster.wake(ray)
+    gpus: str | None = None
+    ray: str | None = None
+    per_gpu: int = 1
 
+    def __post_init__(self) -> None:
+        if self.gpus is not None and self.ray is not None:
+            raise OptionError("--gpus shares out on this host, --ray on a cluster. Give one of them.")
+        if self.per_gpu > 1 and not self.is_asked:
+            raise OptionError("--per-gpu is for processes of --gpus and tasks of --ray. Give one of them.")
 
-def workers(gpus: str | None, ray: str | None, device: str) -> Workers | None:
-    """Return who sums the calibration's windows, None for this process. Raises OptionError."""
-    from kvcompress.errors import OptionError
+    @property
+    def is_asked(self) -> bool:
+        return self.gpus is not None or self.ray is not None
 
-    if gpus is not None and ray is not None:
-        raise OptionError("--gpus shares out on this host, --ray on a cluster. Give one of them.")
-    if ray is not None:
-        from kvcompress.calibration.ray_tasks import RayWorkers
-        from kvcompress_cli.loading import resolve_device
+    def wake(self, device: str) -> None:
+        """Let a Ray cluster's workers import what they need from now on, beside this process. Raises OptionError."""
+        if self.ray is not None and device != "cpu":
+            from kvcompress.calibration import ray_cluster
 
-        return RayWorkers(ray, resolve_device(device))
-    if _is_rank():
-        from kvcompress.calibration.ranks import RankWorkers
-        from kvcompress_cli.loading import resolve_device
+            ray_cluster.wake(self.ray, self.per_gpu)
 
-        if gpus is not None:
-            raise OptionError("torchrun has begun a process for each GPU already. Leave out --gpus.")
-        return RankWorkers(resolve_device(device))
-    if gpus is not None:
-        from kvcompress.calibration.processes import workers_on_gpus
+    @contextmanager
+    def at_work(self, device: str) -> Iterator[Workers | None]:
+        """Yield who does the work, None for this process; processes of ours end with the block. Raises OptionError.
 
-        return workers_on_gpus(gpus)
-    return None
+        A rank of torchrun that does not lead does here what the first one hands out, and ends.
+        """
+        chosen = self._workers(device)
+        if chosen is not None and not chosen.leads:
+            chosen.serve()  # type: ignore[attr-defined]
+            raise typer.Exit
+        try:
+            yield chosen
+        finally:
+            if chosen is not None:
+                chosen.close()
+
+    def _workers(self, device: str) -> Workers | None:
+        if self.ray is not None:
+            from kvcompress.calibration.ray_tasks import RayWorkers
+            from kvcompress_cli.loading import resolve_device
+
+            return RayWorkers(self.ray, resolve_device(device), self.per_gpu)
+        if _is_rank():
+            from kvcompress.calibration.ranks import RankWorkers
+            from kvcompress_cli.loading import resolve_device
+
+            if self.gpus is not None:
+                raise OptionError("torchrun has begun a process for each GPU already. Leave out --gpus.")
+            return RankWorkers(resolve_device(device))
+        if self.gpus is not None:
+            from kvcompress.calibration.processes import workers_on_gpus
+
+            return workers_on_gpus(self.gpus, self.per_gpu)
+        return None
 
 
 def _is_rank() -> bool:
     """Return whether torchrun began this process, and others beside it."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
-
-
-@contextmanager
-def at_work(gpus: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
-    """Yield who does the work, None for this process; processes of ours end with the block. Raises OptionError.
-
-    A rank of torchrun that does not lead does here what the first one hands out, and ends.
-    """
-    chosen = workers(gpus, ray, device)
-    if not getattr(chosen, "leads", True):
-        chosen.serve()  # type: ignore[union-attr]
-        raise typer.Exit
-    try:
-        yield chosen
-    finally:
-        if chosen is not None:
-            chosen.close()

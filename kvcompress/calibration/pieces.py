@@ -33,6 +33,10 @@ class Workers(Protocol):
     is_remote: bool
 
     @property
+    def leads(self) -> bool:
+        """Whether this process hands out the work; else it only serves (`RankWorkers.serve`)."""
+
+    @property
     def is_spread(self) -> bool:
         """Whether a worker has several GPUs, because one cannot hold the model."""
 

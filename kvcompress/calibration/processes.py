@@ -37,7 +37,7 @@ class LocalWorkers:
     They begin at once, so that they import what they need while this process does the same.
     """
 
-    is_remote = False
+    is_remote, leads = False, True
 
     def __init__(self, devices: Sequence[str]) -> None:
         if not devices:
@@ -57,13 +57,15 @@ class LocalWorkers:
         return any("+" in devices for devices in self.devices)
 
     def hold(self, n_bytes: int) -> bool:
-        """Return whether a worker can hold so many bytes; where one GPU cannot, each gets as many as it takes."""
+        """Return whether a worker can hold so many bytes; where its share of a GPU cannot, each gets whole ones."""
         if not self.devices[0].startswith("cuda"):
             return True
         import torch
 
-        gpus = [gpu for devices in self.devices for gpu in devices.split("+")]
+        gpus = list(dict.fromkeys(gpu for devices in self.devices for gpu in devices.split("+")))
         each = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) * USABLE_SHARE
+        if not self.is_spread and n_bytes * self.devices.count(gpus[0]) <= each:
+            return True
         n = max(1, math.ceil(n_bytes / each))
         if n > len(gpus):
             return False
@@ -242,8 +244,8 @@ def _too_many_deaths(deaths: int, lost: list[int]) -> CalibrationError:
     )
 
 
-def workers_on_gpus(asked: str) -> LocalWorkers:
-    """Return a worker for each GPU that is asked for: all, so many (2), or these (0,3). Raises OptionError."""
+def workers_on_gpus(asked: str, per_gpu: int = 1) -> LocalWorkers:
+    """Return `per_gpu` workers for each GPU that is asked for: all, so many (2), or these (0,3). Raises OptionError."""
     import torch
 
     here = torch.cuda.device_count()
@@ -259,7 +261,7 @@ def workers_on_gpus(asked: str) -> LocalWorkers:
         raise OptionError(f"--gpus takes all, a number, or numbers with commas (0,3), found '{asked}'.")
     if not chosen or max(chosen) >= here or len(set(chosen)) < len(chosen):
         raise OptionError(f"--gpus {asked}: this machine has {here}, counted from 0.")
-    return LocalWorkers([f"cuda:{i}" for i in chosen])
+    return LocalWorkers([f"cuda:{i}" for i in chosen] * per_gpu)
 
 
 def _begin(n_workers: int) -> None:

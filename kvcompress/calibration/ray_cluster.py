@@ -6,13 +6,15 @@ from typing import Any
 
 from kvcompress.errors import OptionError
 
-#: How a task is asked for that has a GPU. Else Ray ends a worker after one such task, and what it imported is lost
-#: (max_calls), and shows it that GPU alone, where workers are used again for tasks that are given another one.
-ON_GPU: dict[str, Any] = {
-    "num_gpus": 1,
-    "max_calls": 0,
-    "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
-}
+
+def on_gpu(per_gpu: int) -> dict[str, Any]:
+    """Return how a task is asked for that has a GPU, which `per_gpu` of them share.
+
+    Else Ray ends a worker after one such task, and what it imported is lost (max_calls), and shows it that GPU alone,
+    where workers are used again for tasks that are given another one.
+    """
+    seen = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+    return {"num_gpus": 1 / per_gpu, "max_calls": 0, "runtime_env": seen}
 
 
 def connected(address: str) -> Any:
@@ -32,14 +34,14 @@ def connected(address: str) -> Any:
     return ray
 
 
-def wake(address: str) -> None:
-    """Let a worker for each GPU import what tasks need, while this process does the same; it does not wait for them.
+def wake(address: str, per_gpu: int = 1) -> None:
+    """Let `per_gpu` workers for each GPU import what tasks need, while this process does the same.
 
-    Raises OptionError as `connected`.
+    It does not wait for them. Raises OptionError as `connected`.
     """
     ray = connected(address)
-    task = ray.remote(max_retries=0, **ON_GPU)(_import)
-    for _ in range(int(ray.cluster_resources().get("GPU", 0))):
+    task = ray.remote(max_retries=0, **on_gpu(per_gpu))(_import)
+    for _ in range(per_gpu * int(ray.cluster_resources().get("GPU", 0))):
         task.remote()
 
 

@@ -13,7 +13,7 @@ import torch
 from kvcompress.calibration.attempts import Attempts
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import note_again, note_repeated, pieces_of, shared_pieces
-from kvcompress.calibration.ray_cluster import ON_GPU, connected
+from kvcompress.calibration.ray_cluster import connected, on_gpu
 from kvcompress.calibration.worker import Job, Sums, streamed_moments
 from kvcompress.errors import CalibrationError, KVCompressError, OptionError
 
@@ -26,24 +26,27 @@ class RayWorkers:
     """Tasks of a Ray cluster.
 
     address: "auto" for the cluster at hand, "local" for one that is started on this machine, or HOST:PORT. A task has a
-    GPU where `device` is cuda, one CPU otherwise; the checkpoint must lie at the same path on every node.
+    GPU, or a share of one that `per_gpu` of them have, where `device` is cuda, one CPU otherwise; the checkpoint must
+    lie at the same path on every node. Raises OptionError for a share of no GPU.
     """
 
-    is_remote, is_spread = True, False
+    is_remote, is_spread, leads = True, False, True
 
-    def __init__(self, address: str, device: str = "cpu") -> None:
-        self.address, self._on_gpus = address, device.startswith("cuda")
+    def __init__(self, address: str, device: str = "cpu", per_gpu: int = 1) -> None:
+        self.address, self._per_gpu = address, per_gpu if device.startswith("cuda") else 0
+        if per_gpu > 1 and not self._per_gpu:
+            raise OptionError(f"--per-gpu shares GPUs, and the work is done on {device}. Leave it out.")
         self._counter: Any = None  # an actor of Attempts, which is a process: one serves all calls
         self._n_calls = 0
 
     @property
     def n(self) -> int:
         """How many tasks the cluster runs at a time."""
-        resource = "GPU" if self._on_gpus else "CPU"
+        resource = "GPU" if self._per_gpu else "CPU"
         found = int(connected(self.address).cluster_resources().get(resource, 0))
         if not found:
             raise OptionError(f"the Ray cluster at {self.address} has no {resource}.")
-        return found
+        return found * (self._per_gpu or 1)
 
     def hold(self, n_bytes: int) -> bool:
         """Return True: what a node's devices hold is not known here. Streaming is asked for with a memory."""
@@ -70,9 +73,10 @@ class RayWorkers:
         ray = connected(self.address)
         attempts, call = self._attempts(), self._n_calls
         self._n_calls += 1
-        task = ray.remote(max_retries=_MOST_RETRIES, **(ON_GPU if self._on_gpus else {"num_cpus": 1}))(_run)
+        needs = on_gpu(self._per_gpu) if self._per_gpu else {"num_cpus": 1}
+        task = ray.remote(max_retries=_MOST_RETRIES, **needs)(_run)
         sent = enumerate(_sent_once(ray, items))
-        running = {task.remote(function, self._on_gpus, attempts, (call, i), *item): i for i, item in sent}
+        running = {task.remote(function, self._per_gpu, attempts, (call, i), *item): i for i, item in sent}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done)
@@ -113,15 +117,15 @@ def _sent_once(ray: Any, items: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ..
     return [tuple(stored.get(id(x), x) for x in item) for item in items]
 
 
-def _run(function: Callable[..., Any], on_gpus: bool, attempts: Any, index: tuple[int, int], *args: Any) -> Any:
+def _run(function: Callable[..., Any], per_gpu: int, attempts: Any, index: tuple[int, int], *args: Any) -> Any:
     """Call a function with the device that Ray gave this task."""
     import ray
 
     ray.get(attempts.begin.remote(index))
-    if not on_gpus:
+    if not per_gpu:
         return function(*args, "cpu")
     # a task that asks for a GPU is left one processor by Ray
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (per_gpu * max(1, torch.cuda.device_count()))))
     given, visible = ray.get_gpu_ids()[0], os.environ.get("CUDA_VISIBLE_DEVICES")
     place = visible.split(",").index(str(given)) if visible else int(given)
     torch.cuda.set_device(place)  # else what names none, such as pinned memory, takes some of the first one

@@ -148,6 +148,9 @@ def test_who_calibrates_is_asked_for_once(fails, model, tmp_path):
     assert "Give one of them" in fails("compress", model, tmp_path / "out", "--gpus", "all", "--ray", "auto")
     if not torch.cuda.is_available():
         assert "there is none here" in fails("compress", model, tmp_path / "out", "--gpus", "all")
+    assert "for processes of --gpus" in fails("compress", model, tmp_path / "out", "--per-gpu", 2)
+    on_a_cpu = ("--ray", "local", "--per-gpu", 2, "--device", "cpu")
+    assert "the work is done on cpu" in fails("compress", model, tmp_path / "out", *on_a_cpu)
     assert not (tmp_path / "out").exists()
 
 

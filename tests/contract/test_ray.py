@@ -95,7 +95,7 @@ class TestRay:
         """A GPU's: Ray would end it after one task. Nothing here uses the GPU that this Ray is told of."""
         ray = pytest.importorskip("ray")
         ray_cluster.wake("auto")
-        imported = ray.remote(**ray_cluster.ON_GPU)(lambda: "transformers.modeling_utils" in sys.modules).remote()
+        imported = ray.remote(**ray_cluster.on_gpu(1))(lambda: "transformers.modeling_utils" in sys.modules).remote()
         assert ray.get(imported) is True
 
     def test_what_a_task_raises_arrives(self, workers: RayWorkers, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_no_ray_and_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("device", "n"), [("cuda", 3), ("auto", 3), ("cpu", 0)])
-def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: str, n: int) -> None:
+@pytest.mark.parametrize(("device", "per_gpu", "n"), [("cuda", 1, 3), ("auto", 2, 6), ("cpu", 1, 0)])
+def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: str, per_gpu: int, n: int) -> None:
     begun: list[float] = []
 
     def remote(*, num_gpus: float, **_: Any) -> Any:
@@ -133,8 +133,10 @@ def test_workers_of_gpus_begin_at_once(monkeypatch: pytest.MonkeyPatch, device: 
     resources = lambda: {"GPU": 3.0, "CPU": 64.0}  # noqa: E731
     cluster = SimpleNamespace(is_initialized=lambda: True, cluster_resources=resources, remote=remote)
     monkeypatch.setitem(sys.modules, "ray", cluster)
-    sharing.wake(None, "auto", device)
-    assert begun == [1] * n
+    shared = sharing.Sharing(ray="auto", per_gpu=per_gpu)
+    shared.wake(device)
+    assert begun == [1 / per_gpu] * n
+    assert RayWorkers("auto", "cuda", per_gpu).n == 3 * per_gpu
 
 
 @pytest.mark.parametrize(

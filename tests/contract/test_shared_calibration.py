@@ -322,6 +322,18 @@ def test_a_model_larger_than_a_gpu(
     assert workers.is_spread is (spread is not None and len(spread) < 4)
 
 
+@pytest.mark.parametrize(("n_bytes", "left"), [(40, 4), (60, 2)])
+def test_a_gpu_that_processes_share(monkeypatch: pytest.MonkeyPatch, n_bytes: int, left: int) -> None:
+    """Each has a model of its own; where they do not fit together, one process has the GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [])
+    workers = workers_on_gpus("all", 2)
+    assert workers.devices == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")
+    assert workers.hold(n_bytes) and not workers.is_spread
+    assert workers.devices == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")[:left]
+
+
 def test_gpus_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [])
