@@ -100,7 +100,6 @@ def run(arguments: argparse.Namespace, told: Connection) -> None:
     finally:
         if workers is not None:
             workers.close()
-    os._exit(0)  # multiprocessing would join the workers before they are told to end, and they end with this process
 
 
 def between(arguments: argparse.Namespace, device: str) -> int:
