@@ -12,7 +12,8 @@ from torch import Tensor
 from kvcompress.bench.timing import cold_copies, median_replay_seconds, median_seconds
 from kvcompress.bench.workload import RECENT, SINKS, Shape, random_layer
 from kvcompress.kernels.chunk import Context, Tiles, attend_with_torch, chunk_attention
-from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, page_words, paged_attention, workspace_for
+from kvcompress.kernels.page_views import ExactPages, QueryTokens, page_words
+from kvcompress.kernels.paged import PagedLayer, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime import fast

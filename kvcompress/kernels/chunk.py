@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcompress.errors import OptionError
 from kvcompress.kernels.layout import BLOCK_TOKENS
-from kvcompress.kernels.paged import ExactPages
+from kvcompress.kernels.page_views import ExactPages
 from kvcompress.kernels.rebuild import RebuildMaps, Rotation, rebuild
 
 #: attend(query [n, heads, d], key, value [m, KV heads, d], causal, scaling) -> output [n, heads, d] and log-sum-exp

@@ -11,7 +11,8 @@ from kvcompress.kernels import turned
 from kvcompress.kernels.chunk import RebuiltLayer, RebuiltSite
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.nvrtc import compile_ahead, compiler_works
-from kvcompress.kernels.paged import ExactPages, PagedLayer, applies, turn_angles
+from kvcompress.kernels.page_views import ExactPages
+from kvcompress.kernels.paged import PagedLayer, applies, turn_angles
 from kvcompress.kernels.paged_rotated import RotatedLayer
 from kvcompress.kernels.rebuild import Rotation
 from kvcompress.kernels.site import kernels_apply, whole_rotation

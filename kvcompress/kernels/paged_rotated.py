@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.kernels.arguments import Angles, ExactTokens, PackedPages, angle_table
 from kvcompress.kernels.layout import PackedSite
-from kvcompress.kernels.paged import ExactPages, QueryTokens
+from kvcompress.kernels.page_views import ExactPages, QueryTokens
 from kvcompress.model.rope import Rotary
 
 

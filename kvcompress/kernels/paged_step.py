@@ -19,7 +19,7 @@ _SPLITS = 16
 @dataclass(frozen=True, slots=True)
 class StepTokens:
     """Where begin_step writes, at addresses that a CUDA graph may read; int32. rows, lengths, encoded: of each query
-    token, as in paged.QueryTokens; sinks, packed: of each sequence, the page of its sinks and what its queries see
+    token, as in page_views.QueryTokens; sinks, packed: of each sequence, the page of its sinks and what its queries see
     packed."""
 
     rows: Tensor

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from kvcompress.kernels.layout import PackedSite
-from kvcompress.kernels.paged import QueryTokens
+from kvcompress.kernels.page_views import QueryTokens
 from kvcompress.kernels.paged_rotated import RotatedLayer, rotated_attention
 
 #: Threads that compile; Python's part of it they do one after the other.

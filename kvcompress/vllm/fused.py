@@ -12,7 +12,8 @@ from torch import Tensor
 from kvcompress.kernels.chunk import Attend, Context, RebuiltLayer, Tiles, chunk_attention
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.packing_ahead import compile_packing
-from kvcompress.kernels.paged import ExactPages, PagedLayer, QueryTokens, paged_attention, workspace_for
+from kvcompress.kernels.page_views import ExactPages, QueryTokens
+from kvcompress.kernels.paged import PagedLayer, paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import (
     paged_layer,
     rebuilt_layer,

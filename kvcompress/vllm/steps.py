@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.chunk import Context
-from kvcompress.kernels.paged import QueryTokens
+from kvcompress.kernels.page_views import QueryTokens
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.vllm.pages import visible_packed
 from kvcompress.vllm.reference import Row

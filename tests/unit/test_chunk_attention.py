@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton, for its interpreter")
 from kvcompress.codec.layer import LayerCodecs
 from kvcompress.errors import OptionError
 from kvcompress.kernels.chunk import Context, RebuiltLayer, RebuiltSite, Tiles, chunk_attention, join
-from kvcompress.kernels.paged import ExactPages, page_words
+from kvcompress.kernels.page_views import ExactPages, page_words
 from kvcompress.kernels.rebuild import Rotation
 from kvcompress.kernels.rebuilding import join_kernel
 from kvcompress.kernels.site import SiteKernels

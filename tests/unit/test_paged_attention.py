@@ -13,16 +13,8 @@ from torch import Tensor
 from kvcompress.errors import OptionError
 from kvcompress.kernels import turned
 from kvcompress.kernels.nvrtc import compiler_works
-from kvcompress.kernels.paged import (
-    ExactPages,
-    PagedLayer,
-    QueryTokens,
-    applies,
-    page_words,
-    paged_attention,
-    turn_angles,
-    workspace_for,
-)
+from kvcompress.kernels.page_views import ExactPages, QueryTokens, page_words
+from kvcompress.kernels.paged import PagedLayer, applies, paged_attention, turn_angles, workspace_for
 from kvcompress.kernels.paged_workspace import Widths, Workspace, share_out
 from kvcompress.kernels.turned import COMBINE_MEMORY, GroupedSite
 from kvcompress.model.rope import Rotary

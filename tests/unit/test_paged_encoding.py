@@ -14,7 +14,7 @@ from kvcompress.codec.codec import SiteCodec
 from kvcompress.codec.packing import unpack_codes
 from kvcompress.errors import OptionError
 from kvcompress.kernels import recorded_encoding
-from kvcompress.kernels.paged import page_words
+from kvcompress.kernels.page_views import page_words
 from kvcompress.kernels.recorded_encoding import EncodedSite, RecordedEncoding
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part

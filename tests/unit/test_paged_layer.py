@@ -10,7 +10,8 @@ import torch
 from kvcompress.kernels import paged_layer as layers
 from kvcompress.kernels import turned
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.kernels.paged import ExactPages, QueryTokens, page_words, paged_attention, workspace_for
+from kvcompress.kernels.page_views import ExactPages, QueryTokens, page_words
+from kvcompress.kernels.paged import paged_attention, workspace_for
 from kvcompress.kernels.paged_layer import paged_layer, rebuilt_layer
 from kvcompress.model.rope import Rotary
 from tests import emulator

@@ -16,7 +16,7 @@ from kvcompress.errors import OptionError
 from kvcompress.kernels import paged_layer
 from kvcompress.kernels.decode import packed_attention
 from kvcompress.kernels.layer import LayerKernels
-from kvcompress.kernels.paged import ExactPages, QueryTokens, page_words
+from kvcompress.kernels.page_views import ExactPages, QueryTokens, page_words
 from kvcompress.kernels.paged_rotated import RotatedLayer, rotated_attention
 from kvcompress.model.rope import Rotary
 from tests.codec_cases import random_codec

@@ -11,7 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
 from kvcompress.codec.layer import LayerCodecs
-from kvcompress.kernels.paged import page_words
+from kvcompress.kernels.page_views import page_words
 from kvcompress.kernels.rebuild import Rotation, rebuild
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part
