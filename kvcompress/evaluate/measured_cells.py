@@ -32,6 +32,7 @@ from kvcompress.evaluate.peer_kqsvd import Grams, collect_grams, kqsvd_plan
 from kvcompress.evaluate.peer_run import evaluate_peer
 from kvcompress.evaluate.perplexity import Original, evaluate_attached
 from kvcompress.evaluate.windows import Windows
+from kvcompress.kernels.site import without_kernels
 from kvcompress.model.model_spec import Site
 from kvcompress.options import CompressOptions
 from kvcompress.plan import BLOCK_TOKENS, Plan
@@ -214,7 +215,7 @@ class CellBench:
             for n in (shorter, n_tokens):
                 cache = attachment_of(self.stored_model).new_cache()
                 ids, decoder = self.windows.ids[:1, :n].to(self.device), decoder_of(self.stored_model)
-                with torch.no_grad():
+                with torch.no_grad(), without_kernels():  # the same bytes, and nothing to compile for each cell
                     decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, cache))
                 sizes[n] = deflated_nbytes(cache) if deflated else cache.nbytes()
         finally:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -37,9 +40,22 @@ class GroupedMaps:
     largest_rows: Tensor | None
 
 
+_left_out: ContextVar[bool] = ContextVar("kvcompress_left_out", default=False)
+
+
 def kernels_apply(device: torch.device) -> bool:
     """Return whether tensors on this device are worked on by the kernels."""
-    return device.type == "cuda" and _has_triton()
+    return device.type == "cuda" and _has_triton() and not _left_out.get()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within the block, in this thread, the reference does what kernels would; none is compiled for a plan's levels."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from kvcompress.checkpoint.reader import open_checkpoint
 from kvcompress.errors import OptionError, OutputError
+from kvcompress.evaluate import measured_cells
 from kvcompress.evaluate.compare import COMPARISON_FILE, Request, compare
 from kvcompress.evaluate.compare_document import joined
 from kvcompress.evaluate.front import pareto, verdicts
@@ -22,6 +23,7 @@ from kvcompress.evaluate.peer_run import evaluate_peer
 from kvcompress.evaluate.peers import PEERS, find_peer
 from kvcompress.evaluate.perplexity import Original, evaluate
 from kvcompress.evaluate.windows import Windows
+from kvcompress.kernels import site
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.options import CompressOptions
 from kvcompress.pipeline import compress
@@ -149,6 +151,22 @@ def test_the_model_is_calibrated_once_and_run_uncompressed_once(
     assert len(list(tmp_path.glob("kvcompress-moments-*.safetensors"))) == 1
     assert progress[-1] == (10, 10) and progress == sorted(progress)
     assert calibrated == [512]
+
+
+def test_bytes_are_counted_without_kernels_which_each_cell_would_compile(
+    tiny_checkpoint: Any, request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, given, argument = torch.device("cuda"), [], measured_cells.cache_argument
+    monkeypatch.setattr(site, "_has_triton", lambda: True)
+
+    def watched(*of: Any) -> Any:
+        given.append(site.kernels_apply(gpu))
+        return argument(*of)
+
+    monkeypatch.setattr(measured_cells, "cache_argument", watched)
+    compare(tiny_checkpoint(MODEL), tmp_path, request_of("default"))
+    assert given and not any(given)
+    assert site.kernels_apply(gpu)
 
 
 def test_a_stopped_comparison_goes_on(
