@@ -118,7 +118,7 @@ def open_headers(source: str | Path) -> Iterator[Checkpoint]:
     }
     config = read_config(path)
     check_widths(config, tensors)
-    yield _checked(path, str(source), config, tensors)
+    yield _checked(path, str(source), config, tensors, weights=False)
 
 
 def open_folded(directory: Path) -> Checkpoint:
@@ -142,10 +142,12 @@ def _open_directory(path: Path, source: str) -> Checkpoint:
     return _checked(path, source, config, tensors)
 
 
-def _checked(path: Path, source: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Checkpoint:
-    """Return the checkpoint, its tensors checked against config.json."""
+def _checked(
+    path: Path, source: str, config: dict[str, Any], tensors: dict[str, TensorEntry], *, weights: bool = True
+) -> Checkpoint:
+    """Return the checkpoint, its tensors checked against config.json. weights: whether they are there, too."""
     if not is_read(config):
-        spec = spec_by_running(path, config)
+        spec = spec_by_running(path, config, weights=weights)
         return Checkpoint(path=path, source=source, config=config, spec=spec, tensors=tensors)
     spec = read_model_spec(config)
     _check_projections(spec, tensors)

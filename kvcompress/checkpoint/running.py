@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.checkpoint.loading import auto_class, load_weights
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import CheckpointError, UnsupportedModelError
 from kvcompress.model.config_fields import storage_dtype
 
 if TYPE_CHECKING:
     from kvcompress.model.model_spec import ModelSpec
 
 
-def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
+def spec_by_running(path: Path, config: dict[str, Any], *, weights: bool = True) -> ModelSpec:
     """Return what the model of a directory caches; how it turns with the position is proven where it is calibrated.
 
     The model runs on the meta device, which takes no memory and little time. Where it cannot (experts are routed by
-    numbers that are not there), its weights are loaded. Raises UnsupportedModelError or CheckpointError.
+    numbers that are not there), its weights are loaded. weights: whether they are there. Raises UnsupportedModelError or
+    CheckpointError.
     """
     import torch
 
@@ -42,6 +43,11 @@ def spec_by_running(path: Path, config: dict[str, Any]) -> ModelSpec:
             continue
         if running == dtype or not any(o.state_bytes for o in spec.own_layers):
             return replace(spec, dtype=dtype)
+    if not weights:  # transformers 5.0.0 runs next to nothing there
+        raise CheckpointError(
+            f"model type '{config.get('model_type')}' is read by running it, which this transformers cannot do without "
+            "its weights. Download the checkpoint (hf download) and name its directory."
+        )
     return replace(probe(load_weights(path, dtype="auto"), prove=False), dtype=dtype)  # it needs real numbers
 
 
