@@ -18,8 +18,8 @@ def spec_by_running(path: Path, config: dict[str, Any], *, weights: bool = True)
     """Return what the model of a directory caches; how it turns with the position is proven where it is calibrated.
 
     The model runs on the meta device, which takes no memory and little time. Where it cannot (experts are routed by
-    numbers that are not there), its weights are loaded. weights: whether they are there. Raises UnsupportedModelError or
-    CheckpointError.
+    numbers that are not there), its weights are loaded. weights: whether they are there.
+    Raises UnsupportedModelError or CheckpointError.
     """
     import torch
 
