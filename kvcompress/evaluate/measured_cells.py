@@ -213,9 +213,9 @@ class CellBench:
         attach_plan(self.stored_model, plan, maps)
         try:
             for n in (shorter, n_tokens):
-                cache = attachment_of(self.stored_model).new_cache()
                 ids, decoder = self.windows.ids[:1, :n].to(self.device), decoder_of(self.stored_model)
                 with torch.no_grad(), without_kernels():  # the same bytes, and nothing to compile for each cell
+                    cache = attachment_of(self.stored_model).new_cache()
                     decoder(input_ids=ids, use_cache=True, **cache_argument(decoder, cache))
                 sizes[n] = deflated_nbytes(cache) if deflated else cache.nbytes()
         finally:

@@ -21,32 +21,34 @@ from kvcompress.kernels.site import SiteKernels
 _MOST = 16
 
 
-def compile_packing(sites: Sequence[tuple[SiteKernels, Tensor]]) -> int:
+def compile_packing(sites: Sequence[tuple[SiteKernels, Tensor | None]]) -> int:
     """Compile what packs into rows and into pages, side by side; return how many sets of levels there were.
 
-    sites: each with the words of its pages, of paged.page_words, none of which is written.
+    sites: each with the words of its pages, of paged.page_words, none of which is written; None for rows alone.
     """
-    of_levels: dict[tuple[object, ...], tuple[SiteKernels, Tensor]] = {}
+    of_levels: dict[tuple[object, ...], tuple[SiteKernels, Tensor | None]] = {}
     for kernels, words in sites:
         levels = frozenset(bits for bits, n in kernels.dense.counts.items() if n)
         tiles = kernels.codec.tiles
         of_levels.setdefault((levels, None if tiles is None else tiles.part, kernels.codec.has_gain), (kernels, words))
-    compiled = all(words.is_cuda for _, words in of_levels.values())  # Triton's interpreter is one thread's at a time
+    # Triton's interpreter is one thread's at a time
+    compiled = all(kernels.codec.encoder.is_cuda for kernels, _ in of_levels.values())
     with ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1) if compiled else 1) as pool:
         list(pool.map(_pack_nothing, of_levels.values()))
     return len(of_levels)
 
 
 @torch.inference_mode()  # of this thread, as the engine that made the pages
-def _pack_nothing(one: tuple[SiteKernels, Tensor]) -> None:
+def _pack_nothing(one: tuple[SiteKernels, Tensor | None]) -> None:
     from kvcompress.kernels.encode import pack_latents
 
     kernels, words = one
-    counts, device = kernels.dense.counts, words.device
+    counts, device = kernels.dense.counts, kernels.codec.encoder.device
     latents = kernels.dense.encoder.new_zeros(1, BLOCK_TOKENS, sum(counts.values()))
     gains = torch.zeros(BLOCK_TOKENS, dtype=torch.uint8, device=device)
-    row = words.new_empty(1, 1, row_words(counts, has_gain=kernels.codec.has_gain))
+    row = gains.new_empty(1, 1, row_words(counts, has_gain=kernels.codec.has_gain), dtype=torch.int32)
     nowhere = torch.full((1,), -1, dtype=torch.int32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a thread begins on the first one
         pack_latents(latents, kernels.site(row), tiles=kernels.codec.tiles, gains=gains)
-        kernels.write_pages(latents, words, nowhere, gains)
+        if words is not None:
+            kernels.write_pages(latents, words, nowhere, gains)

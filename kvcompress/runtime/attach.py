@@ -14,6 +14,7 @@ from kvcompress import compat
 from kvcompress.checkpoint.maps import SiteMaps
 from kvcompress.compat import PreTrainedModel
 from kvcompress.errors import OptionError
+from kvcompress.kernels.site import kernels_apply
 from kvcompress.model.architectures import read_model_spec
 from kvcompress.model.model_spec import Site
 from kvcompress.model.probe import few_logits, probe
@@ -39,6 +40,7 @@ class Attachment:
         self.model, self.plan = model, plan
         self.codecs = layer_kernels(model, spec, plan, maps)
         self.places = places_of(model, spec)
+        self._n_heads, self._kernels_are_compiled = [attention.n_heads for attention in spec.layers], False
         self._entrance = Entrance(self, compat.decoder_of(model))  # refused, if at all, while nothing is changed
         self._implementations = compat.use_attention(model, ATTENTION_NAME, compressed_attention)
         for name in spec.attending:
@@ -68,10 +70,24 @@ class Attachment:
         """
         sinks = self.plan.sinks if sinks is None else sinks
         recent = self.plan.recent if recent is None else recent
+        self._compile_kernels()
         if capacity is None:
             return CompressedCache(self.codecs, sinks=sinks, recent=recent, places=self.places, window=self.plan.window)
         self.check_capacity(capacity)
         return StaticCache(self.codecs, sinks=sinks, recent=recent, capacity=capacity)
+
+    def _compile_kernels(self) -> None:
+        """Before the first cache on a GPU: its first tokens would wait for one layer's kernels after the other."""
+        if self._kernels_are_compiled or not kernels_apply(self.model.device):
+            return
+        from kvcompress.kernels.packing_ahead import compile_packing
+        from kvcompress.kernels.turned_ahead import compile_turned
+
+        sites = [site for layer in self.codecs for site in (layer.key_site, layer.value_site) if site is not None]
+        here = [site for site in sites if site.packable and kernels_apply(site.codec.encoder.device)]
+        compile_packing([(site, None) for site in here])
+        compile_turned(list(zip(self.codecs, self._n_heads, strict=True)), self.model.dtype)
+        self._kernels_are_compiled = True
 
     def generation_cache(self, ids: Tensor, **options: Any) -> CompressedCache:
         """Return the empty cache that `generate(ids, **options)` uses if it is given none, to be measured afterwards.
@@ -79,6 +95,10 @@ class Attachment:
         On a GPU its steps are recorded, where they can be. ids: [batch, n_tokens]; options: those of that call.
         """
         config = options.get("generation_config") or self.model.generation_config or compat.GenerationConfig()
+        return self._cache_of(ids, options, config)
+
+    def _cache_of(self, ids: Any, options: dict[str, Any], config: compat.GenerationConfig) -> CompressedCache:
+        self._compile_kernels()
         return recorded_cache(self, ids, options, config) or self.new_cache()
 
     @contextmanager
@@ -135,7 +155,7 @@ class Attachment:
             raise _refused(f'cache_implementation="{other}" asks for a cache of transformers\' own')
         if use_cache is not False and compat.given_cache(kwargs) is None:
             ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
-            kwargs |= compat.cache_argument(self.model, recorded_cache(self, ids, kwargs, config) or self.new_cache())
+            kwargs |= compat.cache_argument(self.model, self._cache_of(ids, kwargs, config))
         return self._generate(*args, **kwargs)
 
 

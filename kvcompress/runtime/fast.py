@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.arguments import ExactTokens
-from kvcompress.kernels.launch_shapes import UNIT_TOKENS
-from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.kernels.site import kernels_apply, whole_rotation
-from kvcompress.kernels.turned import MOST_EXACT, applies, turned_attention
+from kvcompress.kernels.turned import MOST_EXACT, turned_attention
 from kvcompress.plan import BLOCK_TOKENS
 from kvcompress.runtime.cache import CompressedLayer
 from kvcompress.runtime.tokens import Visible
@@ -73,21 +71,16 @@ def attention(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scalin
 
 def _turned(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
     codecs = layer.codecs
-    batch, n_heads, n_queries, head_dim = query.shape
-    if n_queries > _MOST_QUERIES or query.dtype == torch.float32 or codecs.turn % UNIT_TOKENS:
+    batch, n_heads, n_queries, _ = query.shape
+    if n_queries > _MOST_QUERIES or query.dtype == torch.float32:
         return None
     if not n_queries <= layer.keys.shape[2] <= MOST_EXACT:
         return None
-    key_site, value_site, rotary = codecs.key_site, codecs.value_site, codecs.rotary
-    if key_site is None or value_site is None or rotary is None or not whole_rotation(rotary, head_dim):
+    maps = codecs.turned_maps(n_heads, query.device)
+    if maps is None:
         return None
-    if not compiler_works(query.device):
-        return None
-    keys, values = key_site.grouped, value_site.grouped
-    if keys is None or values is None:
-        return None
-    if not applies(n_heads, codecs.n_kv_heads, head_dim, keys.layout, values.layout, query.device):
-        return None
+    (keys, values), key_site, value_site, rotary = maps, codecs.key_site, codecs.value_site, codecs.rotary
+    assert key_site is not None and value_site is not None and rotary is not None
     assert layer.packed_keys is not None and layer.packed_values is not None
     seen = _visible(layer, mask, batch)
     exact, n_blocks = _exact(layer, seen.exact), layer.packed_keys.shape[1]

@@ -11,10 +11,10 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
-from kvcompress.kernels import site
+from kvcompress.kernels import packing_ahead, site
 from kvcompress.kernels.site import SiteKernels
 from kvcompress.model.model_spec import PARTS, Part
-from kvcompress.runtime import fast
+from kvcompress.runtime import attach, fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from tests.contract.test_static import assert_replays_follow
 from tests.tiny_models import PAD, random_ids
@@ -91,10 +91,32 @@ def test_packing_gives_what_the_reference_gives(
     assert difference.norm() / reference.norm() < 0.02
 
 
+def test_kernels_are_compiled_once_before_the_first_tokens(attached: Any, monkeypatch: Any) -> None:
+    """A variant of what packs for each set of levels, and where no kernel is used none."""
+    compile_packing, compiled = packing_ahead.compile_packing, []
+    monkeypatch.setattr(packing_ahead, "compile_packing", lambda sites: compiled.append(compile_packing(sites)) or 1)
+    model = attached()
+    attachment = attachment_of(model)
+    attachment.new_cache()
+    assert compiled == []
+    monkeypatch.setattr(attach, "kernels_apply", lambda device: True)
+    levels = {
+        (part, frozenset(bits for bits, *_ in codec.classes))
+        for layer in attachment.codecs
+        for part in PARTS
+        if (codec := getattr(layer, part)) is not None
+    }
+    attachment.generation_cache(random_ids(1, 8), max_new_tokens=2)
+    attachment.new_cache()
+    assert 1 <= compiled[0] <= len(levels) and len(compiled) == 1
+
+
 def test_one_recorded_step_serves_them_all(attached: Any, monkeypatch: Any) -> None:
     """Over a cache of a fixed capacity, at a few of many steps: nothing encoded yet, and evictions."""
     model = attached().to(torch.float16)
     ids, n_prompt, replayed = random_ids(2, 80), 10, {12, 36, 37, 38, 70, 79}
-    recording, decoder = assert_replays_follow(model, ids, n_prompt, replayed, "kernels_apply", monkeypatch)
+    recording, decoder = assert_replays_follow(
+        model, ids, n_prompt, replayed, "kvcompress.runtime.fast.kernels_apply", monkeypatch
+    )
     assert recording.n_replays == len(replayed) - 1
     assert decoder.cache.layers[0].n_encoded == 64

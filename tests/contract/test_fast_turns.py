@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvcompress
-from kvcompress.kernels import turned
+from kvcompress.kernels import layer, turned, turned_ahead
 from kvcompress.options import CompressOptions
 from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attachment_of
@@ -66,9 +66,19 @@ def test_kernels_give_what_the_reference_gives(
         calls.append(output is not None)
         return output
 
-    monkeypatch.setattr(fast, "compiler_works", lambda device: True)
-    monkeypatch.setattr(turned, "_kernels", emulator.kernels)
+    monkeypatch.setattr(layer, "compiler_works", lambda device: True)
+    used, ahead = set(), dict[str, str]()
+
+    def kernels(constants: Any, names: Any, *where: Any) -> Any:
+        used.add(turned.kernel_source(constants, names))
+        return emulator.kernels(constants, names, *where)
+
+    monkeypatch.setattr(turned, "_kernels", kernels)
+    monkeypatch.setattr(turned_ahead, "compile_ahead", lambda sources, _: ahead.update(sources) or len(sources))
+    layers = [(codecs, model.config.num_attention_heads) for codecs in attachment_of(model).codecs]
+    assert turned_ahead.compile_turned(layers, model.dtype) == len(ahead) > 0
     monkeypatch.setattr(fast, "attention", counted)
     fused = decoded(model, ids, mask, steps)
     assert calls == [True] * (2 * len(model.model.layers))
+    assert used.isdisjoint(ahead) if padding else used >= set(ahead)  # of masks there are others
     assert (fused - reference).norm() / reference.norm() < 0.01  # both round to float16 after every layer

@@ -18,7 +18,6 @@ from kvcompress.errors import OptionError
 from kvcompress.kernels import turned
 from kvcompress.options import CompressOptions
 from kvcompress.plan import BLOCK_TOKENS
-from kvcompress.runtime import fast
 from kvcompress.runtime.attach import attach_plan, attachment_of
 from kvcompress.runtime.graph import GraphDecoder
 from kvcompress.runtime.static import StaticCache
@@ -276,11 +275,11 @@ def assert_replays_follow(
     """Read ids over a cache of a fixed capacity: at `replayed` steps run in kernels, and are as the reference has them
     over the same cache and over one that grew.
 
-    Between them the model reads with the reference, which is faster here. switch: what in `fast` turns kernels on.
+    Between them the model reads with the reference, which is faster here. switch: the name of what turns kernels on.
     """
     reference = growing(model, ids, n_prompt).float()
     kernels_on = False
-    monkeypatch.setattr(fast, switch, lambda device: kernels_on)
+    monkeypatch.setattr(switch, lambda device: kernels_on)
     recording, decoder = Recording(monkeypatch), GraphDecoder(model, capacity=300)
     decoder.prefill(ids[:, :n_prompt])
 
@@ -319,6 +318,8 @@ def test_one_recorded_step_serves_them_all(tmp_path: Path, options: dict[str, An
     n_prompt, replayed = 10, {12, 36, 37, 38, 69, 70, 140, 165, 166}
     ids = random_ids(2, 170)
     monkeypatch.setattr(turned, "_kernels", emulator.kernels)
-    recording, decoder = assert_replays_follow(model, ids, n_prompt, replayed, "compiler_works", monkeypatch)
+    recording, decoder = assert_replays_follow(
+        model, ids, n_prompt, replayed, "kvcompress.kernels.layer.compiler_works", monkeypatch
+    )
     assert recording.n_replays == len(replayed) - 1 and decoder.recorded
     assert decoder.cache.layers[0].n_encoded == 160

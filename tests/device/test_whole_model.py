@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kvcompress
 from kvcompress.compat import cache_argument
+from kvcompress.kernels import turned
 from kvcompress.kernels.nvrtc import compiler_works
 from kvcompress.options import CompressOptions
 from kvcompress.runtime import attach as attach_module
@@ -148,6 +149,18 @@ def test_generate_replays_and_says_the_same(
     run = generate()
     assert caches[1].n_replays == 0
     assert torch.equal(replayed, run)
+
+
+def test_what_decodes_is_compiled_before_the_first_token(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    turned._kernels.cache_clear()
+    model, ids = load(**PATHS["turns"]), random_ids(1, 200).cuda()
+    attachment_of(model).generation_cache(ids, max_new_tokens=9)
+    ahead = set(tmp_path.rglob("*.cubin"))
+    model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert ahead and set(tmp_path.rglob("*.cubin")) == ahead
 
 
 def test_without_kernels_nothing_is_recorded(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
