@@ -98,6 +98,20 @@ class TestRay:
         imported = ray.remote(**ray_cluster.on_gpu(1))(lambda: "transformers.modeling_utils" in sys.modules).remote()
         assert ray.get(imported) is True
 
+    def test_two_tasks_share_a_gpu(self, workers: RayWorkers) -> None:
+        ray = pytest.importorskip("ray")
+
+        def seen() -> tuple[list[int], float, float]:
+            started = time.time()
+            time.sleep(0.5)
+            return ray.get_gpu_ids(), started, time.time()
+
+        task = ray.remote(**ray_cluster.on_gpu(2))(seen)
+        ray.get([task.remote(), task.remote()])  # workers have started
+        (first, began, ended), (second, other_began, other_ended) = ray.get([task.remote(), task.remote()])
+        assert first == second and len(first) == 1
+        assert began < other_ended and other_began < ended
+
     def test_what_a_task_raises_arrives(self, workers: RayWorkers, tmp_path: Path) -> None:
         job = broken_job(tmp_path)
         with pytest.raises(CalibrationError, match="NaN"):
