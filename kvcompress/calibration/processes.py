@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,7 +19,7 @@ from kvcompress.calibration.memory import USABLE_SHARE
 from kvcompress.calibration.moments import Moments
 from kvcompress.calibration.pieces import note_again, note_repeated, shared_pieces
 from kvcompress.calibration.worker import Job, add_windows, begin_sums, load, save_sums
-from kvcompress.errors import CalibrationError, OptionError
+from kvcompress.errors import CalibrationError, Note, OptionError
 
 #: How often workers may die before that is no accident.
 _MOST_DEATHS = 5
@@ -71,6 +72,10 @@ class LocalWorkers:
             return False
         spread = tuple("+".join(gpus[i : i + n]) for i in range(0, len(gpus) - n + 1, n))
         if spread != self.devices:
+            if len(gpus) < len(self.devices):
+                warnings.warn(
+                    "models of several processes do not fit on a GPU: one process has it.", Note, stacklevel=2
+                )
             self.close()
             self.devices = spread
         return True

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,7 +331,8 @@ def test_a_gpu_that_processes_share(monkeypatch: pytest.MonkeyPatch, n_bytes: in
     monkeypatch.setattr(LocalWorkers, "_workers", lambda self: [])
     workers = workers_on_gpus("all", 2)
     assert workers.devices == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")
-    assert workers.hold(n_bytes) and not workers.is_spread
+    with pytest.warns(Note, match="one process has it") if left == 2 else nullcontext():
+        assert workers.hold(n_bytes) and not workers.is_spread
     assert workers.devices == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")[:left]
 
 
