@@ -24,7 +24,7 @@ _MOST = 16
 def compile_packing(sites: Sequence[tuple[SiteKernels, Tensor | None]]) -> int:
     """Compile what packs into rows and into pages, side by side; return how many sets of levels there were.
 
-    sites: each with the words of its pages, of paged.page_words, none of which is written; None for rows alone.
+    sites: each with the words of its pages, of page_views.page_words, none of which is written; None for rows alone.
     """
     of_levels: dict[tuple[object, ...], tuple[SiteKernels, Tensor | None]] = {}
     for kernels, words in sites:

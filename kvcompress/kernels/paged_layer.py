@@ -77,7 +77,7 @@ def paged_layer(
 ) -> PagedLayer | None:
     """Return a layer for paged_attention, or None where its keys are not in turns that the kernels take.
 
-    key_words, value_words: of paged.page_words. n_tokens: of the longest sequence; most_exact: see PagedLayer.
+    key_words, value_words: of page_views.page_words. n_tokens: of the longest sequence; most_exact: see PagedLayer.
     """
     device = exact.keys.device
     if why_not_paged(codecs, n_heads=n_heads, page_blocks=key_words.shape[1], device=device) is not None:

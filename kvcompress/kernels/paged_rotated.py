@@ -16,7 +16,7 @@ from kvcompress.model.rope import Rotary
 
 @dataclass(frozen=True)
 class RotatedLayer:
-    """One layer's pages, made once. keys, values: their words are of paged.page_words.
+    """One layer's pages, made once. keys, values: their words are of page_views.page_words.
 
     rotary: of keys that have a mean, which turns with the position; None of others. n_tokens: of the longest sequence;
     most_exact: recent tokens that a query sees beside the packed ones at most, sinks aside.

@@ -94,7 +94,7 @@ def rebuild(
 ) -> None:  # fmt: skip
     """Write a sequence's packed tokens, from block first_block on, into `out` [n_blocks * 32, heads, head_dim].
 
-    words: of paged.page_words; pages: int32, the sequence's; rotation: None where nothing is to be rotated.
+    words: of page_views.page_words; pages: int32, the sequence's; rotation: None where nothing is to be rotated.
     """
     from kvcompress.kernels.rebuilding import heads_kernel, latents_kernel
 

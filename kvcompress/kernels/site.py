@@ -136,9 +136,9 @@ class SiteKernels:
         """Encode blocks of 32 tokens from pages into pages; nothing depends on values, so that a CUDA graph records it.
 
         source: [pages, 32, heads, head_dim], after RoPE; words: int32 [pages, blocks of a page, words of a row], of
-        paged.page_words; sources, destinations: int32 [n_blocks], each block's page of `source` and its row of all rows
-        of `words`, counted through the pages, both -1 where there is nothing to do; rotary: None of values and where
-        nothing is to be un-rotated; positions: those that keys are rotated by, [1, n_blocks * 32].
+        page_views.page_words; sources, destinations: int32 [n_blocks], each block's page of `source` and its row of all
+        rows of `words`, counted through the pages, both -1 where there is nothing to do; rotary: None of values and
+        where nothing is to be un-rotated; positions: those that keys are rotated by, [1, n_blocks * 32].
         """
         self.write_pages(self.page_latents(source, sources, rotary, positions), words, destinations)
 

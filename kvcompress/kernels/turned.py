@@ -98,10 +98,9 @@ def turned_attention(
     n_heads, head_dim = query.shape[1], query.shape[3]
     n_kv_heads, n_groups = exact.keys.shape[1], len(keys.layout.table)
     device = query.device
-    launch = launch_of(n_heads, n_kv_heads, head_dim, keys.layout, values.layout, device)
-    assert launch is not None  # see applies
-    columns = n_kv_heads // n_groups, n_heads // n_kv_heads
-    constants = constants_of(keys, values, launch, head_dim, *columns, mask is not None, query.dtype)
+    launch, constants = compiled_as(
+        keys, values, n_heads, n_kv_heads, head_dim, masked=mask is not None, dtype=query.dtype, device=device
+    )
     *attends, combine = _kernels(constants, launch.names, launch.memory, device)
     if n_splits is None:
         n_splits = best_splits(query.shape[0] * passes(n_heads, n_kv_heads, n_groups), device)
@@ -115,6 +114,17 @@ def turned_attention(
         absorbed = _absorb(attends[0], step, scale)  # kept until all is launched
         _attend_codes(attends[1], launch, step, *absorbed)
     return _combine(combine, step)
+
+
+def compiled_as(
+    keys: GroupedSite, values: GroupedSite, n_heads: int, n_kv_heads: int, head_dim: int, *, masked: bool,
+    dtype: torch.dtype, device: torch.device,
+) -> tuple[Launch, tuple[tuple[str, int], ...]]:  # fmt: skip
+    """Return the launch of a step of such sizes, which `applies` takes, and the constants of its kernels."""
+    launch = launch_of(n_heads, n_kv_heads, head_dim, keys.layout, values.layout, device)
+    assert launch is not None  # see applies
+    columns = n_kv_heads // len(keys.layout.table), n_heads // n_kv_heads
+    return launch, constants_of(keys, values, launch, head_dim, *columns, masked, dtype)
 
 
 class _Step:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcompress.kernels.launch_shapes import launch_of
 from kvcompress.kernels.layer import LayerKernels
 from kvcompress.kernels.nvrtc import compile_ahead
-from kvcompress.kernels.turned import constants_of, kernel_source
+from kvcompress.kernels.turned import compiled_as, kernel_source
 
 
 def compile_turned(layers: Sequence[tuple[LayerKernels, int]], dtype: torch.dtype) -> int:
@@ -30,9 +29,8 @@ def compile_turned(layers: Sequence[tuple[LayerKernels, int]], dtype: torch.dtyp
             continue
         nothing = torch.empty(0, 0, 4, dtype=torch.uint8, device=device)
         keys, values = key_site.grouped_site(maps[0], nothing), value_site.grouped_site(maps[1], nothing)
-        launch = launch_of(n_heads, codecs.n_kv_heads, codecs.head_dim, keys.layout, values.layout, device)
-        assert launch is not None  # see turned.applies
-        columns = codecs.n_kv_heads // len(keys.layout.table), n_heads // codecs.n_kv_heads
-        constants = constants_of(keys, values, launch, codecs.head_dim, *columns, False, dtype)
+        launch, constants = compiled_as(
+            keys, values, n_heads, codecs.n_kv_heads, codecs.head_dim, masked=False, dtype=dtype, device=device
+        )
         of_device[device][kernel_source(constants, launch.names)] = launch.names[0]
     return sum(compile_ahead(sources, device) for device, sources in of_device.items())
